@@ -1,0 +1,8 @@
+// The native module.  bind_*.cpp are the only files that know Python exists: they check shapes,
+// drop the GIL, and call a kernel.
+#include "bindings.h"
+
+NB_MODULE(_kernels, m) {
+  shoal::bind_matrices(m);
+  shoal::bind_floats(m);
+}

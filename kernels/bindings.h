@@ -1,0 +1,10 @@
+// What the files that know Python offer to bindings.cpp: each adds its functions to the module.
+#pragma once
+#include <nanobind/nanobind.h>
+
+namespace shoal {
+
+void bind_matrices(nanobind::module_& m);  // packing, matrix products, expert FFN, thread pool
+void bind_floats(nanobind::module_& m);    // norms, rope, attention, routing, combine, sampling
+
+}  // namespace shoal

@@ -1,0 +1,1 @@
+"""What serves experts, in a node or in the coordinator's own process (`local`)."""

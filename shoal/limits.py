@@ -1,0 +1,26 @@
+"""Every bound of the system, their relations asserted at import (core)."""
+
+KIB = 1024
+MIB = 1024 * KIB
+
+PROTOCOL_VERSION = 1
+
+MAX_ROWS_PER_CALL = 512
+MAX_EXPERTS = 4096  # per layer: expert indices travel as uint16
+MAX_LAYERS = 1024
+MAX_MODEL_DIM = 65536
+MAX_EXPERTS_PER_TOKEN = 64
+INTERACTIVE_MESSAGE_BYTES = 256 * KIB  # a larger message goes to the bulk connection
+MAX_MESSAGE_BYTES = 16 * MIB  # on the bulk connection; larger calls are split by rows
+CREDIT_BYTES = 64 * MIB  # request bytes one stream may have in flight at a node
+MAX_QUEUED_CALLS = 256  # per node: more are refused as OVERLOADED
+PROGRESS_INTERVAL_S = 0.025
+PREFILL_CHUNK = 512  # rows of one forward pass
+KV_BLOCK_TOKENS = 64
+ATTENTION_CUT = 256  # keys: exactness rule 6
+
+assert ATTENTION_CUT % KV_BLOCK_TOKENS == 0, "a cut must be whole KV blocks"
+assert INTERACTIVE_MESSAGE_BYTES < MAX_MESSAGE_BYTES <= CREDIT_BYTES
+assert MAX_EXPERTS < 2**16
+assert MAX_MODEL_DIM * 8 < MAX_MESSAGE_BYTES, "the widest row of a reply must fit in one message"
+assert PREFILL_CHUNK <= MAX_ROWS_PER_CALL
