@@ -88,7 +88,13 @@ class MalformedMessage(NodeError):
 
 
 class NumericError(ShoalError):
+    """`rows`: indices of the failing rows in the array or call that raised; the others are right."""
+
     exit_code = 5
+
+    def __init__(self, message: str, rows: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class NumericsMismatch(ShoalError):
