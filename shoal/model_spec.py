@@ -36,6 +36,7 @@ class AttentionSpec:
     qkv_bias: bool
     clip_qkv: float | None  # OLMoE: clamp q, k, v to [-clip, clip]
     scale: float  # of the scores, usually head_dim ** -0.5
+    output_bias: bool = False  # a bias on the output projection
 
 
 @dataclass(frozen=True, slots=True)
