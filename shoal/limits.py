@@ -14,10 +14,15 @@ INTERACTIVE_MESSAGE_BYTES = 256 * KIB  # a larger message goes to the bulk conne
 MAX_MESSAGE_BYTES = 16 * MIB  # on the bulk connection; larger calls are split by rows
 CREDIT_BYTES = 64 * MIB  # request bytes one stream may have in flight at a node
 MAX_QUEUED_CALLS = 256  # per node: more are refused as OVERLOADED
+MAX_SHARD_MAP_CHARS = 64 * KIB
+MAX_SOCKET_PATH_BYTES = 103  # sun_path of macOS less its final zero; Linux: 107
 PROGRESS_INTERVAL_S = 0.025
 PREFILL_CHUNK = 512  # rows of one forward pass
 KV_BLOCK_TOKENS = 64
 ATTENTION_CUT = 256  # keys: exactness rule 6
+MAX_MANIFEST_BYTES = 64 * MIB  # of an artifact; the largest model known (23,040 experts) needs 2 MiB
+MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
+MIN_GRID, MAX_GRID = -64, 96  # g of exactness rule 5: 2^g and 2^-g are normal float32
 
 assert ATTENTION_CUT % KV_BLOCK_TOKENS == 0, "a cut must be whole KV blocks"
 assert INTERACTIVE_MESSAGE_BYTES < MAX_MESSAGE_BYTES <= CREDIT_BYTES
