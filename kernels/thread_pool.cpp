@@ -1,0 +1,214 @@
+// The pool behind parallel_for.
+//
+// One job at a time.  `state_` says whether a job is open and how many workers are inside it:
+//
+//     generation << 17 | open << 16 | workers inside
+//
+// A worker enters an open job that it has not seen by adding one, works until no chunk is left, and
+// leaves by subtracting one.  The caller closes the job when no chunk is left and waits only for
+// the workers that are inside: one that sleeps through a short job costs nothing, and none can
+// mistake a new job's descriptor for the old one's.
+#include "thread_pool.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu_features.h"
+#include "float_environment.h"
+
+namespace shoal {
+
+namespace {
+
+constexpr uint64_t kInside = 0xFFFF, kOpen = 1 << 16, kGeneration = 1 << 17;
+
+// A worker between jobs: about 20 us of pauses (a decode step's gap between two products), then
+// yields, which let a neighbour have the core, then sleep.  A sleeper costs a wake-up of 5-50 us.
+constexpr int kPauses = 600, kYields = 200;
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+class Pool {
+ public:
+  explicit Pool(int threads) { start(threads); }
+
+  int threads() const { return threads_.load(std::memory_order_relaxed); }
+
+  void resize(int threads) {
+    while (busy_.exchange(true, std::memory_order_acquire)) std::this_thread::yield();
+    {
+      std::lock_guard<std::mutex> lock(sleep_);
+      quit_ = true;
+    }
+    awake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+    quit_ = false;
+    start(threads);
+    busy_.store(false, std::memory_order_release);
+  }
+
+  void run(int64_t items, int64_t chunk, void (*body)(void*, int64_t, int64_t, int),
+           void* context) {
+    if (items <= chunk || threads() == 1 || busy_.exchange(true, std::memory_order_acquire)) {
+      for (int64_t begin = 0; begin < items; begin += chunk)
+        body(context, begin, begin + chunk < items ? begin + chunk : items, 0);
+      return;
+    }
+    job_ = {items, chunk, body, context};
+    next_.store(0, std::memory_order_relaxed);
+    const uint64_t generation = state_.load(std::memory_order_relaxed) / kGeneration + 1;
+    state_.store(generation * kGeneration | kOpen);  // seq_cst: before the load of sleepers_
+    if (sleepers_.load() > 0) {
+      {
+        std::lock_guard<std::mutex> lock(sleep_);
+      }
+      awake_.notify_all();
+    }
+    work(0);
+    state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    for (int spins = 0; state_.load(std::memory_order_acquire) & kInside; ++spins) {
+      if (spins < 4000)
+        pause();
+      else
+        std::this_thread::yield();
+    }
+    busy_.store(false, std::memory_order_release);
+  }
+
+ private:
+  struct Job {
+    int64_t items, chunk;
+    void (*body)(void*, int64_t, int64_t, int);
+    void* context;
+  };
+
+  void start(int threads) {
+    threads_.store(threads, std::memory_order_relaxed);
+    const uint64_t seen = state_.load(std::memory_order_relaxed) / kGeneration;
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i, seen] { serve(i, seen); });
+  }
+
+  void work(int thread) {
+    const Job job = job_;
+    for (;;) {
+      const int64_t begin = next_.fetch_add(job.chunk, std::memory_order_relaxed);
+      if (begin >= job.items) return;
+      const int64_t end = begin + job.chunk < job.items ? begin + job.chunk : job.items;
+      job.body(job.context, begin, end, thread);
+    }
+  }
+
+  // True when the worker is inside the job of the returned generation.
+  bool enter(uint64_t* seen) {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    while (state / kGeneration != *seen) {
+      if (!(state & kOpen)) {
+        *seen = state / kGeneration;  // over before we came
+        return false;
+      }
+      if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acquire)) {
+        *seen = state / kGeneration;
+        return true;
+      }
+    }
+    return false;
+  }
+
+  bool is_new(uint64_t seen) const { return state_.load() / kGeneration != seen; }
+
+  void serve(int thread, uint64_t seen) {
+    FloatEnvironment pinned;
+    for (;;) {
+      wait(seen);
+      if (quit_) return;
+      if (!enter(&seen)) continue;
+      work(thread);
+      state_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  void wait(uint64_t seen) {
+    for (int i = 0; i < kPauses; ++i) {
+      if (is_new(seen) || quit_) return;
+      pause();
+    }
+    for (int i = 0; i < kYields; ++i) {
+      if (is_new(seen) || quit_) return;
+      std::this_thread::yield();
+    }
+    std::unique_lock<std::mutex> lock(sleep_);
+    sleepers_.fetch_add(1);  // seq_cst: before the load of state_
+    awake_.wait(lock, [&] { return is_new(seen) || quit_; });
+    sleepers_.fetch_sub(1);
+  }
+
+  Job job_{};
+  alignas(64) std::atomic<uint64_t> state_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
+  std::atomic<int> threads_{1};
+  std::atomic<bool> busy_{false}, quit_{false};
+  std::mutex sleep_;
+  std::condition_variable awake_;
+  std::vector<std::thread> workers_;
+};
+
+// Never destroyed: workers may still be waiting when the process runs its static destructors.
+Pool& pool() {
+  static Pool* const instance = new Pool(usable_cpus());
+  return *instance;
+}
+
+struct Scratch {
+  void* memory = nullptr;
+  int64_t num_bytes = 0;
+  ~Scratch() { std::free(memory); }
+};
+
+}  // namespace
+
+int pool_threads() { return pool().threads(); }
+
+void set_pool_threads(int threads) {
+  if (threads < 1 || threads > kMaxPoolThreads)
+    throw std::invalid_argument("threads = " + std::to_string(threads) + ": must be in 1.." +
+                                std::to_string(kMaxPoolThreads));
+  if (threads != pool().threads()) pool().resize(threads);
+}
+
+void run_parallel(int64_t items, int64_t chunk, void (*body)(void*, int64_t, int64_t, int),
+                  void* context) {
+  FloatEnvironment pinned;
+  pool().run(items, chunk < 1 ? 1 : chunk, body, context);
+}
+
+void* thread_scratch(int64_t num_bytes) {
+  thread_local Scratch scratch;
+  if (scratch.num_bytes < num_bytes) {
+    const int64_t rounded = (num_bytes + 4095) / 4096 * 4096;
+    std::free(scratch.memory);
+    scratch = Scratch{nullptr, 0};
+    if (posix_memalign(&scratch.memory, 64, size_t(rounded)) != 0) {
+      scratch.memory = nullptr;
+      throw std::bad_alloc();
+    }
+    scratch.num_bytes = rounded;
+  }
+  return scratch.memory;
+}
+
+}  // namespace shoal
