@@ -1,0 +1,175 @@
+"""Transformer: one forward pass of a batch of rows, experts wherever the dispatch finds them.
+
+    embed -> per layer: norm -> attention -> add -> norm -> route -> experts or dense FFN -> add
+          -> norm -> lm_head, for the rows whose logits are wanted
+
+Families differ only in the ModelSpec. No sequence of float operations depends on which rows
+share a pass: the same row gives the same bits alone, in a chunk, or beside other requests. All
+float arithmetic is in `shoal.ops`.
+
+In the last layer every row writes its K and V, but only the rows whose logits are wanted go on.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.array_types import F32
+from coordinator.attention.grouped_query import GroupedQueryAttention, Places
+from coordinator.batch import Batch
+from coordinator.cancellation import Cancellation
+from coordinator.expert_dispatch import ExpertDispatch
+from coordinator.kv_arrays import KvArrays, KvPair
+from coordinator.row_forms import RowForms
+from coordinator.weights import DenseFfn, LayerWeights, load_weights
+from shoal import ops
+from shoal.artifact import Artifact
+from shoal.errors import NumericError
+from shoal.model_spec import ModelSpec
+from shoal.quant import Scheme
+
+
+class Transformer:
+    """A model that is ready to run. Not thread-safe: one pass at a time."""
+
+    def __init__(self, artifact: Artifact, dispatch: ExpertDispatch) -> None:
+        self._spec = artifact.spec
+        self._weights = load_weights(artifact)
+        self._layers = tuple(
+            _Layer(artifact, index, weights, dispatch)
+            for index, weights in enumerate(self._weights.layers)
+        )
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    def forward(self, batch: Batch, cache: KvArrays, cancellation: Cancellation) -> F32:
+        """Run the rows, write their KV to the batch's slots; return logits [R, V].
+
+        Args:
+            batch: T rows, all of whose earlier tokens are in the cache.
+            cancellation: looked at before every layer.
+
+        Raises:
+            NumericError: naming layer and node; its `rows` are rows of the batch. The others may
+                be run again without them.
+            NodeError: no node computed a layer's experts.
+            Cancelled: some layers' caches hold rows of this pass; running them again is right.
+        """
+        places = self._places(batch)
+        hidden = ops.embed(self._weights.embed, batch.token_ids)
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            cancellation.check()
+            going_on = batch.logit_rows if index == last else None
+            try:
+                hidden = layer.run(hidden, places, cache.layer(index), going_on)
+            except NumericError as error:
+                raise NumericError(f"layer {index}: {error}", error.rows) from error
+        return self._logits(hidden, batch)
+
+    def _places(self, batch: Batch) -> Places:
+        cos, sin = ops.rope_table(
+            self._weights.inv_freq, batch.positions, self._spec.rope_attention_factor
+        )
+        return Places(
+            cos=cos,
+            sin=sin,
+            slots=batch.slots,
+            row_sequence=batch.row_sequence,
+            positions=batch.positions,
+            block_tables=batch.block_tables,
+        )
+
+    def _logits(self, hidden: F32, batch: Batch) -> F32:
+        if not hidden.shape[0]:
+            return np.empty((0, self._spec.vocab_size), np.float32)
+        lm_head = self._weights.lm_head
+        normed = ops.rms_norm(hidden, self._weights.norm, self._spec.norm_eps)
+        try:
+            return lm_head(ops.quantise_rows(lm_head.scheme, normed))
+        except NumericError as error:
+            rows = _batch_rows(error.rows, batch.logit_rows)
+            raise NumericError(f"output embedding: {error}", rows) from error
+
+
+class _Layer:
+    """One decoder layer: two branches, each added to the residual."""
+
+    def __init__(
+        self, artifact: Artifact, index: int, weights: LayerWeights, dispatch: ExpertDispatch
+    ) -> None:
+        spec = artifact.spec
+        self._norm_eps = spec.norm_eps
+        self._attention_norm = weights.attention.norm
+        self._ffn_norm = weights.ffn_norm
+        self._attention = GroupedQueryAttention(
+            spec.attention, spec.norm_eps, spec.layers[index].window, weights.attention
+        )
+        self._ffn: _DenseFfnBranch | _ExpertsBranch
+        if weights.dense_ffn is not None:
+            self._ffn = _DenseFfnBranch(weights.dense_ffn)
+        else:
+            self._ffn = _ExpertsBranch(artifact, index, weights, dispatch)
+
+    def run(
+        self, hidden: F32, places: Places, cache: KvPair, going_on: NDArray[np.intp] | None
+    ) -> F32:
+        """Return the next residual; of the rows `going_on` only, if that is not None."""
+        normed = ops.rms_norm(hidden, self._attention_norm, self._norm_eps)
+        forms = RowForms(normed)
+        self._attention.write_kv(forms, places, cache)
+        if going_on is None:
+            return self._finish(hidden, forms, places, cache)
+        if not going_on.size:
+            return hidden[going_on]
+        try:
+            forms, places = RowForms(normed[going_on]), places.take(going_on)
+            return self._finish(hidden[going_on], forms, places, cache)
+        except NumericError as error:
+            raise NumericError(str(error), _batch_rows(error.rows, going_on)) from error
+
+    def _finish(self, hidden: F32, forms: RowForms, places: Places, cache: KvPair) -> F32:
+        hidden = ops.add(hidden, self._attention.attend(forms, places, cache))
+        normed = ops.rms_norm(hidden, self._ffn_norm, self._norm_eps)
+        return ops.add(hidden, self._ffn.run(RowForms(normed)))
+
+
+class _ExpertsBranch:
+    """Route the rows, send them to their experts, add up what comes back."""
+
+    def __init__(
+        self, artifact: Artifact, index: int, weights: LayerWeights, dispatch: ExpertDispatch
+    ) -> None:
+        router = artifact.spec.layers[index].router
+        assert router is not None, f"layer {index} has no experts"
+        self._index = index
+        self._router = router
+        self._gate = weights.router
+        self._scheme = artifact.scheme(index)
+        self._grid = artifact.grid(index)
+        self._dispatch = dispatch
+
+    def run(self, forms: RowForms) -> F32:
+        """Return the branch [T, D]."""
+        rows = forms.get(self._scheme)
+        logits = None if self._gate is None else self._gate(forms.get(Scheme.F32))
+        plan = ops.route(self._router, logits, rows.num_rows)
+        pending = self._dispatch.start(self._index, rows, plan)
+        return ops.finish_sums(pending.wait(), self._grid)
+
+
+class _DenseFfnBranch:
+    """An FFN that the coordinator keeps."""
+
+    def __init__(self, ffn: DenseFfn) -> None:
+        self._ffn = ffn
+
+    def run(self, forms: RowForms) -> F32:
+        """Return the branch [T, D]."""
+        layout = self._ffn.layout
+        return ops.expert_ffn(layout, self._ffn.weights, forms.get(layout.scheme))
+
+
+def _batch_rows(rows: tuple[int, ...], index: NDArray[np.intp]) -> tuple[int, ...]:
+    return tuple(int(index[row]) for row in rows)
