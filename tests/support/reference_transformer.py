@@ -4,12 +4,18 @@ Written from the papers' formulas and ModelSpec, without `shoal.ops`, a cache, c
 that it shares no mistake with the code under test. Quadratic and slow; for tiny models only.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
+from shoal.families import family_of
+from shoal.families.family import TensorSlice
+from shoal.families.plan import plan_tensors
 from shoal.model_spec import LayerSpec, ModelSpec, QkNorm, RouterKind, RouterSpec
 
 F64 = NDArray[np.float64]
@@ -59,12 +65,15 @@ def _rms_norm(x: F64, weight: F64, eps: float) -> F64:
 
 def _softmax(x: F64) -> F64:
     exps: F64 = np.exp(x - x.max(axis=-1, keepdims=True))
-    return exps / exps.sum(axis=-1, keepdims=True)
+    exps /= exps.sum(axis=-1, keepdims=True)
+    return exps
 
 
 def _project(tensors: Mapping[str, F64], name: str, x: F64) -> F64:
     bias = tensors.get(name + ".bias")
-    projected: F64 = x @ tensors[name].T + (0.0 if bias is None else bias)
+    projected: F64 = x @ tensors[name].T
+    if bias is not None:
+        projected += bias
     return projected
 
 
@@ -134,3 +143,27 @@ def _routing_weights(router: RouterSpec, tensors: Mapping[str, F64], name: str, 
     chosen = np.zeros_like(probabilities)
     np.put_along_axis(chosen, order, np.take_along_axis(probabilities, order, axis=-1), axis=-1)
     return chosen / chosen.sum(axis=-1, keepdims=True) if router.renormalise else chosen
+
+
+def load_checkpoint(folder: Path) -> tuple[ModelSpec, ReferenceWeights]:
+    """Read a Hugging Face folder whose weights are float32; dense FFNs stay whole."""
+    config = json.loads((folder / "config.json").read_text())
+    family = family_of(config)
+    spec = family.spec(config)
+    raw: dict[str, NDArray[np.float32]] = {}
+    for path in folder.glob("*.safetensors"):
+        raw |= load_file(path)
+    plan = plan_tensors(family, spec, {name: values.shape for name, values in raw.items()})
+
+    def read(source: TensorSlice) -> F64:
+        values = raw[source.tensor] if source.index is None else raw[source.tensor][source.index]
+        rows = values[slice(*source.rows)]
+        return (rows if source.cols is None else rows[:, slice(*source.cols)]).astype(np.float64)
+
+    tensors = {rule.name: read(rule.source) for rule in plan.tensors}
+    tensors["rope.inv_freq"] = family.inv_freq(config).astype(np.float64)
+    ffns = {
+        (rule.layer, rule.index): GatedFfn(read(rule.gate), read(rule.up), read(rule.down))
+        for rule in plan.ffns
+    }
+    return spec, ReferenceWeights(tensors, ffns)
