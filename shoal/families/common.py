@@ -6,7 +6,7 @@ from typing import Any
 from shoal import limits
 from shoal.errors import UnsupportedModel
 from shoal.families.config import Config
-from shoal.families.rope import checked_rope_type, rope_theta
+from shoal.families.rope import checked_rope_type
 from shoal.model_spec import (
     AttentionSpec,
     LayerSpec,
@@ -51,7 +51,6 @@ def decoder_spec(
     if dim > limits.MAX_MODEL_DIM:
         raise UnsupportedModel(f"config: hidden_size = {dim}: at most {limits.MAX_MODEL_DIM}")
     checked_rope_type(config)
-    rope_theta(config)
     return ModelSpec(
         family=family,
         model_dim=dim,

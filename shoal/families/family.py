@@ -119,6 +119,7 @@ class Family(ABC):
     name: str  # config.json's model_type
     architectures: tuple[str, ...]  # config.json's architectures
     expert_names: FfnNames = FfnNames()
+    default_rope_theta: float = 10000.0  # where config.json has none
 
     @abstractmethod
     def spec(self, config: Mapping[str, Any]) -> ModelSpec:
@@ -129,7 +130,8 @@ class Family(ABC):
 
     def inv_freq(self, config: Mapping[str, Any]) -> NDArray[np.float32]:
         """Return RoPE's inverse frequencies [rotary_dim / 2], scaled; the same on every CPU."""
-        return inverse_frequencies(Config(config), self.spec(config).rotary_dim)
+        rotary_dim = self.spec(config).rotary_dim
+        return inverse_frequencies(Config(config), rotary_dim, self.default_rope_theta)
 
 
 def rope_row_order(num_rows: int, heads: int) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from shoal.model_spec import LayerSpec, ModelSpec
 class Mixtral(Family):
     name = "mixtral"
     architectures = ("MixtralForCausalLM",)
+    default_rope_theta = 1e6
     # The usual trap: w1 is gate, w3 is up, w2 is down.
     expert_names = FfnNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")
 

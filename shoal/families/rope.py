@@ -18,7 +18,9 @@ DIGITS = 60
 SCALINGS = ("default", "linear", "llama3", "factors")  # the last: GGUF's rope_freqs.weight
 
 
-def inverse_frequencies(config: Config, rotary_dim: int) -> NDArray[np.float32]:
+def inverse_frequencies(
+    config: Config, rotary_dim: int, default_theta: float
+) -> NDArray[np.float32]:
     """Return theta^(-2i / rotary_dim), scaled as the config says: [rotary_dim / 2] float32.
 
     Both config styles are read: `rope_parameters`, and `rope_theta` beside `rope_scaling`.
@@ -26,7 +28,7 @@ def inverse_frequencies(config: Config, rotary_dim: int) -> NDArray[np.float32]:
     Raises: UnsupportedModel for a scaling that is not default, linear or llama3.
     Source: transformers' modeling_rope_utils.py.
     """
-    theta = Decimal(rope_theta(config))
+    theta = Decimal(_theta(config, default_theta))
     scaling = _scaling(config)
     with decimal.localcontext(decimal.Context(prec=DIGITS)):
         log = theta.ln()
@@ -46,13 +48,6 @@ def inverse_frequencies(config: Config, rotary_dim: int) -> NDArray[np.float32]:
         return np.array([float(frequency) for frequency in scaled], dtype=np.float32)
 
 
-def rope_theta(config: Config) -> float:
-    """Return RoPE's base from either config style."""
-    nested = config.section("rope_parameters")
-    source = nested if "rope_theta" in nested.values else config
-    return source.number("rope_theta")
-
-
 def checked_rope_type(config: Config) -> str:
     """Return the name of RoPE's scaling, `default` where there is none.
 
@@ -65,6 +60,12 @@ def checked_rope_type(config: Config) -> str:
             f"config: RoPE scaling {kind!r} is not implemented: {', '.join(SCALINGS[:-1])} are"
         )
     return kind
+
+
+def _theta(config: Config, default: float) -> float:
+    nested = config.section("rope_parameters")
+    source = nested if "rope_theta" in nested.values else config
+    return source.number("rope_theta", default)
 
 
 def _scaling(config: Config) -> Config:

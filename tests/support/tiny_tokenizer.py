@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 MERGES = (
-    "t h|h e|th e|a n|i n|Ġ t|Ġt he|o n|e r|r e|Ġ a|Ġa n|Ġan d|Ġ s|Ġ c|Ġ o|Ġo f|i s|Ġ is|o u|a t|e n|"
-    "Ġ w|a l|i t|i on|Ġ i|Ġ Ġ|ĠĠ ĠĠ|l l|e d|in g|e s"
+    "t h|h e|th e|a n|i n|Ġ t|Ġt he|o n|e r|r e|Ġ a|Ġa n|Ġan d|Ġ s|Ġ c|Ġ o|Ġo f|i s|Ġ is|o u|a t|"
+    "e n|Ġ w|a l|i t|i on|Ġ i|Ġ Ġ|ĠĠ ĠĠ|l l|e d|in g|e s"
 )
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|start|>")
 CHAT_TEMPLATE = (
