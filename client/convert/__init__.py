@@ -1,0 +1,1 @@
+"""Convert: a checkpoint (Hugging Face safetensors, GGUF) in, an artifact out, in bounded memory."""
