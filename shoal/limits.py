@@ -3,24 +3,28 @@
 KIB = 1024
 MIB = 1024 * KIB
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 1  # of proto/shoal/v1 and its meaning: both ends must name the same
 
-MAX_ROWS_PER_CALL = 512
+MAX_ROWS_PER_CALL = 512  # a prefill chunk to one owner; bounds a node's scratch memory
 MAX_EXPERTS = 4096  # per layer: expert indices travel as uint16
-MAX_LAYERS = 1024
-MAX_MODEL_DIM = 65536
-MAX_EXPERTS_PER_TOKEN = 64
+MAX_LAYERS = 1024  # the deepest model known has 126
+MAX_MODEL_DIM = 65536  # the widest model known has 18432
+MAX_EXPERTS_PER_TOKEN = 64  # the largest A known is 22; slices of a dense FFN: 16
 INTERACTIVE_MESSAGE_BYTES = 256 * KIB  # a larger message goes to the bulk connection
 MAX_MESSAGE_BYTES = 16 * MIB  # on the bulk connection; larger calls are split by rows
 CREDIT_BYTES = 64 * MIB  # request bytes one stream may have in flight at a node
 MAX_QUEUED_CALLS = 256  # per node: more are refused as OVERLOADED
-MAX_SHARD_MAP_CHARS = 64 * KIB
+MAX_SHARD_MAP_CHARS = 64 * KIB  # of --moe-shards: a thousand ranges
 MAX_SOCKET_PATH_BYTES = 103  # sun_path of macOS less its final zero; Linux: 107
-PROGRESS_INTERVAL_S = 0.025
+INLINE_PAIR_BYTES = 64 * MIB  # of weights: a smaller call is computed on the stream handler (~2 ms)
+DRAIN_TIMEOUT_S = 25.0  # Kubernetes kills 30 s after SIGTERM by default
+PROGRESS_INTERVAL_S = 0.025  # while a node holds a call: silence then means that it is lost
 PREFILL_CHUNK = 512  # rows of one forward pass
-KV_BLOCK_TOKENS = 64
+KV_BLOCK_TOKENS = 64  # keys of a KV block: four lanes' worth, a quarter of a cut
 ATTENTION_CUT = 256  # keys: exactness rule 6
-MAX_MANIFEST_BYTES = 64 * MIB  # of an artifact; the largest model known (23,040 experts) needs 2 MiB
+MAX_MANIFEST_BYTES = (
+    64 * MIB
+)  # of an artifact; the largest model known (23,040 experts) needs 2 MiB
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
 MIN_GRID, MAX_GRID = -64, 96  # g of exactness rule 5: 2^g and 2^-g are normal float32
 

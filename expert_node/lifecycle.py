@@ -1,0 +1,101 @@
+"""How a node comes up and goes down: warm-up, readiness, signals, a bounded drain.
+
+Drain, in order: health says NOT_SERVING, streams are told, new calls are refused, calls in flight
+finish (or are answered DRAINING when time is up), streams end, the server stops. Exit status 0.
+A second signal ends the process at once.
+"""
+
+import asyncio
+import os
+import signal
+import time
+
+from grpc_health.v1 import health, health_pb2
+
+from expert_node.service import SERVICE_NAME
+from shoal.errors import NodeDraining
+from shoal.experts.resident import ResidentStore, WarmUpProgress
+from shoal.log import get_logger
+
+WARM_UP_LOG_INTERVAL_S = 1.0
+_log = get_logger("lifecycle")
+
+
+class WarmUpStopped(Exception):
+    """The node was told to leave while it warmed up."""
+
+
+class Health:
+    """grpc.health.v1 for the process ("") and the service."""
+
+    def __init__(self) -> None:
+        self.servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """Tell those who check or watch."""
+        statuses = health_pb2.HealthCheckResponse
+        status = statuses.SERVING if is_serving else statuses.NOT_SERVING
+        for service in ("", SERVICE_NAME):
+            await self.servicer.set(service, status)
+
+
+class StopSignal:
+    """Set once, by a signal or a Drain call; carries the reason."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self.reason = ""
+
+    @property
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    def set(self, reason: str) -> None:
+        """Ask the node to leave. The first reason stays."""
+        if not self.is_set:
+            self.reason = reason
+            self._event.set()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+    def install(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let SIGTERM and SIGINT set it; the second one exits at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self.is_set:
+            os._exit(128 + number)
+        self.set(number.name)
+
+
+async def warm_up(store: ResidentStore, stop: StopSignal) -> None:
+    """Read every owned expert, logging how far it is.
+
+    Raises:
+        WarmUpStopped: `stop` was set meanwhile.
+        CorruptArtifact, OSError: an expert cannot be served; so neither can the node.
+    """
+    last_s = time.monotonic()
+
+    def report(progress: WarmUpProgress) -> None:
+        nonlocal last_s
+        if stop.is_set:
+            raise WarmUpStopped
+        is_last = progress.num_experts == progress.total_experts
+        if is_last or time.monotonic() - last_s >= WARM_UP_LOG_INTERVAL_S:
+            last_s = time.monotonic()
+            _log.info(
+                "warm-up",
+                experts=f"{progress.num_experts}/{progress.total_experts}",
+                gib=f"{progress.num_bytes / 2**30:.2f}/{progress.total_bytes / 2**30:.2f}",
+                gib_per_s=round(progress.num_bytes / 2**30 / max(progress.elapsed_s, 1e-9), 2),
+            )
+
+    await asyncio.to_thread(store.warm_up, report)
+
+
+def drained_too_late(drain_timeout_s: float) -> NodeDraining:
+    """Return what the calls are told that a drain could not wait for."""
+    return NodeDraining(f"the node left after waiting {drain_timeout_s:g} s for its calls")

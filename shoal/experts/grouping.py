@@ -1,0 +1,45 @@
+"""Turns a call's pairs around: from the experts of each row to the rows of each expert (core).
+
+Inputs are checked at the edges (`shoal/wire.py`, the dispatch); here they are trusted. Nothing is
+computed in floating point: weights are moved, and the sums over pairs are integers, so the order
+that this file gives the pairs never shows in a result.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.experts.call import ExpertCall
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedPairs:
+    """The P pairs of a call, grouped by expert.
+
+    experts: the distinct experts, ascending.
+    pair_offsets: [len(experts) + 1] int32; expert i has pairs [pair_offsets[i], pair_offsets[i+1]).
+    pair_rows: [P] int32, the row of each pair, ascending within an expert.
+    pair_weights: [P] float32, its routing weight.
+    """
+
+    experts: list[int]
+    pair_offsets: NDArray[np.int32]
+    pair_rows: NDArray[np.int32]
+    pair_weights: NDArray[np.float32]
+
+
+def group_pairs(call: ExpertCall) -> GroupedPairs:
+    """Return the call's pairs grouped by expert."""
+    order = np.argsort(call.experts, kind="stable")
+    experts = call.experts[order]
+    weights = call.weights[order]
+    num_rows = call.row_offsets.size - 1
+    if num_rows == 1:  # decode: experts of a row are distinct, so every pair is its own group
+        rows = np.zeros(experts.size, np.int32)
+        offsets = np.arange(experts.size + 1, dtype=np.int32)
+        return GroupedPairs(experts.tolist(), offsets, rows, weights)
+    row_of_pair = np.repeat(np.arange(num_rows, dtype=np.int32), np.diff(call.row_offsets))
+    starts = np.flatnonzero(experts[1:] != experts[:-1]) + 1
+    offsets = np.concatenate(([0], starts, [experts.size])).astype(np.int32)
+    return GroupedPairs(experts[offsets[:-1]].tolist(), offsets, row_of_pair[order], weights)

@@ -1,0 +1,277 @@
+"""Arrays to messages and back: every size, range and value that a peer sends is checked here.
+
+Decoded arrays are views of the message's bytes where the machine's byte order is the wire's
+(little-endian) and their type is the same. Whatever a stranger sends, only MalformedMessage and
+NumericError leave this file.
+
+What a call needs of the model (its layer exists, its width and scheme are the layer's) is checked
+by `ExpertExecutor.check`, for remote and local calls alike.
+"""
+
+from typing import Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal import errors, limits, ops
+from shoal.experts.call import ExpertCall
+from shoal.quant import Scheme, round_up
+from shoal.rows import Rows
+from shoal.v1 import expert_pb2 as pb
+
+# Protobuf framing and the fields of a message that do not grow with its rows. The largest is
+# pairs: at most MAX_EXPERTS_PER_TOKEN a row, counted with the row.
+ENVELOPE_BYTES: Final = 256
+_PAIR_BYTES = 2 + 4  # expert index, routing weight
+_EXPONENT_BITS = np.uint32(0x7F800000)  # all ones: infinity or NaN
+_SIGN_CLEARED = np.uint32(0x7FFFFFFF)
+_T = TypeVar("_T", bound=np.generic)
+
+
+def request_row_bytes(dim: int, scheme: Scheme, experts_per_token: int) -> int:
+    """Return the bytes that one row adds to a call's message, at most."""
+    padded = round_up(dim, scheme.span)
+    rows = 4 * dim if scheme is Scheme.F32 else padded + 4 * (padded // scheme.span)
+    return rows + 2 + experts_per_token * _PAIR_BYTES
+
+
+def reply_row_bytes(dim: int, width: int = 8) -> int:
+    """Return the bytes that one row adds to a reply's message at that width; 8 is the widest."""
+    return width * dim + 1
+
+
+def max_rows_per_call(dim: int) -> int:
+    """Return the most rows of a call of that width whose widest reply fits in one message.
+
+    A request row is never larger than the widest reply row, so this bounds both directions.
+    """
+    room = limits.MAX_MESSAGE_BYTES - ENVELOPE_BYTES
+    largest_row = max(
+        reply_row_bytes(dim),
+        *(request_row_bytes(dim, scheme, limits.MAX_EXPERTS_PER_TOKEN) for scheme in Scheme),
+    )
+    return max(1, min(limits.MAX_ROWS_PER_CALL, room // largest_row))
+
+
+def encode_call(call_id: int, deadline_ms: int, call: ExpertCall) -> pb.ClientFrame:
+    """Return the frame of a call. Args: deadline_ms: > 0, from receipt."""
+    scheme = call.rows.scheme
+    fields = {  # a mapping fills the frame's own message: a message would be copied into it
+        "call_id": call_id,
+        "layer": call.layer,
+        "deadline_ms": deadline_ms,
+        "scheme": _WIRE_SCHEME[scheme],
+        "num_rows": call.rows.num_rows,
+        "dim": call.rows.dim,
+        "values": _little_endian(call.rows.values),
+        "scales": b"" if scheme is Scheme.F32 else _little_endian(call.rows.scales),
+        "pairs_per_row": _little_endian(np.diff(call.row_offsets).astype(np.uint16)),
+        "experts": _little_endian(call.experts.astype(np.uint16)),
+        "weights": _little_endian(call.weights),
+    }
+    return pb.ClientFrame(call=fields)
+
+
+def decode_call(message: pb.ExpertCall) -> ExpertCall:
+    """Return the call in a message, all of whose sizes and values are then legal.
+
+    Raises:
+        MalformedMessage: naming the field, what it is and what it must be.
+        NumericError: rows whose values, scales or routing weights are not finite.
+    """
+    layer, num_rows, dim = message.layer, message.num_rows, message.dim
+    _check_range("layer", layer, 0, limits.MAX_LAYERS - 1)
+    _check_range("deadline_ms", message.deadline_ms, 1, 2**31)
+    _check_range("dim", dim, 1, limits.MAX_MODEL_DIM)
+    _check_range("num_rows", num_rows, 1, max_rows_per_call(dim))
+    _check_range("scheme", message.scheme, 1, len(Scheme))
+    rows = _decode_rows(message, Scheme(message.scheme - 1), num_rows, dim)
+    row_offsets, experts, weights = _decode_pairs(message, num_rows)
+    call = ExpertCall(layer, rows, row_offsets, experts, weights)
+    _check_finite(call)
+    return call
+
+
+def _decode_rows(message: pb.ExpertCall, scheme: Scheme, num_rows: int, dim: int) -> Rows:
+    if scheme is Scheme.F32:
+        values = _array("values", message.values, "<f4", num_rows * dim, np.float32)
+        if message.scales:
+            raise errors.MalformedMessage("scales: must be empty for float32 rows")
+        return Rows(scheme, dim, values.reshape(num_rows, dim), _NO_SCALES[:num_rows])
+    padded = round_up(dim, scheme.span)
+    num_scales = padded // scheme.span
+    quants = _array("values", message.values, "i1", num_rows * padded, np.int8)
+    quants = quants.reshape(num_rows, padded)
+    if quants.min() < -127:
+        raise errors.MalformedMessage("values: an int8 of -128; they must be in -127..127")
+    if padded != dim and quants[:, dim:].any():
+        raise errors.MalformedMessage(f"values: padding beyond dim = {dim} must be zero")
+    scales = _array("scales", message.scales, "<f4", num_rows * num_scales, np.float32)
+    return Rows(scheme, dim, quants, scales.reshape(num_rows, num_scales))
+
+
+def _decode_pairs(
+    message: pb.ExpertCall, num_rows: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
+    counts = _array("pairs_per_row", message.pairs_per_row, "<u2", num_rows, np.int32)
+    if counts.min() < 1 or counts.max() > limits.MAX_EXPERTS_PER_TOKEN:
+        raise errors.MalformedMessage(
+            f"pairs_per_row: {counts.min()}..{counts.max()}: every row must have "
+            f"1..{limits.MAX_EXPERTS_PER_TOKEN}"
+        )
+    row_offsets = np.zeros(num_rows + 1, np.int32)
+    counts.cumsum(out=row_offsets[1:])
+    num_pairs = int(row_offsets[-1])
+    experts = _array("experts", message.experts, "<u2", num_pairs, np.int32)
+    weights = _array("weights", message.weights, "<f4", num_pairs, np.float32)
+    if num_rows == 1:
+        distinct = len(set(experts.tolist())) == num_pairs
+    else:
+        keys = np.repeat(np.arange(num_rows, dtype=np.int32) << 16, counts) | experts
+        keys.sort()
+        distinct = bool((keys[1:] != keys[:-1]).all())
+    if not distinct:
+        raise errors.MalformedMessage("experts: a row names one expert twice")
+    if experts.max() >= limits.MAX_EXPERTS:
+        raise errors.MalformedMessage(f"experts: {experts.max()} is beyond {limits.MAX_EXPERTS}")
+    return row_offsets, experts, weights
+
+
+def _check_finite(call: ExpertCall) -> None:
+    # Integer comparisons of the bits: no float operation, so no NaN can slip through a maximum.
+    # A negative scale fails as well: its sign bit makes it the larger integer.
+    rows = call.rows
+    bad = (rows.scales.view(np.uint32) >= _EXPONENT_BITS).any(axis=1)
+    if rows.scheme is Scheme.F32:
+        bad = ((rows.values.view(np.uint32) & _SIGN_CLEARED) >= _EXPONENT_BITS).any(axis=1)
+    bad_pairs = (call.weights.view(np.uint32) & _SIGN_CLEARED) >= _EXPONENT_BITS
+    if not (bad.any() or bad_pairs.any()):
+        return
+    rows_of_pairs = np.searchsorted(call.row_offsets, np.flatnonzero(bad_pairs), side="right") - 1
+    failing = tuple(sorted({*np.flatnonzero(bad).tolist(), *rows_of_pairs.tolist()}))
+    raise errors.NumericError(
+        f"layer {call.layer}: {_rows_text(failing)} not finite as sent to the expert node", failing
+    )
+
+
+def encode_reply(
+    call_id: int,
+    sums: NDArray[np.int64],
+    grid: int,
+    *,
+    queue_us: int = 0,
+    compute_us: int = 0,
+    load_us: int = 0,
+) -> pb.NodeFrame:
+    """Return the frame that carries sums [T, D], each row at the smallest width that holds it."""
+    widths, data = ops.pack_sums(sums)
+    fields = {
+        "call_id": call_id,
+        "num_rows": sums.shape[0],
+        "dim": sums.shape[1],
+        "grid": grid,
+        "widths": widths.tobytes(),
+        "sums": data.tobytes(),
+        "queue_us": queue_us,
+        "compute_us": compute_us,
+        "load_us": load_us,
+    }
+    return pb.NodeFrame(reply=fields)
+
+
+def add_reply(
+    message: pb.Reply, rows: NDArray[np.int32], grid: int, into: NDArray[np.int64]
+) -> None:
+    """Add a reply's sums to rows `rows` of `into` [T, D]. Nothing is added when it raises.
+
+    Args:
+        rows: [T'] int32, the row of `into` for each row of the call that is answered; distinct.
+        grid: the layer's, as the coordinator's artifact has it.
+
+    Raises:
+        MalformedMessage: naming the field; the shape, grid or sizes are not the call's.
+    """
+    for name, got, wanted in (
+        ("num_rows", message.num_rows, rows.size),
+        ("dim", message.dim, into.shape[1]),
+        ("grid", message.grid, grid),
+        ("widths", len(message.widths), rows.size),
+    ):
+        if got != wanted:
+            raise errors.MalformedMessage(f"reply's {name}: {got}, must be {wanted}")
+    widths = np.frombuffer(message.widths, np.uint8)
+    data = np.frombuffer(message.sums, np.uint8)
+    try:
+        ops.unpack_add_sums(widths, data, rows, into)
+    except ValueError as error:
+        raise errors.MalformedMessage(f"reply's sums: {error}") from error
+
+
+_WIRE_SCHEME = {
+    Scheme.F32: pb.SCHEME_F32,
+    Scheme.INT8_32: pb.SCHEME_INT8_32,
+    Scheme.INT8_256: pb.SCHEME_INT8_256,
+}
+_ERROR_OF_CODE: dict[pb.Failure.Code, type[errors.ShoalError]] = {
+    pb.Failure.MALFORMED: errors.MalformedMessage,
+    pb.Failure.NOT_OWNED: errors.NotOwned,
+    pb.Failure.OVERLOADED: errors.NodeBusy,
+    pb.Failure.DEADLINE: errors.CallTimeout,
+    pb.Failure.CANCELLED: errors.CallCancelled,
+    pb.Failure.NON_FINITE: errors.NumericError,
+    pb.Failure.UNAVAILABLE: errors.ExpertUnavailable,
+    pb.Failure.DRAINING: errors.NodeDraining,
+    pb.Failure.INTERNAL: errors.NodeError,
+}
+_CODE_OF_ERROR: dict[type[BaseException], pb.Failure.Code] = {
+    **{error: code for code, error in _ERROR_OF_CODE.items()},
+    errors.ArtifactError: pb.Failure.UNAVAILABLE,
+    OSError: pb.Failure.UNAVAILABLE,
+    MemoryError: pb.Failure.OVERLOADED,
+}
+
+
+def failure_of(call_id: int, error: BaseException) -> pb.Failure:
+    """Return the terminal frame that tells a coordinator of that error."""
+    codes = (_CODE_OF_ERROR[kind] for kind in type(error).__mro__ if kind in _CODE_OF_ERROR)
+    code = next(codes, pb.Failure.INTERNAL)
+    rows = error.rows if isinstance(error, errors.NumericError) else ()
+    return pb.Failure(call_id=call_id, code=code, message=str(error), rows=rows)
+
+
+def error_of(failure: pb.Failure, node: str) -> errors.ShoalError:
+    """Return the error that a failure stands for; its message names the node.
+
+    A code that this version does not know becomes a plain NodeError.
+    """
+    message = f"node {node}: {failure.message}"
+    kind = _ERROR_OF_CODE.get(failure.code, errors.NodeError)
+    if kind is errors.NumericError:
+        return errors.NumericError(message, tuple(failure.rows))
+    return kind(message)
+
+
+_NO_SCALES = np.empty((limits.MAX_ROWS_PER_CALL, 0), np.float32)
+
+
+def _array(name: str, data: bytes, wire_type: str, size: int, host_type: type[_T]) -> NDArray[_T]:
+    wire = np.dtype(wire_type)
+    if len(data) != size * wire.itemsize:
+        raise errors.MalformedMessage(
+            f"{name}: {len(data)} bytes, must be {size} x {wire.itemsize} = {size * wire.itemsize}"
+        )
+    return np.frombuffer(data, wire).astype(host_type, copy=False)
+
+
+def _little_endian(array: NDArray[np.generic]) -> bytes:
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise errors.MalformedMessage(f"{name} = {value}: must be in {low}..{high}")
+
+
+def _rows_text(rows: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    return f"row {shown} is" if len(rows) == 1 else f"rows {shown} are"
