@@ -1,0 +1,91 @@
+"""One layer's routed rows, cut into expert calls by owner and by size (core).
+
+Per endpoint a row is sent once, with all of its experts there. The calls of an endpoint cover its
+rows in ascending order; how they are cut cannot change a bit of the result, only its speed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.quant import round_up
+from shoal.router import RoutingPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of one layer for one endpoint.
+
+    endpoint: index into the placement's endpoints.
+    rows: [T] int32, ascending, distinct: which of the layer's rows these are.
+    row_offsets, experts, weights: as in shoal.experts.call.ExpertCall.
+    """
+
+    endpoint: int
+    rows: NDArray[np.int32]
+    row_offsets: NDArray[np.int32]
+    experts: NDArray[np.int32]
+    weights: NDArray[np.float32]
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.rows.size)
+
+    def cut(self, first: int, last: int) -> "Part":
+        """Return the rows first..last-1 of this part as a part of its own."""
+        begin, end = int(self.row_offsets[first]), int(self.row_offsets[last])
+        return Part(
+            self.endpoint,
+            self.rows[first:last],
+            self.row_offsets[first : last + 1] - self.row_offsets[first],
+            self.experts[begin:end],
+            self.weights[begin:end],
+        )
+
+
+def by_owner(plan: RoutingPlan, owners: NDArray[np.int32]) -> list[Part]:
+    """Split a plan into one part per endpoint that owns any of its experts.
+
+    Args:
+        owners: [E] int32, from Placement.owners.
+    """
+    num_rows, per_row = plan.experts.shape
+    owner = owners[plan.experts.reshape(-1)]
+    first_owner = int(owner[0])
+    if (owner == first_owner).all():
+        return [_whole(plan, first_owner)]
+    experts, weights = plan.experts.reshape(-1), plan.weights.reshape(-1)
+    parts = []
+    for endpoint in np.flatnonzero(np.bincount(owner)):
+        pairs = np.flatnonzero(owner == endpoint)  # ascending: grouped by row
+        counts = np.bincount(pairs // per_row, minlength=num_rows)
+        rows = np.flatnonzero(counts)
+        offsets = np.zeros(rows.size + 1, np.int32)
+        np.cumsum(counts[rows], out=offsets[1:])
+        parts.append(
+            Part(int(endpoint), rows.astype(np.int32), offsets, experts[pairs], weights[pairs])
+        )
+    return parts
+
+
+def _whole(plan: RoutingPlan, endpoint: int) -> Part:
+    num_rows, per_row = plan.experts.shape
+    return Part(
+        endpoint,
+        np.arange(num_rows, dtype=np.int32),
+        np.arange(0, num_rows * per_row + 1, per_row, dtype=np.int32),
+        plan.experts.reshape(-1),
+        plan.weights.reshape(-1),
+    )
+
+
+def by_size(part: Part, max_rows: int) -> list[Part]:
+    """Cut a part into nearly equal calls of at most `max_rows` rows."""
+    num_calls = -(-part.num_rows // max_rows)
+    if num_calls == 1:
+        return [part]
+    step = min(max_rows, round_up(-(-part.num_rows // num_calls), 8))  # kernels like full tiles
+    return [
+        part.cut(first, min(first + step, part.num_rows)) for first in range(0, part.num_rows, step)
+    ]

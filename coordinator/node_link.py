@@ -1,0 +1,216 @@
+"""One node's connections: channel options, Describe, the Open handshake, frames in and out.
+
+Two channels a node, so that a prefill's megabytes never stand before a decode's kilobytes. All of
+it runs on the gRPC loop's thread.
+"""
+
+import asyncio
+import itertools
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from coordinator.dispatch import Lane
+from coordinator.handshake import NodeFacts
+from shoal import errors, limits
+from shoal.experts.ownership import OwnedRange
+from shoal.shard_map import Endpoint, EndpointKind
+from shoal.v1 import expert_pb2 as pb
+
+CONNECT_TIMEOUT_S = 1.8  # a node that is down is reported within 2 s
+MAX_OUTBOX_FRAMES = 4096  # credit bounds the bytes long before this
+EXECUTE = "/shoal.v1.ExpertService/Execute"
+DESCRIBE = "/shoal.v1.ExpertService/Describe"
+_channel_numbers = itertools.count()
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What Open says of this coordinator. nonce: 16 bytes, new for each NodeClient."""
+
+    identity: str
+    numerics: str
+    nonce: bytes
+
+
+class LaneLink:
+    """One stream on a channel of its own."""
+
+    def __init__(self, node: str, target: str, lane: Lane) -> None:
+        self.node, self.lane = node, lane
+        self._target = target
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue(MAX_OUTBOX_FRAMES)
+        self._channel: grpc.aio.Channel | None = None
+        self._stream: Any = None
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self._target, options=_options())
+        return self._channel
+
+    async def open(self, greeting: Greeting, stream_epoch: int) -> pb.Opened:
+        """Start the stream and return the node's answer to Open. Raises NodeError."""
+        self._stream = self.channel.stream_stream(EXECUTE)()
+        opening = pb.Open(
+            protocol_version=limits.PROTOCOL_VERSION,
+            identity=greeting.identity,
+            numerics=greeting.numerics,
+            lane=pb.LANE_BULK if self.lane is Lane.BULK else pb.LANE_INTERACTIVE,
+            coordinator_nonce=greeting.nonce,
+            stream_epoch=stream_epoch,
+        )
+        frame = pb.ClientFrame(open=opening).SerializeToString()
+        await _answer(self.node, self._stream.write(frame))
+        answer, _ = await _answer(self.node, self.read())
+        if answer.WhichOneof("frame") != "opened":
+            raise errors.MalformedMessage(f"node {self.node} did not answer Open with Opened")
+        return answer.opened
+
+    def send(self, frame: bytes) -> None:
+        """Queue a frame. Frames go out in order."""
+        self._outbox.put_nowait(frame)
+
+    async def write_loop(self) -> None:
+        """Write what is queued, until the stream ends: its reader is the one to report that."""
+        try:
+            while True:
+                frame = await self._outbox.get()
+                await self._stream.write(frame)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return
+
+    async def read(self) -> tuple[pb.NodeFrame, int]:
+        """Return the next frame and its size in bytes.
+
+        Raises NodeUnreachable when there is none: the stream has ended, however politely.
+        """
+        try:
+            data = await self._stream.read()
+        except grpc.aio.AioRpcError as error:
+            raise _error_of_status(self.node, error) from error
+        if not isinstance(data, bytes):
+            raise errors.NodeUnreachable(f"node {self.node} ended its stream: it is shutting down")
+        try:
+            return pb.NodeFrame.FromString(data), len(data)
+        except DecodeError as error:
+            raise errors.MalformedMessage(
+                f"node {self.node} sent bytes that are no frame"
+            ) from error
+
+    async def close(self) -> None:
+        """Close the channel, and with it the stream."""
+        if self._channel is not None:
+            await self._channel.close()
+
+
+class NodeLink:
+    """A node's two lanes, and its unary calls, which travel on the interactive channel."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.node = str(endpoint)
+        is_unix = endpoint.kind is EndpointKind.UNIX
+        target = f"unix:{endpoint.address}" if is_unix else endpoint.address
+        self.lanes = {lane: LaneLink(self.node, target, lane) for lane in Lane}
+
+    async def describe(self) -> NodeFacts:
+        """Ask the node who it is. Raises NodeUnreachable within CONNECT_TIMEOUT_S."""
+        call = self.lanes[Lane.INTERACTIVE].channel.unary_unary(
+            DESCRIBE,
+            request_serializer=pb.DescribeRequest.SerializeToString,
+            response_deserializer=pb.DescribeReply.FromString,
+        )
+        request = pb.DescribeRequest(protocol_version=limits.PROTOCOL_VERSION)
+        return _facts(await _answer(self.node, call(request, timeout=CONNECT_TIMEOUT_S)))
+
+    async def close(self) -> None:
+        for lane in self.lanes.values():
+            await lane.close()
+
+
+def _options() -> list[tuple[str, int]]:
+    ping_timeout_ms = 2000
+    return [
+        # Channels to one target share a connection unless an argument differs.
+        ("shoal.channel", next(_channel_numbers)),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
+        # The backstop behind call deadlines: a peer that is stopped or cut off. Without
+        # ping_timeout_ms its default of 60 s wins over keepalive_timeout_ms (measured, 1.85.1).
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", ping_timeout_ms),
+        ("grpc.http2.ping_timeout_ms", ping_timeout_ms),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.lookahead_bytes", 16 * limits.MIB),
+        ("grpc.enable_retries", 0),  # retrying is the dispatch core's business
+        ("grpc.enable_http_proxy", 0),  # nodes are peers, not web sites
+    ]
+
+
+async def _answer(node: str, waiting: Awaitable[_T]) -> _T:
+    """Await a step of the handshake, bounded; a failed one becomes the node's error."""
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            return await waiting
+    except grpc.aio.AioRpcError as error:
+        raise _error_of_status(node, error) from error
+    except TimeoutError as error:
+        raise _silent(node) from error
+
+
+def _silent(node: str) -> errors.NodeUnreachable:
+    return errors.NodeUnreachable(
+        f"node {node} accepts connections but gave no answer within {CONNECT_TIMEOUT_S:g} s: "
+        "it hangs, or something else listens there"
+    )
+
+
+def _error_of_status(node: str, error: grpc.aio.AioRpcError) -> errors.NodeError:
+    details = error.details() or error.code().name
+    match error.code():
+        case grpc.StatusCode.UNAVAILABLE:
+            cause = details.rpartition(": ")[2]  # gRPC chains its layers; the last one says why
+            return errors.NodeUnreachable(
+                f"node {node} is not reachable ({cause}): start it with `shoal node`, or correct "
+                "--moe-shards"
+            )
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return _silent(node)
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return errors.NodeMismatch(f"node {node} refuses this coordinator: {details}")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return errors.NodeMismatch(
+                f"node {node} is a gRPC server, but no shoal node: {details}"
+            )
+        case grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return errors.MalformedMessage(f"node {node}: {details}")
+        case code:
+            return errors.NodeError(f"node {node}: {details} ({code.name})")
+
+
+def _facts(reply: pb.DescribeReply) -> NodeFacts:
+    return NodeFacts(
+        protocol_version=reply.protocol_version,
+        shoal_version=reply.shoal_version,
+        identity=reply.identity,
+        model_name=reply.model_name,
+        numerics=reply.numerics,
+        instance_epoch=reply.instance_epoch,
+        owned=tuple(
+            OwnedRange(x.first_layer, x.last_layer, x.first_expert, x.last_expert)
+            for x in reply.owned
+        ),
+        quantisation=reply.quantisation,
+        isa=reply.isa,
+        num_threads=reply.num_threads,
+        max_rows_per_call=reply.max_rows_per_call,
+        is_ready=reply.ready,
+        is_draining=reply.draining,
+    )
