@@ -9,6 +9,8 @@ non-finite, or somebody cancels. A request that cannot be served is refused befo
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
+from blake3 import blake3
+
 from coordinator.array_types import F32
 from coordinator.batch import Piece, make_batch
 from coordinator.cancellation import Cancellation, Cancelled
@@ -25,7 +27,8 @@ from coordinator.request import (
 )
 from coordinator.sampler import choose
 from coordinator.sequence import Sequence
-from coordinator.tokenizer import TextStream, Tokenizer
+from coordinator.text_stream import TextStream
+from coordinator.tokenizer import Tokenizer
 from coordinator.transformer import Transformer
 from shoal import limits
 from shoal.errors import RequestError, ShoalError
@@ -100,7 +103,7 @@ class Engine:
             reason = FinishReason.CANCELLED
         except ShoalError as failure:
             reason, error = FinishReason.ERROR, failure
-        yield Finished(reason, text.finish(), progress.timings(), error)
+        yield Finished(reason, text.finish(), progress.timings(), progress.logits_digest(), error)
 
     def _prefill(self, progress: "_Progress", cancellation: Cancellation) -> F32:
         """Run what is not cached of the prompt; return the logits [V] of its last token."""
@@ -125,6 +128,7 @@ class Engine:
         request, sequence = progress.request, self._sequence
         eos_ids = frozenset[int]() if request.ignore_eos else self._tokenizer.eos_ids
         while True:
+            progress.record_logits(logits)
             choice = choose(logits, request, sequence.token_ids)
             sequence.extend([choice.token_id])
             progress.generated()
@@ -163,6 +167,14 @@ class _Progress:
         self._prefilled_s = started_s
         self._first_token_s = started_s
         self._last_token_s = started_s
+        self._digest = None if request.num_top_logprobs is None else blake3()
+
+    def record_logits(self, logits: F32) -> None:
+        if self._digest is not None:
+            self._digest.update(logits.data)
+
+    def logits_digest(self) -> str | None:
+        return None if self._digest is None else self._digest.hexdigest()
 
     def prefilled(self) -> None:
         self._prefilled_s = self._clock()

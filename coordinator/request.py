@@ -126,11 +126,17 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The terminal event. `text` is what was held back in case it began a stop string."""
+    """The terminal event.
+
+    text: what was held back in case it began a stop string.
+    logits_digest: blake3 of every row of logits that was sampled from, in order; None unless
+        logprobs were asked for. Two ways of serving one model have the same.
+    """
 
     reason: FinishReason
     text: str
     timings: Timings
+    logits_digest: str | None = None
     error: ShoalError | None = None
 
 

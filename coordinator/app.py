@@ -1,0 +1,183 @@
+"""Composition: which artifact, which dispatch, which clock. Everything is handed in from here.
+
+open_model:   artifact + tokenizer. Cheap; enough to build and to refuse a request.
+start_engine: kernels checked, nodes met and verified, weights read. Then requests run.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+from coordinator.cancellation import Cancellation
+from coordinator.chat_template import ChatTemplate
+from coordinator.engine import Engine, EngineConfig
+from coordinator.expert_dispatch import ExpertDispatch, LocalDispatch, open_remote_dispatch
+from coordinator.kv_arrays import KvArrays
+from coordinator.report import ModelLabel, Transcript
+from coordinator.request import Event, Finished, GenerationRequest, PromptRead, TokenGenerated
+from coordinator.tokenizer import Tokenizer
+from coordinator.transformer import Transformer
+from shoal import limits, numerics, ops
+from shoal.artifact import Artifact
+from shoal.errors import RequestError, UsageError
+from shoal.experts.executor import ExpertExecutor
+from shoal.experts.ownership import Ownership
+from shoal.experts.resident import ResidentStore, WarmUpProgress
+from shoal.paths import resolve_model
+
+MAX_THREADS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorConfig:
+    """What the command line says; checked here, once.
+
+    model: a name or a path. moe_shards: None: every expert in this process.
+    threads: of the kernels; None: as many as the machine has cores.
+    max_context: None: the model's own.
+    """
+
+    model: str
+    moe_shards: str | None = None
+    threads: int | None = None
+    max_context: int | None = None
+    prefill_chunk: int = limits.PREFILL_CHUNK
+    call_timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise UsageError(f"--threads {self.threads}: must be in 1..{MAX_THREADS}")
+        if not 0 < self.call_timeout_s <= limits.MAX_CALL_TIMEOUT_S:
+            raise UsageError(
+                f"--call-timeout {self.call_timeout_s}: must be above 0 and at most "
+                f"{limits.MAX_CALL_TIMEOUT_S} seconds"
+            )
+
+
+class OpenedModel:
+    """An artifact and its tokenizer, before any weight is read."""
+
+    def __init__(self, config: CoordinatorConfig) -> None:
+        self.config = config
+        self.artifact = Artifact.open(resolve_model(config.model))
+        self.tokenizer = Tokenizer.open(
+            self.artifact.tokenizer_path, self.artifact.generation_config
+        )
+        longest = self.artifact.spec.max_context
+        max_context = longest if config.max_context is None else config.max_context
+        if max_context > longest:
+            raise RequestError(
+                f"--max-context {max_context}: {self.artifact.name} was made for {longest} tokens"
+            )
+        self.engine_config = EngineConfig(max_context, config.prefill_chunk)
+
+    def chat_template(self) -> ChatTemplate:
+        """Return the model's template. Raises RequestError if it has none."""
+        if self.artifact.chat_template_path is None:
+            raise RequestError(
+                f"{self.artifact.name} has no chat template: complete raw text with `shoal run`, "
+                "without --chat"
+            )
+        source = self.artifact.text("chat_template.jinja")
+        return ChatTemplate(source, self.tokenizer.special_tokens, datetime.now)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise RequestError for a request that this model cannot serve."""
+        request.check(self.artifact.spec.vocab_size, self.engine_config.max_context)
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    """Return one message as chat templates know it."""
+    return {"role": role, "content": content}
+
+
+class Coordinator:
+    """A model that answers. Not thread-safe."""
+
+    def __init__(self, model: OpenedModel, engine: Engine, dispatch: ExpertDispatch) -> None:
+        self.model = model
+        self.engine = engine
+        self._dispatch = dispatch
+
+    @property
+    def label(self) -> ModelLabel:
+        artifact = self.model.artifact
+        return ModelLabel(artifact.name, artifact.identity, numerics.NUMERICS, ops.isa())
+
+    def generate(self, transcript: Transcript, cancellation: Cancellation) -> Iterator[Event]:
+        """Serve the transcript's request and write down what it brings.
+
+        Raises: RequestError, before any work, for a request that cannot be served.
+        """
+        self._dispatch.stats.reset()
+        for event in self.engine.generate(transcript.request, cancellation):
+            match event:
+                case PromptRead():
+                    transcript.prefill = self._dispatch.stats.summary()
+                    self._dispatch.stats.reset()
+                case TokenGenerated():
+                    transcript.tokens.append(event)
+                case Finished():
+                    transcript.decode = self._dispatch.stats.summary()
+                    transcript.finished = event
+            yield event
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """Who hears how a start goes. tell: a sentence; show_load: after each expert that was read."""
+
+    tell: Callable[[str], None]
+    show_load: Callable[[WarmUpProgress], None]
+
+
+@contextmanager
+def start_engine(model: OpenedModel, feedback: Feedback) -> Iterator[Coordinator]:
+    """Check the kernels, meet the nodes, read the weights; let go of everything at the end.
+
+    Raises:
+        NumericsMismatch: this build's kernels compute other bits than the golden digests.
+        ShardMapError, NodeError: --moe-shards is wrong, or a node cannot do its part.
+        ArtifactError: a tensor is damaged or missing.
+    """
+    config, artifact = model.config, model.artifact
+    numerics.check()
+    if config.threads is not None:
+        ops.set_threads(config.threads)
+    dispatch = _open_dispatch(config, artifact, feedback)
+    try:
+        engine = Engine(
+            Transformer(artifact, dispatch),
+            model.tokenizer,
+            lambda num_blocks: KvArrays(artifact.spec, artifact.kv_dtype, num_blocks),
+            model.engine_config,
+            time.perf_counter,
+        )
+        yield Coordinator(model, engine, dispatch)
+    finally:
+        dispatch.close()
+
+
+def _open_dispatch(
+    config: CoordinatorConfig, artifact: Artifact, feedback: Feedback
+) -> ExpertDispatch:
+    if config.moe_shards is not None:
+        return open_remote_dispatch(
+            artifact, config.moe_shards, config.call_timeout_s, notify=feedback.tell
+        )
+    wanted = {
+        index: range(layer.router.num_experts)
+        for index, layer in enumerate(artifact.spec.layers)
+        if layer.router is not None
+    }
+    for layer, experts in wanted.items():
+        if len(artifact.owned_experts.get(layer, ())) < len(experts):
+            raise UsageError(
+                f"{artifact.path} is a slice without all experts of layer {layer}: say with "
+                "--moe-shards which nodes have them, or use the whole artifact"
+            )
+    store = ResidentStore(artifact, Ownership(dict(wanted)))
+    store.warm_up(feedback.show_load)
+    return LocalDispatch(ExpertExecutor(artifact, store))

@@ -1,0 +1,200 @@
+"""`shoal run` and `shoal chat`: the command line in, text out. What they do is in `app` and `chat`.
+
+Nothing heavy is imported before a command runs, so that `--help` is quick.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shoal import limits
+from shoal.errors import UsageError
+
+if TYPE_CHECKING:
+    from coordinator.app import CoordinatorConfig, Feedback
+    from shoal.experts.resident import WarmUpProgress
+    from shoal.ops import SamplingParams
+
+LOAD_SILENCE_S = 0.5
+
+Model = Annotated[str, typer.Argument(help="name or path of an artifact", show_default=False)]
+MoeShards = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MAP",
+        help="who computes which experts: 0-63=grpc://a:50051,64-127=grpc://b:50051 or @file.toml; "
+        "without it, this process does",
+        show_default=False,
+    ),
+]
+Temperature = Annotated[float, typer.Option(help="0: always the likeliest token")]
+TopK = Annotated[int, typer.Option(help="sample from the K likeliest only; 0: from all")]
+TopP = Annotated[float, typer.Option(help="sample from the likeliest that hold this mass")]
+MinP = Annotated[float, typer.Option(help="drop tokens below this share of the likeliest")]
+RepetitionPenalty = Annotated[float, typer.Option(help="above 1: repeat less")]
+Seed = Annotated[int, typer.Option(help="the same seed gives the same tokens, everywhere")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="end before this string; may be repeated", metavar="STR")
+]
+System = Annotated[str | None, typer.Option(help="system prompt of the chat template")]
+PrefillChunk = Annotated[int, typer.Option(help="prompt tokens per pass; changes speed only")]
+Threads = Annotated[
+    int | None, typer.Option(help="of the kernels; default: all cores", show_default=False)
+]
+MaxContext = Annotated[
+    int | None, typer.Option(help="tokens; default: the model's own", show_default=False)
+]
+CallTimeout = Annotated[float, typer.Option(help="seconds that a node may take for one layer")]
+
+
+def run(
+    model: Model,
+    prompt: Annotated[
+        str | None, typer.Argument(help="text to complete; - reads it from stdin")
+    ] = None,
+    moe_shards: MoeShards = None,
+    max_tokens: Annotated[int, typer.Option(help="tokens to generate at most")] = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    chat: Annotated[bool, typer.Option("--chat", help="apply the model's chat template")] = False,
+    system: System = None,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end")] = False,
+    top_logprobs: Annotated[
+        int, typer.Option(help="with --json: logprobs of the K likeliest tokens, too")
+    ] = 0,
+    prompt_ids: Annotated[
+        str | None, typer.Option(metavar="1,2,3", help="token ids in place of a prompt")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="go on after an end-of-sequence token")
+    ] = False,
+    prefill_chunk: PrefillChunk = limits.PREFILL_CHUNK,
+    threads: Threads = None,
+    max_context: MaxContext = None,
+    call_timeout: CallTimeout = 10.0,
+) -> None:
+    """Complete one prompt, streaming the text; a line of figures follows on stderr.
+
+    The prompt is completed as it is; --chat wraps it in the model's chat template.
+    """
+    from coordinator.run import RunRequest, run_once
+
+    if top_logprobs and not json:
+        raise UsageError("--top-logprobs needs --json: there is nowhere else to show them")
+    if system is not None and not chat:
+        raise UsageError("--system needs --chat: a raw completion has no system prompt")
+    config = _config(model, moe_shards, threads, max_context, prefill_chunk, call_timeout)
+    run_once(
+        config,
+        RunRequest(
+            prompt=None if prompt_ids is not None and prompt is None else _prompt(prompt),
+            prompt_ids=None if prompt_ids is None else _parse_ids(prompt_ids),
+            is_chat=chat,
+            system=system,
+            max_tokens=max_tokens,
+            sampling=_sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
+            stop=tuple(stop or ()),
+            ignore_eos=ignore_eos,
+            num_top_logprobs=top_logprobs if json else None,
+        ),
+        _feedback(),
+    )
+
+
+def chat(
+    model: Model,
+    moe_shards: MoeShards = None,
+    system: System = None,
+    max_tokens: Annotated[int, typer.Option(help="tokens of one answer at most")] = 1024,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    prefill_chunk: PrefillChunk = limits.PREFILL_CHUNK,
+    threads: Threads = None,
+    max_context: MaxContext = None,
+    call_timeout: CallTimeout = 10.0,
+) -> None:
+    """Talk with a model: history, streaming, /reset, /system TEXT, /exit.
+
+    Ctrl-C stops an answer, Ctrl-D leaves. Without a terminal every line of stdin is a message.
+    """
+    from coordinator.chat import ChatConfig, run_chat
+
+    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    run_chat(
+        _config(model, moe_shards, threads, max_context, prefill_chunk, call_timeout),
+        ChatConfig(system, max_tokens, sampling, tuple(stop or ())),
+        _feedback(),
+    )
+
+
+def _config(
+    model: str,
+    moe_shards: str | None,
+    threads: int | None,
+    max_context: int | None,
+    prefill_chunk: int,
+    call_timeout: float,
+) -> "CoordinatorConfig":
+    from coordinator.app import CoordinatorConfig
+
+    return CoordinatorConfig(model, moe_shards, threads, max_context, prefill_chunk, call_timeout)
+
+
+def _sampling(
+    temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, seed: int
+) -> "SamplingParams":
+    from shoal.ops import SamplingParams
+
+    return SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=penalty,
+        seed=seed,
+    )
+
+
+def _prompt(prompt: str | None) -> str:
+    if prompt is None:
+        raise UsageError("no prompt: give a text, - to read it from stdin, or --prompt-ids 1,2,3")
+    return sys.stdin.read() if prompt == "-" else prompt
+
+
+def _parse_ids(text: str) -> tuple[int, ...]:
+    ids: list[int] = []
+    for index, word in enumerate(text.split(",")):
+        if not word.strip().isdecimal():
+            raise UsageError(
+                f"--prompt-ids: {word.strip()!r} at place {index} is not a token id: "
+                "write ids separated by commas, such as 1,2,3"
+            )
+        ids.append(int(word))
+    return tuple(ids)
+
+
+def _feedback() -> "Feedback":
+    from coordinator.app import Feedback
+
+    return Feedback(tell=lambda text: typer.echo(text, err=True), show_load=_show_load)
+
+
+def _show_load(progress: "WarmUpProgress") -> None:
+    # Only where reading takes long enough for somebody to wonder.
+    is_last = progress.num_experts == progress.total_experts
+    if not sys.stderr.isatty() or progress.elapsed_s < LOAD_SILENCE_S:
+        return
+    done, total = progress.num_bytes / 1e9, progress.total_bytes / 1e9
+    sys.stderr.write(f"\rreading experts: {done:.2f} of {total:.2f} GB" + "\n" * is_last)
+    sys.stderr.flush()
