@@ -1,0 +1,42 @@
+"""Sums of expert outputs as integers: packed for a message, added up, turned back into floats.
+
+Typed fronts of the native kernels. A sum is that of q = rne(weight * y * 2^grid) over experts
+(exactness rule 5), so neither order nor split of the adding matters.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal import _kernels
+
+I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
+
+
+def finish_sums(sums: I64, grid: int) -> NDArray[np.float32]:
+    """Return float32(sums) * 2^-grid, [T, D]; grid in -126..126."""
+    out = np.empty(sums.shape, np.float32)
+    _kernels.finish_sums(sums, grid, out)
+    return out
+
+
+def pack_sums(sums: I64) -> tuple[U8, U8]:
+    """Return (widths, data) of sums [T, D].
+
+    widths[t] is the smallest of 2, 3, 4, 8 bytes that holds every value of row t; data is the rows
+    one after the other, little-endian two's complement.
+    """
+    widths = np.empty(len(sums), np.uint8)
+    data = np.empty(_kernels.sum_widths(sums, widths), np.uint8)
+    _kernels.pack_sums(sums, widths, data)
+    return widths, data
+
+
+def unpack_add_sums(widths: U8, data: U8, rows: NDArray[np.int32], into: I64) -> None:
+    """Add packed row t to row rows[t] of `into` [T, D].
+
+    Raises:
+        ValueError: a width, row or size that cannot be, or a sum of 2^56 or more; `into` is then
+            unchanged. The arrays may come from a stranger.
+    """
+    _kernels.unpack_add_sums(widths, data, rows, into)
