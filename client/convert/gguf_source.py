@@ -57,8 +57,15 @@ class GgufSource:
     def text_files(self, tokenizer_folder: Path | None) -> TextFiles:
         """Make the tokenizer from the metadata, or read it from the folder that replaces it."""
         if tokenizer_folder is not None:
-            return read_text_files(tokenizer_folder, self.config, tokenizer_folder)
+            return read_text_files(tokenizer_folder, self._token_ids(), tokenizer_folder)
         return gguf_text_files(self.metadata)
+
+    def _token_ids(self) -> dict[str, Any]:
+        names = {"bos": "bos", "eos": "eos", "pad": "padding"}
+        ids = {
+            ours: self.metadata.get(f"tokenizer.ggml.{key}_token_id") for ours, key in names.items()
+        }
+        return {f"{ours}_token_id": value for ours, value in ids.items() if value is not None}
 
     def _rope_factors(self) -> list[float] | None:
         if _ROPE_FACTORS not in self._found:

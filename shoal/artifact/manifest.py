@@ -247,7 +247,7 @@ def _identity_object(manifest: Manifest) -> JsonObject:
         "spec": spec_to_json(manifest.spec),
         "quantisation": manifest.quantisation,
         "tensors": tensors,
-        "files": {file.name: file.blake3 for file in manifest.files},
+        "tokenizer": {f.name: f.blake3 for f in manifest.files}.get("tokenizer.json"),
     }
 
 

@@ -62,11 +62,15 @@ class Artifact:
             CorruptArtifact: names the file that is missing, truncated or not what it should be.
             UnsupportedModel: the artifact was written in another format version.
         """
-        manifest = decode_manifest(_read_manifest(path), str(path / MANIFEST_NAME))
-        artifact = Artifact(path, manifest)
+        artifact = Artifact.open_unchecked(path)
         for name, expected in artifact.file_sizes().items():
             check_size(path / name, expected)
         return artifact
+
+    @staticmethod
+    def open_unchecked(path: Path) -> "Artifact":
+        """Read the manifest and look at no other file: for `shoal verify` and `shoal inspect`."""
+        return Artifact(path, decode_manifest(_read_manifest(path), str(path / MANIFEST_NAME)))
 
     @property
     def name(self) -> str:

@@ -1,0 +1,145 @@
+"""Slices: the whole list of a model's tensors with the bytes of a part of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shoal import ops
+from shoal.artifact.layout import manifest_dense_header, manifest_expert_header
+from shoal.artifact.manifest import DENSE_FILE, ExpertLayer, Manifest, TextFile
+from shoal.artifact.reader import Artifact, read_exact
+from shoal.artifact.writer import ArtifactWriter, FileWriter, new_artifact
+from shoal.errors import CorruptArtifact, UsageError
+from shoal.experts.ownership import spans_of
+
+_COPY_BYTES = 16 << 20
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a slice holds.
+
+    dense: dense.safetensors and the text files: what a coordinator needs.
+    experts: layer -> indices, ascending.
+    """
+
+    dense: bool
+    experts: Mapping[int, Sequence[int]]
+
+
+def coordinator_part() -> Part:
+    """What a coordinator needs: everything but the experts."""
+    return Part(dense=True, experts={})
+
+
+def node_part(
+    manifest: Manifest, experts: Sequence[int] | None, layers: Sequence[int] | None
+) -> Part:
+    """What an expert node needs: these experts of these layers; None means all.
+
+    Raises: UsageError where that is nothing.
+    """
+    wanted = {
+        entry.layer: [i for i in range(entry.num_experts) if experts is None or i in set(experts)]
+        for entry in manifest.experts
+        if layers is None or entry.layer in set(layers)
+    }
+    part = Part(
+        dense=False, experts={layer: indices for layer, indices in wanted.items() if indices}
+    )
+    if not part.experts:
+        raise UsageError("the slice would hold no expert: those layers have none of that range")
+    return part
+
+
+def slice_bytes(artifact: Artifact, part: Part) -> int:
+    """Return the bytes of weights that the slice will hold."""
+    dense = sum(tensor.num_bytes for tensor in artifact.manifest.dense) if part.dense else 0
+    return dense + sum(
+        len(indices) * artifact.expert_layer(layer).expert_bytes
+        for layer, indices in part.experts.items()
+    )
+
+
+def write_slice(
+    artifact: Artifact, part: Part, out: Path, progress: Progress, *, force: bool
+) -> tuple[Manifest, tuple[Path, ...]]:
+    """Copy a part, every byte checked against its hash on the way.
+
+    Returns the slice's manifest and what leftovers of killed runs were removed.
+
+    Raises:
+        CorruptArtifact, ArtifactError, NotOwned: the source is damaged, or lacks what is asked for.
+        UsageError, CannotWrite: the place.
+    """
+    source = artifact.manifest
+    needed = slice_bytes(artifact, part)
+    if part.dense and not source.has_dense:
+        raise UsageError(
+            f"{artifact.path} is a slice without the dense part: slice the whole model"
+        )
+    with new_artifact(out, force=force, needed_bytes=needed) as writer:
+        if part.dense:
+            _copy_dense(artifact, writer, progress)
+        manifest = replace(
+            source,
+            has_dense=part.dense,
+            experts=tuple(
+                _copy_experts(artifact, entry, part, writer, progress) for entry in source.experts
+            ),
+            files=tuple(_copy_text(artifact, file, part, writer) for file in source.files),
+        )
+        assert manifest.identity == source.identity, "a slice speaks of the same model"
+        writer.finish(manifest)
+    return manifest, writer.removed
+
+
+def _copy_dense(artifact: Artifact, writer: ArtifactWriter, progress: Progress) -> None:
+    path = artifact.path / DENSE_FILE
+    buffer = ops.aligned_empty(_COPY_BYTES)
+    with writer.file(DENSE_FILE, manifest_dense_header(artifact.manifest)) as file:
+        file.take_hash()
+        for tensor in artifact.manifest.dense:
+            for done in range(0, tensor.num_bytes, _COPY_BYTES):
+                piece = buffer[: min(_COPY_BYTES, tensor.num_bytes - done)]
+                read_exact(path, tensor.offset + done, piece)
+                file.write(piece)
+                progress(piece.nbytes)
+            _check(file, tensor.blake3, f"{path}: tensor {tensor.name}")
+
+
+def _copy_experts(
+    artifact: Artifact, entry: ExpertLayer, part: Part, writer: ArtifactWriter, progress: Progress
+) -> ExpertLayer:
+    indices = part.experts.get(entry.layer, ())
+    spans = tuple(spans_of(indices))
+    if not spans:
+        return replace(entry, present=(), offset=0)
+    copied = replace(entry, present=spans)
+    header = manifest_expert_header(copied)
+    buffer = ops.aligned_empty(entry.expert_bytes)
+    with writer.file(entry.file, header) as file:
+        file.take_hash()
+        for index in indices:
+            where = artifact.expert_location(entry.layer, index)
+            read_exact(where.path, where.offset, buffer)
+            file.write(buffer)
+            _check(file, where.blake3, f"{where.path}: expert {index} of layer {entry.layer}")
+            progress(buffer.nbytes)
+    return replace(copied, offset=len(header))
+
+
+def _copy_text(artifact: Artifact, file: TextFile, part: Part, writer: ArtifactWriter) -> TextFile:
+    if part.dense:
+        data = artifact.text(file.name).encode()
+        with writer.file(file.name) as copy:
+            copy.write(data)
+    return replace(file, present=part.dense)
+
+
+def _check(file: FileWriter, blake3: str, what: str) -> None:
+    if file.take_hash() != blake3:
+        raise CorruptArtifact(
+            f"{what}: its bytes are not those that were written; fetch or convert the model again"
+        )
