@@ -22,9 +22,7 @@ PROGRESS_INTERVAL_S = 0.025  # while a node holds a call: silence then means tha
 PREFILL_CHUNK = 512  # rows of one forward pass
 KV_BLOCK_TOKENS = 64  # keys of a KV block: four lanes' worth, a quarter of a cut
 ATTENTION_CUT = 256  # keys: exactness rule 6
-MAX_MANIFEST_BYTES = (
-    64 * MIB
-)  # of an artifact; the largest model known (23,040 experts) needs 2 MiB
+MAX_MANIFEST_BYTES = 64 * MIB  # of an artifact; the largest model known needs 2 MiB
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
 MIN_GRID, MAX_GRID = -64, 96  # g of exactness rule 5: 2^g and 2^-g are normal float32
 

@@ -1,0 +1,41 @@
+"""Fixtures for every test: nothing that a test starts may outlive it."""
+
+import threading
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+GRACE_S = 5.0  # for a thread or process that was told to end and is on its way
+
+
+def our_children() -> set[psutil.Process]:
+    return {
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "resource_tracker" not in " ".join(_command(child))  # multiprocessing's, for the session
+    }
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it ended while we looked
+        return []
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_the_test() -> Iterator[None]:
+    """Fail a test that leaves a thread or a process behind; wider fixtures' own are theirs."""
+    threads, children = set(threading.enumerate()), our_children()
+    yield
+    left = [t for t in threading.enumerate() if t not in threads and not t.daemon]
+    for thread in left:
+        thread.join(GRACE_S)
+    alive = [thread.name for thread in left if thread.is_alive()]
+    _, orphans = psutil.wait_procs(our_children() - children, GRACE_S)
+    described = [f"{process.pid}: {' '.join(_command(process))}" for process in orphans]
+    for process in orphans:
+        process.kill()
+    assert not alive, f"the test left threads: {alive}"
+    assert not described, f"the test left processes: {described}"
