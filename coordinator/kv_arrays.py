@@ -9,14 +9,14 @@ import math
 import mmap
 
 import numpy as np
-from numpy.typing import NDArray
 
 from coordinator.array_types import F16, F32
 from shoal import ops
 from shoal.errors import RequestError
 from shoal.model_spec import ModelSpec
 
-KvPair = tuple[F16 | F32, F16 | F32]
+KvArray = F16 | F32
+KvPair = tuple[KvArray, KvArray]
 
 
 class KvArrays:
@@ -36,9 +36,7 @@ class KvArrays:
         return self._layers[index]
 
 
-def _reserve(
-    shape: tuple[int, ...], dtype: type[np.float16] | type[np.float32]
-) -> NDArray[np.float16] | NDArray[np.float32]:
+def _reserve(shape: tuple[int, ...], dtype: type[np.float16] | type[np.float32]) -> KvArray:
     num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     try:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -47,4 +45,6 @@ def _reserve(
             f"cannot reserve {num_bytes} bytes of address space for one layer of the KV cache: "
             f"{error}. Choose a smaller --max-context."
         ) from error
-    return np.frombuffer(memory, dtype).reshape(shape)
+    if dtype is np.float16:
+        return np.frombuffer(memory, np.float16).reshape(shape)
+    return np.frombuffer(memory, np.float32).reshape(shape)

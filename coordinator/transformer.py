@@ -26,6 +26,7 @@ from shoal.artifact import Artifact
 from shoal.errors import NumericError
 from shoal.model_spec import ModelSpec
 from shoal.quant import Scheme
+from shoal.router import RoutingPlan
 
 
 class Transformer:
@@ -149,14 +150,30 @@ class _ExpertsBranch:
         self._scheme = artifact.scheme(index)
         self._grid = artifact.grid(index)
         self._dispatch = dispatch
+        self._last_plan: RoutingPlan | None = None
 
     def run(self, forms: RowForms) -> F32:
         """Return the branch [T, D]."""
         rows = forms.get(self._scheme)
-        logits = None if self._gate is None else self._gate(forms.get(Scheme.F32))
-        plan = ops.route(self._router, logits, rows.num_rows)
+        plan = self._everyone(rows.num_rows) if self._gate is None else self._route(forms)
         pending = self._dispatch.start(self._index, rows, plan)
         return ops.finish_sums(pending.wait(), self._grid)
+
+    def _route(self, forms: RowForms) -> RoutingPlan:
+        assert self._gate is not None, "a router without a matrix"
+        router = self._router
+        logits = self._gate(forms.get(Scheme.F32))
+        return ops.route(router.kind, logits, router.experts_per_token, router.renormalise)
+
+    def _everyone(self, num_rows: int) -> RoutingPlan:
+        # The plan depends on nothing but the number of rows, which is 1 for most of a request.
+        plan = self._last_plan
+        if plan is None or plan.experts.shape[0] != num_rows:
+            router = self._router
+            nothing = np.empty((num_rows, router.num_experts), np.float32)
+            plan = ops.route(router.kind, nothing, router.experts_per_token, router.renormalise)
+            self._last_plan = plan
+        return plan
 
 
 class _DenseFfnBranch:
