@@ -11,6 +11,7 @@
 #include "combine.h"
 #include "floats.h"
 #include "sample.h"
+#include "tiles.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

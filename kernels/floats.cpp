@@ -9,6 +9,7 @@
 #include "exact_constants.h"
 #include "isa_table.h"
 #include "thread_pool.h"
+#include "tiles.h"
 
 static_assert(FLT_EVAL_METHOD == 0, "the exactness contract needs plain IEEE float and double");
 
@@ -95,16 +96,6 @@ std::vector<int32_t> marked(const std::vector<uint8_t>& flags) {
 }
 
 }  // namespace
-
-bool all_finite(const float* x, int64_t n) {
-  uint32_t bad = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, x + i, 4);
-    bad |= uint32_t((bits & 0x7F800000) == 0x7F800000);
-  }
-  return bad == 0;
-}
 
 void rms_norm(const float* x, const float* w, float eps, float* out, int64_t rows, int64_t dim) {
   const auto kernel = table().rms_norm;

@@ -11,9 +11,6 @@ namespace shoal {
 
 constexpr int kMaxExpertsPerToken = 64;  // limits.MAX_EXPERTS_PER_TOKEN
 
-// No NaN and no infinity among x[0..n).
-bool all_finite(const float* x, int64_t n);
-
 // out[t][i] = x[t][i] * r[t] * w[i], r[t] = 1 / sqrt(mean of x[t]^2 + eps).  out may be x.
 void rms_norm(const float* x, const float* w, float eps, float* out, int64_t rows, int64_t dim);
 
