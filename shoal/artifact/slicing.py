@@ -10,7 +10,7 @@ from shoal.artifact.manifest import DENSE_FILE, ExpertLayer, Manifest, TextFile
 from shoal.artifact.reader import Artifact, read_exact
 from shoal.artifact.writer import ArtifactWriter, FileWriter, new_artifact
 from shoal.errors import CorruptArtifact, UsageError
-from shoal.experts.ownership import spans_of
+from shoal.experts.ownership import format_spans, spans_of
 
 _COPY_BYTES = 16 << 20
 Progress = Callable[[int], None]
@@ -70,15 +70,12 @@ def write_slice(
     Returns the slice's manifest and what leftovers of killed runs were removed.
 
     Raises:
-        CorruptArtifact, ArtifactError, NotOwned: the source is damaged, or lacks what is asked for.
-        UsageError, CannotWrite: the place.
+        CorruptArtifact: the source is damaged.
+        UsageError: it lacks what is asked for, or `out` is taken; CannotWrite.
     """
     source = artifact.manifest
     needed = slice_bytes(artifact, part)
-    if part.dense and not source.has_dense:
-        raise UsageError(
-            f"{artifact.path} is a slice without the dense part: slice the whole model"
-        )
+    _check_source(artifact, part, out)
     with new_artifact(out, force=force, needed_bytes=needed) as writer:
         if part.dense:
             _copy_dense(artifact, writer, progress)
@@ -93,6 +90,22 @@ def write_slice(
         assert manifest.identity == source.identity, "a slice speaks of the same model"
         writer.finish(manifest)
     return manifest, writer.removed
+
+
+def _check_source(artifact: Artifact, part: Part, out: Path) -> None:
+    if out.resolve() == artifact.path.resolve():
+        raise UsageError(f"{out} is the model itself: a slice needs another place")
+    if part.dense and not artifact.manifest.has_dense:
+        raise UsageError(
+            f"{artifact.path} is a slice without the dense part: slice the whole model"
+        )
+    for layer, indices in part.experts.items():
+        absent = sorted(set(indices) - set(artifact.owned_experts.get(layer, ())))
+        if absent:
+            raise UsageError(
+                f"{artifact.path} is a slice without experts {format_spans(absent)} of layer"
+                f" {layer}: slice the whole model"
+            )
 
 
 def _copy_dense(artifact: Artifact, writer: ArtifactWriter, progress: Progress) -> None:
