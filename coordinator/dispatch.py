@@ -288,6 +288,7 @@ class Dispatcher:
     def _end(self, fanout_id: int) -> list[Command]:
         """Forget a fan-out: its queued calls are dropped, those sent become orphans."""
         commands: list[Command] = []
+        unblocked: dict[tuple[int, Lane], None] = {}
         for call_id in sorted(self._fanouts.pop(fanout_id).waits_for):
             call = self._calls.get(call_id)
             if call is None:
@@ -297,9 +298,10 @@ class Dispatcher:
                 commands.append(Cancel(call_id, call.new.node, call.new.lane))
             else:
                 del self._calls[call_id]
-                stream = self._streams[call.new.node, call.new.lane]
-                stream.queue.remove(call_id)
-                commands += self._send_queued(call.new.node, call.new.lane)
+                self._streams[call.new.node, call.new.lane].queue.remove(call_id)
+                unblocked[call.new.node, call.new.lane] = None
+        for node, lane in unblocked:
+            commands += self._send_queued(node, lane)
         return commands
 
     def _send_queued(self, node: int, lane: Lane) -> list[Command]:
