@@ -17,11 +17,21 @@ from typing import Protocol
 from expert_node.admission import Admission, Refusal, Ticket
 from shoal import errors, limits, wire
 from shoal.experts.call import ExpertCall
-from shoal.experts.executor import ExpertExecutor
+from shoal.experts.executor import Computed
 from shoal.log import get_logger
 from shoal.v1 import expert_pb2 as pb
 
 _log = get_logger("worker")
+
+
+class Executor(Protocol):
+    """What a worker computes with: an `ExpertExecutor`."""
+
+    def check(self, call: ExpertCall) -> None: ...
+    def pair_bytes(self, call: ExpertCall) -> int: ...
+    def is_resident(self, call: ExpertCall) -> bool: ...
+    def grid(self, layer: int) -> int: ...
+    def compute_timed(self, call: ExpertCall) -> Computed: ...
 
 
 class Caller(Protocol):
@@ -52,7 +62,7 @@ class Worker:
 
     def __init__(
         self,
-        executor: ExpertExecutor,
+        executor: Executor,
         loop: asyncio.AbstractEventLoop,
         *,
         clock: Callable[[], float] = time.monotonic,
