@@ -63,14 +63,19 @@ class ExpertServiceServicer:
 
     def Execute(self, request_iterator, context):
         """Long-lived stream of expert calls, many in flight, matched by call_id. Every call that the node
-        accepts off the stream ends in exactly one terminal frame: Reply or Failure.
+        reads off the stream ends in exactly one terminal frame: Reply or Failure. What is wrong with a
+        call fails that call; what breaks the protocol (bytes that are no ClientFrame, a second Open, a
+        call_id that is in flight) fails all calls of the stream and ends it.
+        Status at the end: OK after the peer's half-close or a drain; FAILED_PRECONDITION for an Open of
+        another protocol, identity or numerics; INVALID_ARGUMENT for a broken protocol; UNAVAILABLE for
+        an Open while draining.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Finish what is in flight, refuse what is new, then exit.
+        """Finish what is in flight, refuse what is new, then exit. Answers before that is done.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

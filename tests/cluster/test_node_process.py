@@ -237,7 +237,7 @@ def test_calls_sent_before_the_end_of_a_stream_are_still_answered(
 
 
 def test_health_says_serving(channel: grpc.Channel) -> None:
-    health = health_pb2_grpc.HealthStub(channel)
+    health: Any = health_pb2_grpc.HealthStub(channel)
     for service in ("", "shoal.v1.ExpertService"):
         reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=30)
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
@@ -249,9 +249,8 @@ def test_a_node_under_load_leaves_in_peace(model: Path, tmp_path: Path, how: str
     with running_node(model, tmp_path / "log") as node, connection(node.target) as channel:
         stream = Stream(channel)
         stream.open(describe(channel), pb.LANE_BULK)
-        watch = health_pb2_grpc.HealthStub(channel).Watch(
-            health_pb2.HealthCheckRequest(), timeout=60
-        )
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=60)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         for call_id in range(100):
             stream.send(wire.encode_call(call_id, 60_000, random_call(model, 0, 64, seed=call_id)))
