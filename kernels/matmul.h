@@ -1,0 +1,194 @@
+// Matrix products on weights in kernel layout, and the expert FFN made of them.
+//
+// docs/formats/kernel-layout.md draws the layout; docs/numerics.md lists the float operations of
+// every output element.  Both are the same on every instruction set, for any number of rows and
+// threads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu_features.h"
+#include "exact_constants.h"
+
+namespace shoal {
+
+enum class Format : int { f32, f16, bf16, q8_0, q4_0, q4_1, q4_k };  // shoal.quant.Format
+enum class Scheme : int { f32, int8_32, int8_256 };                  // shoal.quant.Scheme
+constexpr int kNumFormats = 7;
+
+constexpr int kBlock = 32;                // values per quantisation block
+constexpr int kSuperBlock = 256;          // values per Q4_K super-block
+constexpr int kCell = 4;                  // consecutive k of one row that lie together
+constexpr int kCellRow = kLanes * kCell;  // 64 bytes: one cell for each of the 16 lanes
+
+// Records of a row group; byte offsets.
+struct Q4_0 {
+  static constexpr int scales = 0, quants = 64, block_quants = 256, record = 576;  // two blocks
+};
+struct Q8_0 {
+  static constexpr int scales = 0, quants = 64, block_quants = 512, record = 1088;  // two blocks
+};
+struct Q4_1 {
+  static constexpr int d = 0, m = 32, quants = 64, record = 320;
+};
+struct Q4_K {
+  static constexpr int d = 0, dmin = 32, scales = 64, mins = 192, quants = 320, chunk = 512,
+                       record = 2368;
+};
+
+// In an anonymous namespace, like every helper that a per-ISA file may see: no such file may leave
+// a symbol behind that the linker could pick for a CPU that lacks the set.
+namespace {
+
+constexpr int block_cols(Format f) {
+  return f == Format::q4_k ? kSuperBlock : int(f) <= int(Format::bf16) ? 1 : kBlock;
+}
+constexpr Scheme scheme_of(Format f) {
+  return f == Format::q4_k         ? Scheme::int8_256
+         : block_cols(f) == kBlock ? Scheme::int8_32
+                                   : Scheme::f32;
+}
+constexpr int span_of(Scheme s) {
+  return s == Scheme::f32 ? 1 : s == Scheme::int8_32 ? kBlock : kSuperBlock;
+}
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+constexpr int num_groups(int rows) { return (rows + kLanes - 1) / kLanes; }
+
+// Bytes of one row group [16, cols].
+constexpr int64_t group_bytes(Format f, int cols) {
+  const int64_t blocks = round_up(cols, block_cols(f)) / block_cols(f);
+  switch (f) {
+    case Format::f32:
+      return int64_t(cols) * kLanes * 4;
+    case Format::f16:
+    case Format::bf16:
+      return round_up(int64_t(cols) * kLanes * 2, 64);
+    case Format::q8_0:
+      return blocks / 2 * Q8_0::record + blocks % 2 * (Q8_0::quants + Q8_0::block_quants);
+    case Format::q4_0:
+      return blocks / 2 * Q4_0::record + blocks % 2 * (Q4_0::quants + Q4_0::block_quants);
+    case Format::q4_1:
+      return blocks * Q4_1::record;
+    case Format::q4_k:
+      return blocks * Q4_K::record;
+  }
+  return 0;
+}
+
+// Stored Q4_0 and Q8_0 weights are unsigned; starting the dot at -8 or -128 times the quant sum
+// undoes the offset.
+constexpr int sum_factor(Format f) { return f == Format::q4_0 ? -8 : f == Format::q8_0 ? -128 : 1; }
+
+}  // namespace
+
+// Activations of a tile of n rows, n a power of two, P = cols padded to the scheme's span:
+//   f32       values  float  [cols][n]
+//   int8_*    quants  int8   [P/32][n][32]
+//   int8_32   scales  float  [P/32][n];   start int32 [P/32][n]: the block's quant sum times
+//             sum_factor(format), where the integer dot product starts (or, Q4_1, what m
+//             multiplies)
+//   int8_256  scales  float  [P/256][n];  sums int16 [P/256][n][8]: quant sum of each 32
+struct Tile {
+  float* values;
+  int8_t* quants;
+  float* scales;
+  int32_t* start;
+  int16_t* sums;
+};
+
+constexpr int kMaxTile = 16;  // rows of a tile, at most
+
+// Where the tiles of up to max_rows rows of `cols` columns lie: one after the other, in `memory`
+// (64-byte aligned, bytes() long).
+struct TileBuffer {
+  uint8_t* memory;
+  int max_rows, cols;
+  Format format;  // of the weights that will meet them
+
+  static int64_t bytes(Format f, int max_rows, int cols);
+  Tile tile(int first_row) const;
+};
+
+// Row group kernels, one set an instruction set.
+struct MatrixKernels {
+  // Largest tile of each format: a power of two.
+  int max_tile[kNumFormats];
+
+  // out[t * out_stride + i], i < lanes, of one tile: rows [0, lanes) of `count` groups' matrix.
+  // bias may be null.
+  void (*matmul)(Format, const uint8_t* groups, int count, int lanes, int cols, const Tile&, int n,
+                 const float* bias, float* out, int64_t out_stride);
+
+  // h[t * h_stride + i] = silu(gate) * up, i < 16, of one (gate group, up group).
+  void (*gate_up)(Format, const uint8_t* groups, int cols, const Tile&, int n, float* h,
+                  int64_t h_stride);
+
+  // sums[t][i] += rne(weights[t] * y * 2^grid), i < lanes, of one group; sums[t] points at the
+  // first column of the group.  Returns a bit for every row with |q| >= 2^44 or a non-finite
+  // value; its sums are then undefined.
+  uint32_t (*down_sums)(Format, const uint8_t* group, int lanes, int cols, const Tile&, int n,
+                        const float* weights, double two_to_grid, int64_t* const* sums);
+};
+
+extern const MatrixKernels kMatrixScalar;
+#if defined(__x86_64__)
+extern const MatrixKernels kMatrixAvx2;
+extern const MatrixKernels kMatrixAvx512;
+#endif
+const MatrixKernels& matrix_kernels(Isa isa);
+
+// A weight matrix in kernel layout; data is 64-byte aligned.
+struct MatrixView {
+  Format format;
+  int rows, cols;
+  const uint8_t* data;
+};
+
+// Activation rows as shoal.rows.Rows carries them.
+struct RowsView {
+  Scheme scheme;
+  int num_rows, dim;
+  const float* floats;   // f32: [T, dim]
+  const int8_t* quants;  // int8: [T, P]
+  const float* scales;   // int8: [T, P / span]
+};
+
+// out[T, m.rows] = rows * m^T + bias; bias [m.rows] may be null.  rows.scheme must be
+// scheme_of(m.format) and rows.dim == m.cols.
+void matmul(const MatrixView& m, const RowsView& rows, const float* bias, float* out);
+
+struct ExpertShape {
+  int dim, ffn_dim;
+  Format gate_up, down;
+
+  int64_t gate_bytes() const { return group_bytes(gate_up, dim); }
+  int64_t down_bytes() const { return group_bytes(down, ffn_dim); }
+  int64_t down_offset() const { return num_groups(ffn_dim) * 2 * gate_bytes(); }
+  int64_t bytes() const { return down_offset() + num_groups(dim) * down_bytes(); }
+};
+
+// One layer's expert call: pair p in [offsets[e], offsets[e + 1]) sends row pair_rows[p] to
+// experts[e] with weight pair_weights[p].
+struct ExpertCall {
+  ExpertShape shape;
+  int num_experts;
+  const uint8_t* const* experts;  // packed, 64-byte aligned
+  const int32_t* offsets;         // [num_experts + 1], ascending from 0
+  const int32_t* pair_rows;
+  const float* pair_weights;
+  int grid;  // in [-100, 100]
+};
+
+// sums[T, dim] += every pair's rne(weight * y * 2^grid).  bad[T] (zeroed by the caller) becomes 1
+// for rows with a non-finite h or y or with |q| >= 2^44; their sums are then undefined, all other
+// rows' are right.
+void expert_sums(const ExpertCall& call, const RowsView& rows, int64_t* sums, uint8_t* bad);
+
+// y[T, dim] of one expert for all rows, unweighted.  bad[T] (zeroed by the caller) becomes 1 for
+// rows whose h or y is not finite.
+void expert_ffn(const ExpertShape& shape, const uint8_t* expert, const RowsView& rows, float* y,
+                uint8_t* bad);
+
+}  // namespace shoal

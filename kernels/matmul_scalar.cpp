@@ -1,0 +1,147 @@
+// Row group kernels in portable C++: the definition of every result, and the path of CPUs for which
+// there is no other.  The inner loops run over the lanes, so that compilers can vectorise them.
+#include <cstring>
+
+#include "lanes_scalar.h"
+#include "matmul.h"
+
+namespace shoal {
+namespace {
+
+constexpr int kFloatAccumulators = 1;
+constexpr int kIntTile = 8, kQ4KTile = 8;
+
+struct Ints {
+  int32_t v[kLanes];
+};
+
+SHOAL_INLINE Ints set_ints(int32_t x) {
+  Ints r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = x;
+  return r;
+}
+SHOAL_INLINE Lanes to_floats(const Ints& a) {
+  Lanes r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = float(a.v[i]);
+  return r;
+}
+SHOAL_INLINE Lanes load_scales(const uint8_t* p) {
+  return load_half(reinterpret_cast<const uint16_t*>(p));
+}
+
+// s[lane] += the four bytes of the lane's cell, shifted and masked, times x[0..3].
+SHOAL_INLINE void dot_cells(const uint8_t* cells, int shift, int mask, const int8_t* x, Ints* s) {
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 0; i < kCell; ++i) s->v[lane] += (cells[lane * kCell + i] >> shift & mask) * x[i];
+}
+
+// 32 values whose k = 4j + i is the low and k = 16 + 4j + i the high nibble of byte i of cell row
+// j.
+SHOAL_INLINE void dot_nibbles(const uint8_t* cells, const int8_t* x, Ints* s) {
+  for (int j = 0; j < 4; ++j) {
+    dot_cells(cells + j * kCellRow, 0, 15, x + 4 * j, s);
+    dot_cells(cells + j * kCellRow, 4, 15, x + 16 + 4 * j, s);
+  }
+}
+
+template <int N>
+void q4_0_kernel(const uint8_t* group, int blocks, const Tile& tile, Lanes* acc) {
+  for (int b = 0; b < blocks; ++b) {
+    const uint8_t* record = group + b / 2 * Q4_0::record;
+    const Lanes d = load_scales(record + Q4_0::scales + b % 2 * 32);
+    for (int t = 0; t < N; ++t) {
+      const int at = b * N + t;
+      Ints s = set_ints(tile.start[at]);
+      dot_nibbles(record + Q4_0::quants + b % 2 * Q4_0::block_quants, tile.quants + at * kBlock,
+                  &s);
+      acc[t] = fma(to_floats(s), mul(d, set1(tile.scales[at])), acc[t]);
+    }
+  }
+}
+
+template <int N>
+void q8_0_kernel(const uint8_t* group, int blocks, const Tile& tile, Lanes* acc) {
+  for (int b = 0; b < blocks; ++b) {
+    const uint8_t* record = group + b / 2 * Q8_0::record;
+    const uint8_t* cells = record + Q8_0::quants + b % 2 * Q8_0::block_quants;
+    const Lanes d = load_scales(record + Q8_0::scales + b % 2 * 32);
+    for (int t = 0; t < N; ++t) {
+      const int at = b * N + t;
+      Ints s = set_ints(tile.start[at]);
+      for (int j = 0; j < 8; ++j)
+        dot_cells(cells + j * kCellRow, 0, 255, tile.quants + at * kBlock + 4 * j, &s);
+      acc[t] = fma(to_floats(s), mul(d, set1(tile.scales[at])), acc[t]);
+    }
+  }
+}
+
+template <int N>
+void q4_1_kernel(const uint8_t* record, int blocks, const Tile& tile, Lanes* acc) {
+  for (int b = 0; b < blocks; ++b, record += Q4_1::record) {
+    const Lanes d = load_scales(record + Q4_1::d), m = load_scales(record + Q4_1::m);
+    for (int t = 0; t < N; ++t) {
+      const int at = b * N + t;
+      Ints s = set_ints(0);
+      dot_nibbles(record + Q4_1::quants, tile.quants + at * kBlock, &s);
+      const Lanes offset = mul(m, set1(float(tile.start[at])));
+      acc[t] = fma(set1(tile.scales[at]), fma(d, to_floats(s), offset), acc[t]);
+    }
+  }
+}
+
+// Scales and minimums are applied in int32 over the whole super-block (at most 256 * 15 * 127 * 63,
+// below 2^25); floats appear once per super-block.
+SHOAL_INLINE void q4_k_integers(const uint8_t* record, const int8_t* x, int x_stride,
+                                const int16_t* x_sums, Ints* dots, Ints* mins) {
+  for (int sub = 0; sub < 8; ++sub, x += x_stride) {
+    const uint8_t* cells = record + Q4_K::quants + sub / 2 * Q4_K::chunk;
+    Ints s = set_ints(0);
+    for (int j = 0; j < 8; ++j) dot_cells(cells + j * kCellRow, 4 * (sub % 2), 15, x + 4 * j, &s);
+    const uint8_t* scales = record + Q4_K::scales + sub * kLanes;
+    const uint8_t* sub_mins = record + Q4_K::mins + sub / 2 * 32 + sub % 2;
+    for (int i = 0; i < kLanes; ++i) dots->v[i] += s.v[i] * scales[i];
+    for (int i = 0; i < kLanes; ++i) mins->v[i] += sub_mins[2 * i] * x_sums[sub];
+  }
+}
+
+template <int N>
+void q4_k_kernel(const uint8_t* record, int blocks, const Tile& tile, Lanes* acc) {
+  for (int b = 0; b < blocks; ++b, record += Q4_K::record) {
+    const Lanes d = load_scales(record + Q4_K::d), dmin = load_scales(record + Q4_K::dmin);
+    for (int t = 0; t < N; ++t) {
+      Ints dots = set_ints(0), mins = set_ints(0);
+      q4_k_integers(record, tile.quants + (b * 8 * N + t) * kBlock, N * kBlock,
+                    tile.sums + (b * N + t) * 8, &dots, &mins);
+      const Lanes value = fms(d, to_floats(dots), mul(dmin, to_floats(mins)));
+      acc[t] = fma(set1(tile.scales[b * N + t]), value, acc[t]);
+    }
+  }
+}
+
+// In double, adding 1.5 * 2^52 leaves the rounded integer in the low mantissa bits; float -> double
+// and the product with a power of two are exact.
+bool add_quanta(int64_t* sums, const Lanes& y, float weight, double two_to_grid) {
+  bool good = true;
+  for (int i = 0; i < kLanes; ++i) {
+    const float p = weight * y.v[i];
+    const double v = double(p) * two_to_grid;
+    if (!(__builtin_fabs(v) < 0x1p44)) {
+      good = false;
+      continue;
+    }
+    const double shifted = v + 0x1.8p52;
+    int64_t bits;
+    std::memcpy(&bits, &shifted, 8);
+    sums[i] += bits - 0x4338000000000000;
+  }
+  return good;
+}
+
+}  // namespace
+}  // namespace shoal
+
+#include "matmul_tiles.h"
+
+namespace shoal {
+const MatrixKernels kMatrixScalar = SHOAL_MATRIX_KERNELS;
+}

@@ -1,0 +1,191 @@
+// What the matmul_<isa>.cpp files share, written on Lanes.
+//
+// Such a file includes its lanes_*.h, defines
+//     kFloatAccumulators, kIntTile, kQ4KTile       how many Lanes its registers hold, tile sizes
+//     template <int N> void q8_0_kernel(const uint8_t* group, int blocks, const Tile&, Lanes* acc)
+//     ... and the same for q4_0, q4_1 and q4_k: acc[t] += row group * row t, for N rows
+//     bool add_quanta(int64_t* sums, const Lanes& y, float weight, double two_to_grid)
+// in an anonymous namespace, then includes this file, which builds its MatrixKernels from them.
+#pragma once
+#include "matmul.h"
+
+namespace shoal {
+namespace {
+
+constexpr int kGroupsAtOnce = 4;
+
+SHOAL_INLINE int lesser(int a, int b) { return a < b ? a : b; }
+
+// --- F32, F16, BF16: acc = fma(w, x, acc), k ascending -----------------------------------------
+
+template <Format F>
+SHOAL_INLINE Lanes load_weights(const uint8_t* p) {
+  if (F == Format::f32) return load(reinterpret_cast<const float*>(p));
+  if (F == Format::f16) return load_half(reinterpret_cast<const uint16_t*>(p));
+  return load_bf16(reinterpret_cast<const uint16_t*>(p));
+}
+
+// G row groups at once: one chain of fma per group and row hides the latency of the others.
+template <Format F, int N, int G>
+SHOAL_INLINE void float_groups(const uint8_t* group, int64_t stride, int cols, const Tile& tile,
+                               Lanes* acc) {
+  constexpr int step = F == Format::f32 ? 64 : 32;
+  Lanes a[G * N];
+  for (int i = 0; i < G * N; ++i) a[i] = acc[i];
+  const float* x = tile.values;
+  for (int k = 0; k < cols; ++k, x += N, group += step) {
+    for (int g = 0; g < G; ++g) {
+      const uint8_t* at = group + g * stride;
+      __builtin_prefetch(at + 4096);  // 4 KiB: best in the prototype's ablation
+      const Lanes w = load_weights<F>(at);
+      for (int t = 0; t < N; ++t) a[g * N + t] = fma(w, set1(x[t]), a[g * N + t]);
+    }
+  }
+  for (int i = 0; i < G * N; ++i) acc[i] = a[i];
+}
+
+template <Format F, int N>
+SHOAL_INLINE void float_kernel(const uint8_t* groups, int64_t stride, int count, int cols,
+                               const Tile& tile, Lanes* acc) {
+  constexpr int fit = kFloatAccumulators / N;
+  constexpr int G = fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+  for (; count >= G; count -= G, groups += G * stride, acc += G * N)
+    float_groups<F, N, G>(groups, stride, cols, tile, acc);
+  if (G == 4 && count >= 2) {
+    float_groups<F, N, 2>(groups, stride, cols, tile, acc);
+    count -= 2, groups += 2 * stride, acc += 2 * N;
+  }
+  if (count == 1) float_groups<F, N, 1>(groups, stride, cols, tile, acc);
+}
+
+// --- One entry a format and tile size ----------------------------------------------------------
+
+// acc[g * N + t] += group g * row t, g < count.
+template <Format F, int N>
+__attribute__((noinline)) void group_kernel(const uint8_t* groups, int64_t stride, int count,
+                                            int cols, const Tile& tile, Lanes* acc) {
+  if constexpr (block_cols(F) == 1) {
+    float_kernel<F, N>(groups, stride, count, cols, tile, acc);
+  } else {
+    const int blocks = (cols + block_cols(F) - 1) / block_cols(F);
+    for (; count > 0; --count, groups += stride, acc += N) {
+      if constexpr (F == Format::q8_0) q8_0_kernel<N>(groups, blocks, tile, acc);
+      if constexpr (F == Format::q4_0) q4_0_kernel<N>(groups, blocks, tile, acc);
+      if constexpr (F == Format::q4_1) q4_1_kernel<N>(groups, blocks, tile, acc);
+      if constexpr (F == Format::q4_k) q4_k_kernel<N>(groups, blocks, tile, acc);
+    }
+  }
+}
+
+using GroupKernel = void (*)(const uint8_t*, int64_t, int, int, const Tile&, Lanes*);
+
+constexpr int tile_limit(Format f) {
+  return block_cols(f) == 1  ? (kFloatAccumulators < 8 ? 4 : 8)
+         : f == Format::q4_k ? kQ4KTile
+                             : kIntTile;
+}
+
+template <Format F>
+GroupKernel sized_kernel(int n) {
+  constexpr int limit = tile_limit(F);
+  if (n == 1) return group_kernel<F, 1>;
+  if (n == 2) return group_kernel<F, 2>;
+  if (n == 4) return group_kernel<F, 4>;
+  if constexpr (limit >= 8) {
+    if (n == 8) return group_kernel<F, 8>;
+  }
+  if constexpr (limit >= 16) return group_kernel<F, 16>;
+  return nullptr;  // the driver makes no such tile
+}
+
+GroupKernel kernel_of(Format format, int n) {
+  switch (format) {
+    case Format::f32:
+      return sized_kernel<Format::f32>(n);
+    case Format::f16:
+      return sized_kernel<Format::f16>(n);
+    case Format::bf16:
+      return sized_kernel<Format::bf16>(n);
+    case Format::q8_0:
+      return sized_kernel<Format::q8_0>(n);
+    case Format::q4_0:
+      return sized_kernel<Format::q4_0>(n);
+    case Format::q4_1:
+      return sized_kernel<Format::q4_1>(n);
+    case Format::q4_k:
+      return sized_kernel<Format::q4_k>(n);
+  }
+  return nullptr;
+}
+
+// --- The three entries -------------------------------------------------------------------------
+
+void matmul_tile(Format format, const uint8_t* groups, int count, int lanes, int cols,
+                 const Tile& tile, int n, const float* bias, float* out, int64_t out_stride) {
+  const int64_t stride = group_bytes(format, cols);
+  const GroupKernel kernel = kernel_of(format, n);
+  Lanes acc[kGroupsAtOnce * kMaxTile];
+  for (int done = 0; done < count; done += kGroupsAtOnce) {
+    const int now = lesser(kGroupsAtOnce, count - done);
+    for (int g = 0; g < now; ++g) {
+      const int first = (done + g) * kLanes, valid = lesser(kLanes, lanes - first);
+      const Lanes start = bias == nullptr   ? zero()
+                          : valid == kLanes ? load(bias + first)
+                                            : load_first(bias + first, valid);
+      for (int t = 0; t < n; ++t) acc[g * n + t] = start;
+    }
+    kernel(groups + done * stride, stride, now, cols, tile, acc);
+    for (int g = 0; g < now; ++g) {
+      const int first = (done + g) * kLanes, valid = lesser(kLanes, lanes - first);
+      for (int t = 0; t < n; ++t) {
+        float* to = out + t * out_stride + first;
+        if (valid == kLanes)
+          store(to, acc[g * n + t]);
+        else
+          store_first(to, acc[g * n + t], valid);
+      }
+    }
+  }
+}
+
+// up * (gate / (1 + exp(0 - gate)))
+SHOAL_INLINE Lanes swiglu(const Lanes& gate, const Lanes& up) {
+  return mul(up, div(gate, add(set1(1.0f), exp(sub(zero(), gate)))));
+}
+
+void gate_up_tile(Format format, const uint8_t* groups, int cols, const Tile& tile, int n, float* h,
+                  int64_t h_stride) {
+  Lanes acc[2 * kMaxTile];
+  for (int i = 0; i < 2 * n; ++i) acc[i] = zero();
+  kernel_of(format, n)(groups, group_bytes(format, cols), 2, cols, tile, acc);
+  for (int t = 0; t < n; ++t) store(h + t * h_stride, swiglu(acc[t], acc[n + t]));
+}
+
+uint32_t down_sums_tile(Format format, const uint8_t* group, int lanes, int cols, const Tile& tile,
+                        int n, const float* weights, double two_to_grid, int64_t* const* sums) {
+  Lanes acc[kMaxTile];
+  for (int t = 0; t < n; ++t) acc[t] = zero();
+  kernel_of(format, n)(group, group_bytes(format, cols), 1, cols, tile, acc);
+  uint32_t bad = 0;
+  for (int t = 0; t < n; ++t) {
+    if (lanes == kLanes) {
+      bad |= uint32_t(!add_quanta(sums[t], acc[t], weights[t], two_to_grid)) << t;
+    } else {
+      int64_t all[kLanes] = {0};
+      bad |= uint32_t(!add_quanta(all, acc[t], weights[t], two_to_grid)) << t;
+      for (int i = 0; i < lanes; ++i) sums[t][i] += all[i];
+    }
+  }
+  return bad;
+}
+
+#define SHOAL_MATRIX_KERNELS                                                      \
+  {{tile_limit(Format::f32), tile_limit(Format::f16), tile_limit(Format::bf16),   \
+    tile_limit(Format::q8_0), tile_limit(Format::q4_0), tile_limit(Format::q4_1), \
+    tile_limit(Format::q4_k)},                                                    \
+   matmul_tile,                                                                   \
+   gate_up_tile,                                                                  \
+   down_sums_tile}
+
+}  // namespace
+}  // namespace shoal
