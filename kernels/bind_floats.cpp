@@ -2,13 +2,14 @@
 // shapes that must agree too; results go into arrays that the caller allocated.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "attention.h"
 #include "bindings.h"
 #include "combine.h"
+#include "digest.h"
 #include "floats.h"
 #include "sample.h"
 #include "tiles.h"
@@ -258,6 +259,15 @@ float bind_logprob_of(const Array<const float, 1>& logits, int32_t token) {
   return logprob_of(logits.data(), int64_t(logits.shape(0)), token);
 }
 
+using NamedDigest = std::tuple<std::string, std::string, uint64_t>;
+
+std::vector<NamedDigest> bind_compute_digests() {
+  std::vector<NamedDigest> named;
+  nb::gil_scoped_release released;
+  for (const OpDigest& d : compute_digests()) named.emplace_back(d.op, d.format, d.value);
+  return named;
+}
+
 template <class T>
 void bind_kv(nb::module_& m) {
   m.def("kv_write", bind_kv_write<T>, "keys"_a.noconvert(), "values"_a.noconvert(),
@@ -316,6 +326,8 @@ void bind_floats(nb::module_& m) {
   bind_layers(m);
   bind_combine(m);
   bind_sampling(m);
+  m.def("compute_digests", bind_compute_digests,
+        "(op, format, digest) of every op on the current instruction set.");
 }
 
 }  // namespace shoal

@@ -185,7 +185,11 @@ double log_total_of(const std::vector<float>& logits, float top) {
 
 }  // namespace
 
-double exact_log(double x) { return log_of(x); }
+double gumbel_noise_of(SampleKey key, int32_t id) {
+  double noise;
+  table().noise(key, &id, 1, &noise);
+  return noise;
+}
 
 int32_t sample(const float* raw, int64_t vocab, const SampleParams& params,
                const std::vector<int32_t>& history, SampleKey key) {

@@ -32,8 +32,8 @@ void top_logprobs(const float* logits, int64_t vocab, int64_t k, int32_t* ids, f
 
 float logprob_of(const float* logits, int64_t vocab, int32_t token);
 
-// Natural logarithm of a positive normal double, within 1 ulp; the same bits everywhere.
-double exact_log(double x);
+// What is added to a token's logit before the largest is taken.
+double gumbel_noise_of(SampleKey key, int32_t id);
 
 // One implementation for one instruction set, without threads.
 struct SampleTable {
