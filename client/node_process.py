@@ -84,6 +84,10 @@ class NodeProcess:
         """Send it a signal, unless it has ended."""
         self._process.send_signal(signal_number)
 
+    def wait(self) -> None:
+        """Return once it has ended."""
+        self._process.wait()
+
     def stop(self) -> None:
         """Drain it, kill it if that takes too long, and reap it. Safe to call again."""
         if self.exit_status is None:

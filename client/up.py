@@ -139,11 +139,8 @@ def run_up(config: UpConfig, typed_model: str) -> int:
         for node in nodes:
             if not node.wait_ready(config.ready_timeout_s, stopping.is_set):
                 return 0
-        endpoints = [
-            node.endpoint if "://" in node.endpoint else f"grpc://{node.endpoint}" for node in nodes
-        ]
         shards = ",".join(
-            f"{experts}={endpoint}" for experts, endpoint in zip(ranges, endpoints, strict=True)
+            f"{experts}={node.endpoint}" for experts, node in zip(ranges, nodes, strict=True)
         )
         _announce(typed_model, shards, ranges, nodes)
         if config.command:

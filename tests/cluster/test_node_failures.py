@@ -1,0 +1,203 @@
+"""Nodes that die, hang, are missing or are the wrong ones: a clear error, never a wrong token."""
+
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coordinator.expert_dispatch import PendingSums, RemoteDispatch, open_remote_dispatch
+from shoal import errors, ops
+from shoal.artifact import Artifact
+from shoal.router import RoutingPlan
+from support.cluster import Cluster, freeze, kill, thaw
+from support.tiny_model import make_tiny_artifact
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_artifact(tmp_path_factory.mktemp("model"), "qwen3_moe", "q8_0")
+
+
+@pytest.fixture(scope="module")
+def artifact(path: Path) -> Artifact:
+    return Artifact.open(path)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with Cluster() as cluster:
+        yield cluster
+
+
+def start_layer(dispatch: RemoteDispatch, artifact: Artifact, layer: int = 0) -> PendingSums:
+    """Start one row that visits all 16 experts, so every node of the map."""
+    x = np.linspace(-1, 1, artifact.spec.model_dim, dtype=np.float32)[None]
+    plan = RoutingPlan(np.arange(16, dtype=np.int32)[None], np.full((1, 16), 0.1, np.float32))
+    return dispatch.start(layer, ops.quantise_rows(artifact.scheme(layer), x), plan)
+
+
+def assert_refused(
+    artifact: Artifact, shards: str, error: type[errors.ShoalError], *words: str
+) -> None:
+    """Check that connecting fails with exactly that error, whose message has those words."""
+    with pytest.raises(error) as caught:
+        open_remote_dispatch(artifact, shards, ready_timeout_s=1).close()
+    assert type(caught.value) is error
+    for word in words:
+        assert word in str(caught.value)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_a_node_killed_mid_call_is_unreachable_within_two_seconds(
+    cluster: Cluster, path: Path, artifact: Artifact
+) -> None:
+    """1. Both nodes are open. 2. Node b freezes, and a call goes out to both. 3. b is killed.
+    4. The call fails with NodeUnreachable; had nobody noticed for 2 s, it would be CallTimeout.
+    5. Whoever needs b afterwards is told at once.
+    """
+    a, b = cluster.node(path), cluster.node(path)
+    shards = f"0-7={a.endpoint},8-15={b.endpoint}"
+    with closing(open_remote_dispatch(artifact, shards, call_timeout_s=2.0)) as dispatch:
+        start_layer(dispatch, artifact).wait()
+        freeze(b)
+        pending = start_layer(dispatch, artifact)
+        kill(b)
+        for attempt in (pending, start_layer(dispatch, artifact)):
+            with pytest.raises(errors.NodeUnreachable, match=f"node {b.endpoint} is not reachable"):
+                attempt.wait()
+
+
+def test_a_hung_node_ends_the_call_after_the_call_timeout(
+    cluster: Cluster, path: Path, artifact: Artifact
+) -> None:
+    """1. Node b freezes. 2. A call times out, naming b. 3. b goes on; its late answer is dropped.
+    4. The next call gets its own answer.
+    """
+    a, b = cluster.node(path), cluster.node(path)
+    shards = f"0-7={a.endpoint},8-15={b.endpoint}"
+    with closing(open_remote_dispatch(artifact, shards, call_timeout_s=1.0)) as dispatch:
+        before = [start_layer(dispatch, artifact, layer).wait() for layer in (0, 1)]
+        freeze(b)
+        pending = start_layer(dispatch, artifact, 0)
+        with pytest.raises(errors.CallTimeout, match="no answer within 1 s") as caught:
+            pending.wait()
+        assert b.endpoint in str(caught.value) and "--call-timeout" in str(caught.value)
+        thaw(b)
+        after = [start_layer(dispatch, artifact, layer).wait() for layer in (0, 1)]
+        for one, other in zip(before, after, strict=True):
+            assert one.tobytes() == other.tobytes()
+
+
+def test_a_node_that_drains_finishes_the_call_and_takes_no_new_one(
+    cluster: Cluster, path: Path, artifact: Artifact
+) -> None:
+    """1. Node b freezes with a call on its way to it. 2. It is told to leave, and goes on.
+    3. The call ends (answered, or refused as draining). 4. The next one fails by name.
+    """
+    a, b = cluster.node(path), cluster.node(path)
+    shards = f"0-7={a.endpoint},8-15={b.endpoint}"
+    with closing(open_remote_dispatch(artifact, shards)) as dispatch:
+        expected = start_layer(dispatch, artifact).wait()
+        freeze(b)
+        pending = start_layer(dispatch, artifact)
+        b.send(signal.SIGTERM)
+        thaw(b)
+        try:
+            assert pending.wait().tobytes() == expected.tobytes()
+        except (errors.NodeDraining, errors.NodeUnreachable) as error:
+            assert b.endpoint in str(error)
+        b.wait()
+        with pytest.raises(errors.NodeError, match=b.endpoint):
+            start_layer(dispatch, artifact).wait()
+        assert b.exit_status == 0
+
+
+def test_a_node_down_at_start_is_named(artifact: Artifact) -> None:
+    port = free_port()
+    assert_refused(
+        artifact,
+        f"0-15=grpc://127.0.0.1:{port}",
+        errors.NodeUnreachable,
+        f"node grpc://127.0.0.1:{port} is not reachable",
+        "Connection refused",
+        "shoal node",
+    )
+    assert_refused(artifact, "0-15=unix:///nowhere.sock", errors.NodeUnreachable, "unix:///nowhere")
+
+
+def test_every_node_that_is_down_is_named(cluster: Cluster, path: Path, artifact: Artifact) -> None:
+    up = cluster.node(path).endpoint
+    ports = free_port(), free_port()
+    shards = f"0-3={up},4-7=grpc://127.0.0.1:{ports[0]},8-15=grpc://127.0.0.1:{ports[1]}"
+    assert_refused(artifact, shards, errors.NodeUnreachable, f":{ports[0]} is", f":{ports[1]} is")
+
+
+def test_a_node_frozen_at_start_is_named(cluster: Cluster, path: Path, artifact: Artifact) -> None:
+    node = cluster.node(path)
+    freeze(node)
+    assert_refused(
+        artifact, f"0-15={node.endpoint}", errors.NodeUnreachable, node.endpoint, "no answer"
+    )
+
+
+def test_something_that_is_no_node_is_named(artifact: Artifact) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert_refused(
+            artifact, f"0-15=grpc://127.0.0.1:{port}", errors.NodeUnreachable, f"127.0.0.1:{port}"
+        )
+
+
+def test_a_node_of_another_model_is_refused(
+    cluster: Cluster, artifact: Artifact, tmp_path: Path
+) -> None:
+    other = make_tiny_artifact(tmp_path, "qwen3_moe", "q8_0", seed=1, name="other")
+    node = cluster.node(other)
+    assert_refused(
+        artifact,
+        f"0-15={node.endpoint}",
+        errors.NodeMismatch,
+        node.endpoint,
+        "another model",
+        "other",
+        artifact.identity[:16],
+        Artifact.open(other).identity[:16],
+    )
+
+
+def test_a_node_that_lacks_part_of_its_range_is_refused(
+    cluster: Cluster, path: Path, artifact: Artifact
+) -> None:
+    node = cluster.node(path, experts="0-11", layers="0-1")
+    assert_refused(
+        artifact,
+        f"0-7=local,8-15={node.endpoint}",
+        errors.NodeMismatch,
+        f"node {node.endpoint} does not own experts 12-15 of layers 0-1; experts 8-15 of layer 2",
+        "it owns experts 0-11 of layers 0-1",
+    )
+
+
+def test_a_gapped_map_is_refused_before_any_connection(artifact: Artifact) -> None:
+    assert_refused(
+        artifact,
+        "0-7=grpc://127.0.0.1:1,9-15=grpc://127.0.0.1:1",
+        errors.ShardMapError,
+        "no endpoint for expert 8 of layers 0-2",
+    )
+
+
+def test_a_map_file_that_is_not_there_is_named(artifact: Artifact) -> None:
+    assert_refused(artifact, "@nowhere.toml", errors.ShardMapError, "nowhere.toml", "No such file")
