@@ -93,7 +93,8 @@ class Engine:
         assert self._pool.num_blocks - self._pool.num_free == len(self._sequence.blocks)
 
     def _serve(self, progress: "_Progress", cancellation: Cancellation) -> Iterator[Event]:
-        text = TextStream(self._tokenizer, progress.request.stop)
+        request = progress.request
+        text = TextStream(self._tokenizer, request.stop, request.prompt_ids)
         error: ShoalError | None = None
         try:
             logits = self._prefill(progress, cancellation)
@@ -171,7 +172,7 @@ class _Progress:
 
     def record_logits(self, logits: F32) -> None:
         if self._digest is not None:
-            self._digest.update(logits.data)
+            self._digest.update(logits.tobytes())
 
     def logits_digest(self) -> str | None:
         return None if self._digest is None else self._digest.hexdigest()

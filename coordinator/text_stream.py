@@ -1,14 +1,21 @@
 """TextStream: generated ids in, certain text out: whole characters, no stop string in it."""
 
+from collections.abc import Sequence
+
 from coordinator.stop_strings import StopStrings
 from coordinator.tokenizer import Tokenizer
 
 
 class TextStream:
-    """The text of one answer."""
+    """The text of one answer.
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self._detokenizer = tokenizer.detokenizer()
+    context: the ids before it; some tokenizers spell the first token of a text without its space.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], context: Sequence[int] = ()
+    ) -> None:
+        self._detokenizer = tokenizer.detokenizer(context)
         self._stop = StopStrings(stop)
 
     @property

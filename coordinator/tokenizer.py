@@ -1,4 +1,4 @@
-"""Text to token ids and back, on the `tokenizers` library: raw, templated and streamed text."""
+"""Text to token ids and back, on the `tokenizers` library: raw and templated text, streamed ids."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -8,7 +8,6 @@ from typing import Any
 import tokenizers
 
 from coordinator.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
-from coordinator.stop_strings import StopStrings
 from shoal.errors import CorruptArtifact
 
 
@@ -96,29 +95,6 @@ class Tokenizer:
             return bytes(_BYTE_OF_CHARACTER[character] for character in token)
         except KeyError:  # an added token is plain text
             return token.encode()
-
-
-class TextStream:
-    """Generated ids in, text out, as early as it is certain, and no further than a stop string."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str], context: Sequence[int] = ()
-    ) -> None:
-        self._detokenizer = tokenizer.detokenizer(context)
-        self._stop = StopStrings(stop)
-
-    @property
-    def is_stopped(self) -> bool:
-        """True once a stop string has ended the text."""
-        return self._stop.is_stopped
-
-    def push(self, token_id: int) -> str:
-        """Return the text that has become certain with this token."""
-        return self._stop.push(self._detokenizer.push(token_id))
-
-    def finish(self) -> str:
-        """Return what was held back; call it once, when no token follows."""
-        return self._stop.push(self._detokenizer.finish()) + self._stop.finish()
 
 
 def _parse(tokenizer_json: str) -> tokenizers.Tokenizer:

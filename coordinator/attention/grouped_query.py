@@ -61,9 +61,9 @@ class GroupedQueryAttention:
         Raises: NumericError with the rows that do not fit the cache's type.
         """
         spec, weights = self._spec, self._weights
-        k = self._clip(weights.k(forms.get(weights.k.scheme)))
+        k = weights.k(forms.get(weights.k.scheme))
         v = self._clip(weights.v(forms.get(weights.v.scheme)))
-        k_heads = self._norm_heads(k, weights.k_norm, spec.num_kv_heads)
+        k_heads = self._clip(self._norm_heads(k, weights.k_norm, spec.num_kv_heads))
         ops.rope(k_heads, places.cos, places.sin)
         v_heads = v.reshape(-1, spec.num_kv_heads, spec.head_dim)
         ops.kv_write(cache[0], cache[1], k_heads, v_heads, places.slots)
@@ -74,8 +74,8 @@ class GroupedQueryAttention:
         Raises: NumericError with the rows that became non-finite.
         """
         spec, weights = self._spec, self._weights
-        q = self._clip(weights.q(forms.get(weights.q.scheme)))
-        q_heads = self._norm_heads(q, weights.q_norm, spec.num_heads)
+        q = weights.q(forms.get(weights.q.scheme))
+        q_heads = self._clip(self._norm_heads(q, weights.q_norm, spec.num_heads))
         ops.rope(q_heads, places.cos, places.sin)
         mixed = ops.attention(
             q_heads,
@@ -90,9 +90,10 @@ class GroupedQueryAttention:
         flat = mixed.reshape(-1, spec.num_heads * spec.head_dim)
         return weights.o(ops.quantise_rows(weights.o.scheme, flat))
 
-    def _clip(self, projected: F32) -> F32:
+    def _clip(self, values: F32) -> F32:
+        """Clip after the norm, as OLMoE does."""
         limit = self._spec.clip_qkv
-        return projected if limit is None else ops.clamp(projected, limit, out=projected)
+        return values if limit is None else ops.clamp(values, limit, out=values)
 
     def _norm_heads(self, projected: F32, weight: F32 | None, num_heads: int) -> F32:
         heads = (-1, num_heads, self._spec.head_dim)

@@ -80,18 +80,17 @@ def _project(tensors: Mapping[str, F64], name: str, x: F64) -> F64:
 def _heads(
     spec: ModelSpec, tensors: Mapping[str, F64], prefix: str, which: str, x: F64, num_heads: int
 ) -> F64:
-    """Project, clip, norm and split: [T, heads, head_dim]."""
+    """Project, norm, clip and split: [T, heads, head_dim]."""
     attention = spec.attention
     projected = _project(tensors, prefix + which, x)
-    if attention.clip_qkv is not None:
-        projected = np.clip(projected, -attention.clip_qkv, attention.clip_qkv)
     is_normed = which in ("q", "k")
     if is_normed and attention.qk_norm is QkNorm.PROJECTION:
         projected = _rms_norm(projected, tensors[f"{prefix}{which}_norm"], spec.norm_eps)
     heads = projected.reshape(len(x), num_heads, attention.head_dim)
     if is_normed and attention.qk_norm is QkNorm.HEAD:
         heads = _rms_norm(heads, tensors[f"{prefix}{which}_norm"], spec.norm_eps)
-    return heads
+    limit = attention.clip_qkv
+    return heads if limit is None else np.clip(heads, -limit, limit)
 
 
 def _rope(spec: ModelSpec, inv_freq: F64, heads: F64) -> F64:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.tokenizer import TextStream, Tokenizer
+from coordinator.text_stream import TextStream
+from coordinator.tokenizer import Tokenizer
 from shoal.errors import CorruptArtifact
 from support.tiny_tokenizer import EOS_ID, SPECIAL, tokenizer_json
 
