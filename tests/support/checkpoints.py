@@ -112,6 +112,11 @@ def write_checkpoint(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def checkpoint_shapes(config: Mapping[str, Any], fused: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor, without prefix."""
+    return {name: values.shape for name, values in _tensors(config, 0, fused)}
+
+
 def random_values(seed: int, name: str, shape: tuple[int, ...]) -> F32:
     """Return uniform float32 multiples of 2^-23 in [-1, 1)."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
