@@ -119,3 +119,6 @@ def top_logprobs(logits: Annotated[NDArray[numpy.float32], dict(shape=(None,), o
 
 def logprob_of(logits: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], token: int) -> float:
     """Log-probability of one token."""
+
+def compute_digests() -> list[tuple[str, str, int]]:
+    """(op, format, digest) of every op on the current instruction set."""
