@@ -42,7 +42,12 @@ class Hash {
  private:
   void add(const void* data, size_t num_bytes) {
     const auto* bytes = static_cast<const uint8_t*>(data);
-    for (size_t i = 0; i < num_bytes; ++i) value_ = (value_ ^ bytes[i]) * 0x100000001B3u;
+    for (size_t i = 0; i < num_bytes; i += 8) {
+      uint64_t word = 0;
+      std::memcpy(&word, bytes + i, num_bytes - i < 8 ? num_bytes - i : 8);
+      value_ = (value_ ^ word) * 0x9E3779B97F4A7C15u;
+      value_ ^= value_ >> 32;
+    }
   }
   uint64_t value_ = 0xCBF29CE484222325u;
 };
@@ -62,11 +67,11 @@ class Inputs {
 
   // In [-4, 4], of many magnitudes; about one in 64 is zero.
   float value() {
+    static constexpr float kScales[8] = {0x1p-21f, 0x1p-22f, 0x1p-23f, 0x1p-24f,
+                                         0x1p-25f, 0x1p-26f, 0x1p-27f, 0x1p-28f};
     const uint64_t random = bits();
-    if (random % 64 == 0) return 0.0f;
-    float v = float(int32_t(random >> 40) - (1 << 23)) * 0x1p-21f;  // exact: 24 bits
-    for (uint64_t halvings = random >> 8 & 7; halvings > 0; --halvings) v = v * 0.5f;
-    return v;
+    const float v = float(int32_t(random >> 40) - (1 << 23)) * kScales[random >> 8 & 7];  // exact
+    return random % 64 == 0 ? 0.0f : v;
   }
   std::vector<float> values(int64_t n) {
     std::vector<float> v(static_cast<size_t>(n));
@@ -75,7 +80,11 @@ class Inputs {
   }
   std::vector<uint8_t> bytes(int64_t n) {
     std::vector<uint8_t> v(static_cast<size_t>(n));
-    for (uint8_t& x : v) x = uint8_t(bits());
+    uint64_t random = 0;
+    for (size_t i = 0; i < v.size(); ++i, random >>= 8) {
+      if (i % 8 == 0) random = bits();
+      v[i] = uint8_t(random);
+    }
     return v;
   }
 

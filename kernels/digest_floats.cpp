@@ -139,7 +139,7 @@ void digest_attention(std::vector<OpDigest>& digests) {
     written.add(grouped.values);
     digests.push_back({"kv_write", is_half ? "f16" : "f32", written.value()});
     Hash hash;
-    attend(hash, inputs, grouped, 6, 240, 270, INT64_MAX);  // many queries, two cuts
+    attend(hash, inputs, grouped, 6, 250, 262, INT64_MAX);  // many queries, two cuts
     attend(hash, inputs, grouped, 6, 329, 330, INT64_MAX);  // one row
     attend(hash, inputs, grouped, 6, 250, 253, 70);         // few rows, a window
     attend(hash, inputs, plain, 1, 60, 68, 33);             // tiles whose rows see different keys

@@ -17,6 +17,7 @@ const char* const kSchemeNames[] = {"f32", "int8_32", "int8_256"};
 // Every tile size: 16 + 8 + 4 + 2 + 1.  A row group that is not full; an odd number of blocks,
 // a super-block that is not full.
 constexpr int kRows = 31, kOutputs = 24, kInputs = 288;
+constexpr int kFloatInputs = 45;  // float formats have no blocks, and software fma is slow
 
 struct AlignedBytes {
   explicit AlignedBytes(int64_t n) : storage(size_t(n) + 64) {
@@ -98,20 +99,21 @@ void digest_quantise(std::vector<OpDigest>& digests) {
 }
 
 void digest_matmul(std::vector<OpDigest>& digests, Format format) {
+  const int cols = scheme_of(format) == Scheme::f32 ? kFloatInputs : kInputs;
   Inputs inputs(3 + uint64_t(format));
-  const std::vector<uint8_t> weights = random_weights(inputs, format, kOutputs, kInputs);
-  const int64_t group = group_bytes(format, kInputs);
+  const std::vector<uint8_t> weights = random_weights(inputs, format, kOutputs, cols);
+  const int64_t group = group_bytes(format, cols);
   const AlignedBytes packed(num_groups(kOutputs) * group);
-  pack_rows(format, weights.data(), kOutputs, kInputs, group, packed.data);
-  const MatrixView matrix{format, kOutputs, kInputs, packed.data};
-  std::vector<float> row(kInputs), out(size_t(kRows) * kOutputs);
+  pack_rows(format, weights.data(), kOutputs, cols, group, packed.data);
+  const MatrixView matrix{format, kOutputs, cols, packed.data};
+  std::vector<float> row(cols), out(size_t(kRows) * kOutputs);
   Hash unpacked;
   for (int i = 0; i < kOutputs; ++i) {
     unpack_row(matrix, i, row.data());
     unpacked.add(row);
   }
   digests.push_back({"unpack", kFormatNames[int(format)], unpacked.value()});
-  const QuantisedRows rows = random_rows(inputs, scheme_of(format), kRows, kInputs);
+  const QuantisedRows rows = random_rows(inputs, scheme_of(format), kRows, cols);
   const std::vector<float> bias = inputs.values(kOutputs);
   matmul(matrix, rows.view, bias.data(), out.data());
   Hash hash;
@@ -120,7 +122,7 @@ void digest_matmul(std::vector<OpDigest>& digests, Format format) {
 }
 
 void digest_experts(std::vector<OpDigest>& digests, Format format) {
-  constexpr int kDim = 96, kFfnDim = 40, kExperts = 2;
+  constexpr int kDim = 72, kFfnDim = 24, kExperts = 2, kTokens = 17;
   Inputs inputs(20 + uint64_t(format));
   const ExpertShape shape{kDim, kFfnDim, format, format};
   std::vector<std::unique_ptr<AlignedBytes>> experts;
@@ -133,9 +135,9 @@ void digest_experts(std::vector<OpDigest>& digests, Format format) {
     pack_expert(shape, gate.data(), up.data(), down.data(), experts.back()->data);
     packed.push_back(experts.back()->data);
   }
-  const QuantisedRows rows = random_rows(inputs, scheme_of(format), kRows, kDim);
-  std::vector<float> y(size_t(kRows) * kDim);
-  std::vector<uint8_t> bad(kRows, 0);
+  const QuantisedRows rows = random_rows(inputs, scheme_of(format), kTokens, kDim);
+  std::vector<float> y(size_t(kTokens) * kDim);
+  std::vector<uint8_t> bad(kTokens, 0);
   expert_ffn(shape, packed[0], rows.view, y.data(), bad.data());
   Hash ffn;
   ffn.add(y);
@@ -143,14 +145,14 @@ void digest_experts(std::vector<OpDigest>& digests, Format format) {
   digests.push_back({"expert_ffn", kFormatNames[int(format)], ffn.value()});
   std::vector<int32_t> pair_rows;
   std::vector<float> pair_weights;
-  for (int i = 0; i < kRows + 3; ++i) {
-    pair_rows.push_back(i < kRows ? i : i - kRows);
+  for (int i = 0; i < kTokens + 3; ++i) {
+    pair_rows.push_back(i < kTokens ? i : i - kTokens);
     pair_weights.push_back(inputs.value());
   }
-  const int32_t offsets[] = {0, kRows, kRows + 3};
+  const int32_t offsets[] = {0, kTokens, kTokens + 3};
   const ExpertCall call{
       shape, kExperts, packed.data(), offsets, pair_rows.data(), pair_weights.data(), 16};
-  std::vector<int64_t> sums(size_t(kRows) * kDim, 0);
+  std::vector<int64_t> sums(size_t(kTokens) * kDim, 0);
   expert_sums(call, rows.view, sums.data(), bad.data());
   Hash hash;
   hash.add(sums);
