@@ -105,14 +105,14 @@ class Node:
             ArtifactError, UsageError: the model or a flag is wrong.
             NodeError: the address cannot be listened on.
         """
-        verified = numerics.verify()
+        numerics.verify()
         if config.threads is not None:
             ops.set_threads(config.threads)
         artifact = Artifact.open(config.model)
         ownership = owned_by(artifact, config)
         _check_memory(artifact, ownership)
         store = ResidentStore(artifact, ownership)
-        node = cls(config, artifact, store, _facts(artifact, ownership, verified))
+        node = cls(config, artifact, store, _facts(artifact, ownership))
         if handle_signals:
             node.stop_signal.install(asyncio.get_running_loop())
         if not config.listen.is_local:
@@ -233,12 +233,12 @@ def owned_by(artifact: Artifact, config: NodeConfig) -> Ownership:
     return Ownership(wanted)
 
 
-def _facts(artifact: Artifact, ownership: Ownership, verified: str) -> NodeFacts:
+def _facts(artifact: Artifact, ownership: Ownership) -> NodeFacts:
     formats = {artifact.expert_layout(layer).gate_up.label for layer in ownership.layers}
     return NodeFacts(
         model_name=artifact.name,
         identity=artifact.identity,
-        numerics=verified,
+        numerics=numerics.NUMERICS,
         instance_epoch=secrets.token_hex(8),
         owned=ownership.ranges,
         quantisation="+".join(sorted(formats)),

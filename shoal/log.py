@@ -28,7 +28,6 @@ class LogLevel(StrEnum):
 
 def configure(log_format: LogFormat, level: LogLevel, stream: TextIO | None = None) -> None:
     """Send this process's log lines of `level` and above to `stream` (default: stderr)."""
-    output = sys.stderr if stream is None else stream
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -39,11 +38,11 @@ def configure(log_format: LogFormat, level: LogLevel, stream: TextIO | None = No
         dumps = structlog.processors.JSONRenderer(serializer=_to_json)
         rendering = [structlog.processors.dict_tracebacks, dumps]
     else:
-        rendering = [structlog.dev.ConsoleRenderer(colors=output.isatty())]
+        rendering = [structlog.dev.ConsoleRenderer(colors=(stream or sys.stderr).isatty())]
     structlog.configure(
         processors=[*shared, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(_NUMBER[level]),
-        logger_factory=structlog.PrintLoggerFactory(output),
+        logger_factory=lambda *_: structlog.PrintLogger(stream or sys.stderr),
         cache_logger_on_first_use=False,  # a logger made before configure() obeys it too
     )
 
@@ -64,3 +63,6 @@ _NUMBER = {
 
 def _to_json(event: object, **_: object) -> str:
     return orjson.dumps(event, default=str).decode()
+
+
+configure(LogFormat.CONSOLE, LogLevel.INFO)  # until a process says otherwise; never stdout

@@ -8,6 +8,7 @@ What a call needs of the model (its layer exists, its width and scheme are the l
 by `ExpertExecutor.check`, for remote and local calls alike.
 """
 
+from functools import cache
 from typing import Final, TypeVar
 
 import numpy as np
@@ -40,6 +41,7 @@ def reply_row_bytes(dim: int, width: int = 8) -> int:
     return width * dim + 1
 
 
+@cache
 def max_rows_per_call(dim: int) -> int:
     """Return the most rows of a call of that width whose widest reply fits in one message.
 

@@ -74,6 +74,7 @@ def start_node(
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
+        process.stdout.close()
         raise NodeDied(process.wait(EXIT_TIMEOUT_S), log.read_text())
     return RunningNode(process, orjson.loads(line), log)
 

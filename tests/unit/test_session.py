@@ -117,8 +117,9 @@ class Peer:
         values = {}
         for frame in self.frames:
             if frame.WhichOneof("frame") == "reply":
-                into = np.zeros((1, DIM), np.int64)
-                wire.add_reply(frame.reply, np.zeros(1, np.int32), 13, into)
+                num_rows = frame.reply.num_rows
+                into = np.zeros((num_rows, DIM), np.int64)
+                wire.add_reply(frame.reply, np.arange(num_rows, dtype=np.int32), 13, into)
                 values[frame.reply.call_id] = int(into[0, 0])
         return values
 
