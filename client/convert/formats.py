@@ -31,17 +31,15 @@ class FormatChooser:
         if slot.is_vocabulary and wanted in FOUR_BIT:
             return Format.Q8_0
         what = slot.name.split(".", 2)[-1]  # without the layer: one remark for all of them
-        self._remark_transcoding(what, tensor, wanted)
-        return self._fitting(what, wanted, slot.shape[-1])
+        return self._remarked(what, (tensor,), self._fitting(what, wanted, slot.shape[-1]))
 
     def ffn(self, part: str, tensors: Iterable[SourceTensor], cols: int) -> Format:
         """Return the one format of a layer's gate and up, or of its down, with `cols` columns."""
         tensors = tuple(tensors)
         if self.requested is None:
             return self._common(part, tensors)
-        for tensor in tensors:
-            self._remark_transcoding(f"experts' {part}", tensor, self.requested)
-        return self._fitting(f"experts' {part}", self.requested, cols)
+        what = f"experts' {part}"
+        return self._remarked(what, tensors, self._fitting(what, self.requested, cols))
 
     def notes(self) -> tuple[str, ...]:
         """Return what the manifest says about choices that were not asked for."""
@@ -68,10 +66,12 @@ class FormatChooser:
         self._remarks[f"experts' {part}: {common.label}, for the source mixes {labels}"] += 1
         return common
 
-    def _remark_transcoding(self, what: str, tensor: SourceTensor, wanted: Format) -> None:
-        is_exact = tensor.format is not None and tensor.format.is_float
-        if tensor.format is not wanted and not is_exact:
-            self._remarks[f"{what}: transcoded from {tensor.type_name} to {wanted.label}"] += 1
+    def _remarked(self, what: str, tensors: Iterable[SourceTensor], chosen: Format) -> Format:
+        for tensor in tensors:  # quantising floats is what was asked for; anything else is said
+            is_float = tensor.format is not None and tensor.format.is_float
+            if tensor.format is not chosen and not is_float:
+                self._remarks[f"{what}: transcoded from {tensor.type_name} to {chosen.label}"] += 1
+        return chosen
 
 
 def down_format(chooser_requested: Format | None, own: Iterable[Format], ffn_dim: int) -> Format:

@@ -2,7 +2,6 @@
 
 import struct
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +47,9 @@ class GgufSource:
         self.config: Mapping[str, Any] = self._model.config
         self.family: Family = family_of(self.config)
         self.naming = Naming(self._model.naming, self._model.rope_interleaved)
-
-    @cached_property
-    def tensors(self) -> Mapping[str, SourceTensor]:
-        """Every tensor, by name."""
-        return {name: self._tensor(found) for name, found in self._found.items()}
+        self.tensors: Mapping[str, SourceTensor] = {
+            name: self._tensor(found) for name, found in self._found.items()
+        }
 
     def text_files(self, tokenizer_folder: Path | None) -> TextFiles:
         """Make the tokenizer from the metadata, or read it from the folder that replaces it."""

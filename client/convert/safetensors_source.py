@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,9 @@ class SafetensorsSource:
         self.config = read_json(path / "config.json")
         self.family: Family = family_of(self.config)
         self.naming = Naming()
+        self.tensors = self._open_tensors()
 
-    @cached_property
-    def tensors(self) -> Mapping[str, SourceTensor]:
-        """Every tensor of every file, by name."""
+    def _open_tensors(self) -> Mapping[str, SourceTensor]:
         found: dict[str, SourceTensor] = {}
         for file in self._files():
             for tensor in _open_file(file):

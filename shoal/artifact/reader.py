@@ -140,7 +140,8 @@ class Artifact:
         """Read a dense layer's FFN, packed as one expert. Raises as `matrix` does."""
         tensor = self._dense[name]
         assert tensor.slot.kind is Kind.FFN and tensor.down is not None, name
-        layout = ops.ExpertLayout(*tensor.slot.shape, tensor.format, tensor.down)
+        dim, ffn_dim = tensor.slot.shape
+        layout = ops.ExpertLayout(dim, ffn_dim, tensor.format, tensor.down)
         return layout, self._read_dense(tensor)
 
     def expert_layer(self, layer: int) -> ExpertLayer:
