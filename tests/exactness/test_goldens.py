@@ -13,10 +13,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from client.convert.gguf_source import GgufSource
 from client.convert.pipeline import Options, convert, make_plan
 from client.convert.safetensors_source import SafetensorsSource
-from support.golden_cases import CASES, NUM_GREEDY, PROMPT_LENGTHS, GoldenCase, prompt_ids
+from shoal.artifact import Artifact
+from support.checkpoints import checkpoint_tensors, tiny_config, write_safetensors
+from support.golden_cases import (
+    CASES,
+    GGUF_CASES,
+    NUM_GREEDY,
+    PROMPT_LENGTHS,
+    GoldenCase,
+    prompt_ids,
+)
 from support.local_coordinator import ForwardPasses
+from support.tiny_gguf import write_gguf
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 TOLERANCE = 1e-3  # on logits of size 1 to 10: DESIGN.md section 2
@@ -67,11 +78,8 @@ def _logsumexp(logits: NDArray[np.float32]) -> float:
     return float(np.log(np.exp(exact - exact.max()).sum()) + exact.max())
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_logits_and_greedy_tokens_are_those_of_transformers(
-    case: GoldenCase, tmp_path: Path
-) -> None:
-    passes = ForwardPasses(_converted(case, tmp_path))
+def _check_against_golden(case: GoldenCase, artifact: Path) -> None:
+    passes = ForwardPasses(artifact)
     golden = _golden(case.name)
     assert [len(prompt["prompt_ids"]) for prompt in golden["prompts"]] == list(PROMPT_LENGTHS)
     for prompt in golden["prompts"]:
@@ -80,6 +88,52 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
         assert len(prompt["greedy_ids"]) == NUM_GREEDY
         worst, wrong_tokens = _differences(passes, prompt)
         assert not wrong_tokens and worst < TOLERANCE, f"prompt of {length} tokens"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_logits_and_greedy_tokens_are_those_of_transformers(
+    case: GoldenCase, tmp_path: Path
+) -> None:
+    _check_against_golden(case, _converted(case, tmp_path))
+
+
+@pytest.mark.parametrize("case", GGUF_CASES, ids=lambda case: case.name)
+def test_the_same_model_as_a_gguf_file_tells_the_same(case: GoldenCase, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", case.config, case.seed)
+    out = tmp_path / "model.shoal"
+    convert(make_plan(GgufSource(tmp_path / "model.gguf"), Options()), out, lambda _: None)
+    _check_against_golden(case, out)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+def test_fused_experts_make_the_same_artifact_as_single_ones(family: str, tmp_path: Path) -> None:
+    single = GoldenCase("single", tiny_config(family), seed=5)
+    single.write(tmp_path / "single")
+    tensors = dict(checkpoint_tensors(single.config, 5))
+    for layer in range(single.config["num_hidden_layers"]):
+        _fuse_experts(tensors, f"layers.{layer}.")
+    (tmp_path / "fused").mkdir()
+    for file in (tmp_path / "single").iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / "fused" / file.name).write_bytes(file.read_bytes())
+    write_safetensors(tmp_path / "fused" / "model.safetensors", tensors)
+    identities = set[str]()
+    for name in ("single", "fused"):
+        out = tmp_path / f"{name}.shoal"
+        convert(make_plan(SafetensorsSource(tmp_path / name), Options()), out, lambda _: None)
+        identities.add(Artifact.open(out).identity)
+    assert len(identities) == 1
+
+
+def _fuse_experts(tensors: dict[str, NDArray[np.float32]], layer: str) -> None:
+    parts: dict[str, list[NDArray[np.float32]]] = {}
+    block = ""
+    for name in [name for name in tensors if name.startswith(layer) and ".experts." in name]:
+        block, rest = name.split(".experts.")
+        parts.setdefault(rest.split(".")[1], []).append(tensors.pop(name))
+    gate, up, down = (np.stack(parts[key]) for key in parts)  # in the order of the checkpoint
+    tensors[f"{block}.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+    tensors[f"{block}.experts.down_proj"] = down
 
 
 @pytest.mark.parametrize(

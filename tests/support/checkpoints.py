@@ -97,7 +97,7 @@ def write_checkpoint(
     (folder / "generation_config.json").write_text(json.dumps(generation))
     write_tokenizer(folder)
     named: list[tuple[str, F32]] = []
-    for name, values in _tensors(config, seed, fused):
+    for name, values in checkpoint_tensors(config, seed, fused):
         named.append((name if name == "lm_head.weight" else prefix + name, values))
     files = ["model.safetensors"]
     if shards > 1:
@@ -106,7 +106,7 @@ def write_checkpoint(
     for i, file in enumerate(files):
         part = dict(named[i::shards])
         weight_map |= dict.fromkeys(part, file)
-        _write_safetensors(folder / file, part, dtype)
+        write_safetensors(folder / file, part, dtype)
     if shards > 1:
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -114,7 +114,7 @@ def write_checkpoint(
 
 def checkpoint_shapes(config: Mapping[str, Any], fused: bool = False) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor, without prefix."""
-    return {name: values.shape for name, values in _tensors(config, 0, fused)}
+    return {name: values.shape for name, values in checkpoint_tensors(config, 0, fused)}
 
 
 def random_values(seed: int, name: str, shape: tuple[int, ...]) -> F32:
@@ -138,7 +138,8 @@ def to_bf16(values: F32) -> NDArray[np.uint16]:
     )
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, F32], dtype: str) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, F32], dtype: str = "f32") -> None:
+    """Write one file; `dtype` is f32, f16 or bf16, to which the values are rounded."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     blobs: list[bytes] = []
     offset = 0
@@ -160,8 +161,10 @@ def _write_safetensors(path: Path, tensors: Mapping[str, F32], dtype: str) -> No
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + b"".join(blobs))
 
 
-def _tensors(config: Mapping[str, Any], seed: int, fused: bool) -> Iterator[tuple[str, F32]]:
-    """Yield every tensor, named below `model.`."""
+def checkpoint_tensors(
+    config: Mapping[str, Any], seed: int, fused: bool = False
+) -> Iterator[tuple[str, F32]]:
+    """Yield the name, without prefix, and values of every tensor."""
 
     def matrix(name: str, *shape: int, gain: float = 1.5) -> tuple[str, F32]:
         # uniform in [-1, 1) has variance 1/3: outputs keep about the inputs' size

@@ -22,7 +22,6 @@ class GoldenCase:
     seed: int
     dtype: str = "f32"
     shards: int = 1
-    fused: bool = False
 
     def write(self, folder: Path, seed: int | None = None) -> None:
         write_checkpoint(
@@ -31,7 +30,6 @@ class GoldenCase:
             self.seed if seed is None else seed,
             dtype=self.dtype,
             shards=self.shards,
-            fused=self.fused,
         )
 
 
@@ -122,6 +120,8 @@ CASES = (
         dtype="bf16",
         shards=3,
     ),
+    GoldenCase("qwen3-moe-plain", tiny_config("qwen3_moe", rope_theta=1e6), seed=0),
+    GoldenCase("olmoe-plain", tiny_config("olmoe", num_key_value_heads=4), seed=0),
     GoldenCase("olmoe", tiny_config("olmoe", clip_qkv=0.75), seed=0),
     GoldenCase(
         "olmoe-linear-rope",
@@ -133,4 +133,9 @@ CASES = (
         ),
         seed=0,
     ),
+)
+
+# What llama.cpp can run: it knows no clipping, no dense layers, no choice of renormalisation.
+GGUF_CASES = tuple(
+    case for case in CASES if case.name in ("llama", "mixtral", "qwen3-moe-plain", "olmoe-plain")
 )
