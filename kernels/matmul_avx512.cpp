@@ -41,6 +41,20 @@ SHOAL_INLINE __m512i dot_block(__m512i start, const __m512i* w, const int8_t* x)
   return start;
 }
 
+// Block b of a record.
+template <int N>
+SHOAL_INLINE void q4_0_block(const uint8_t* record, int b, const int8_t* x, const float* x_scale,
+                             const int32_t* x_start, __m512* acc) {
+  __m512i w[8];
+  unpack_nibbles(record + Q4_0::quants + b * Q4_0::block_quants, w);
+  const __m512 d = _mm512_cvtph_ps(load_halves(record + Q4_0::scales + b * 32));
+  for (int t = 0; t < N; ++t) {
+    const __m512i s = dot_block(_mm512_set1_epi32(x_start[t]), w, x + t * kBlock);
+    acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_mul_ps(d, _mm512_set1_ps(x_scale[t])),
+                             acc[t]);
+  }
+}
+
 template <int N>
 SHOAL_INLINE void q4_0_kernel(const uint8_t* record, int blocks, const Tile& tile, Lanes* out) {
   const int8_t* x = tile.quants;
@@ -48,20 +62,12 @@ SHOAL_INLINE void q4_0_kernel(const uint8_t* record, int blocks, const Tile& til
   const int32_t* x_start = tile.start;
   __m512 acc[N];
   for (int t = 0; t < N; ++t) acc[t] = out[t].v;
-  for (; blocks > 0; blocks -= 2, record += Q4_0::record) {
+  for (; blocks >= 2; blocks -= 2, record += Q4_0::record) {
     prefetch(record, Q4_0::record);
-    const int here = blocks < 2 ? 1 : 2;
-    for (int b = 0; b < here; ++b, x += N * kBlock, x_scale += N, x_start += N) {
-      __m512i w[8];
-      unpack_nibbles(record + Q4_0::quants + b * Q4_0::block_quants, w);
-      const __m512 d = _mm512_cvtph_ps(load_halves(record + Q4_0::scales + b * 32));
-      for (int t = 0; t < N; ++t) {
-        const __m512i s = dot_block(_mm512_set1_epi32(x_start[t]), w, x + t * kBlock);
-        acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s),
-                                 _mm512_mul_ps(d, _mm512_set1_ps(x_scale[t])), acc[t]);
-      }
-    }
+    for (int b = 0; b < 2; ++b, x += N * kBlock, x_scale += N, x_start += N)
+      q4_0_block<N>(record, b, x, x_scale, x_start, acc);
   }
+  if (blocks == 1) q4_0_block<N>(record, 0, x, x_scale, x_start, acc);
   for (int t = 0; t < N; ++t) out[t].v = acc[t];
 }
 
@@ -88,6 +94,21 @@ SHOAL_INLINE void q4_1_kernel(const uint8_t* record, int blocks, const Tile& til
   for (int t = 0; t < N; ++t) out[t].v = acc[t];
 }
 
+// Block b of a record.
+template <int N>
+SHOAL_INLINE void q8_0_block(const uint8_t* record, int b, const int8_t* x, const float* x_scale,
+                             const int32_t* x_start, __m512* acc) {
+  __m512i w[8];
+  for (int j = 0; j < 8; ++j)
+    w[j] = load_bytes(record + Q8_0::quants + b * Q8_0::block_quants + j * kCellRow);
+  const __m512 d = _mm512_cvtph_ps(load_halves(record + Q8_0::scales + b * 32));
+  for (int t = 0; t < N; ++t) {
+    const __m512i s = dot_block(_mm512_set1_epi32(x_start[t]), w, x + t * kBlock);
+    acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_mul_ps(d, _mm512_set1_ps(x_scale[t])),
+                             acc[t]);
+  }
+}
+
 template <int N>
 SHOAL_INLINE void q8_0_kernel(const uint8_t* record, int blocks, const Tile& tile, Lanes* out) {
   const int8_t* x = tile.quants;
@@ -95,21 +116,12 @@ SHOAL_INLINE void q8_0_kernel(const uint8_t* record, int blocks, const Tile& til
   const int32_t* x_start = tile.start;
   __m512 acc[N];
   for (int t = 0; t < N; ++t) acc[t] = out[t].v;
-  for (; blocks > 0; blocks -= 2, record += Q8_0::record) {
+  for (; blocks >= 2; blocks -= 2, record += Q8_0::record) {
     prefetch(record, Q8_0::record);
-    const int here = blocks < 2 ? 1 : 2;
-    for (int b = 0; b < here; ++b, x += N * kBlock, x_scale += N, x_start += N) {
-      const uint8_t* cells = record + Q8_0::quants + b * Q8_0::block_quants;
-      __m512i w[8];
-      for (int j = 0; j < 8; ++j) w[j] = load_bytes(cells + j * kCellRow);
-      const __m512 d = _mm512_cvtph_ps(load_halves(record + Q8_0::scales + b * 32));
-      for (int t = 0; t < N; ++t) {
-        const __m512i s = dot_block(_mm512_set1_epi32(x_start[t]), w, x + t * kBlock);
-        acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s),
-                                 _mm512_mul_ps(d, _mm512_set1_ps(x_scale[t])), acc[t]);
-      }
-    }
+    for (int b = 0; b < 2; ++b, x += N * kBlock, x_scale += N, x_start += N)
+      q8_0_block<N>(record, b, x, x_scale, x_start, acc);
   }
+  if (blocks == 1) q8_0_block<N>(record, 0, x, x_scale, x_start, acc);
   for (int t = 0; t < N; ++t) out[t].v = acc[t];
 }
 
