@@ -67,7 +67,7 @@ class Admission:
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(queue) for queue in self._waiting.values())
+        return sum(map(len, self._waiting.values()))
 
     @property
     def running(self) -> Ticket | None:

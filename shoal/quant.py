@@ -58,9 +58,10 @@ class Scheme(IntEnum):
     @property
     def span(self) -> int:
         """Columns per scale; a row is padded with zeros to a multiple (F32: not padded)."""
-        return {Scheme.F32: 1, Scheme.INT8_32: 32, Scheme.INT8_256: 256}[self]
+        return _SPANS[self]
 
 
+_SPANS = (1, 32, 256)  # by Scheme; a tuple, as every message and every layer asks
 _BLOCK = {
     Format.F32: (1, 4),
     Format.F16: (1, 2),

@@ -102,9 +102,9 @@ def _decode_rows(message: pb.ExpertCall, scheme: Scheme, num_rows: int, dim: int
         return Rows(scheme, dim, values.reshape(num_rows, dim), _NO_SCALES[:num_rows])
     padded = round_up(dim, scheme.span)
     num_scales = padded // scheme.span
-    quants = _array("values", message.values, "i1", num_rows * padded, np.int8)
-    quants = quants.reshape(num_rows, padded)
-    if quants.min() < -127:
+    data = message.values
+    quants = _array("values", data, "i1", num_rows * padded, np.int8).reshape(num_rows, padded)
+    if b"\x80" in data:
         raise errors.MalformedMessage("values: an int8 of -128; they must be in -127..127")
     if padded != dim and quants[:, dim:].any():
         raise errors.MalformedMessage(f"values: padding beyond dim = {dim} must be zero")
@@ -116,26 +116,32 @@ def _decode_pairs(
     message: pb.ExpertCall, num_rows: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
     counts = _array("pairs_per_row", message.pairs_per_row, "<u2", num_rows, np.int32)
-    if counts.min() < 1 or counts.max() > limits.MAX_EXPERTS_PER_TOKEN:
+    row_offsets = np.zeros(num_rows + 1, np.int32)
+    if num_rows == 1:  # decode, where every microsecond is paid once a layer
+        fewest = most = row_offsets[1] = counts[0]
+    else:
+        fewest, most = counts.min(), counts.max()
+        counts.cumsum(out=row_offsets[1:])
+    if fewest < 1 or most > limits.MAX_EXPERTS_PER_TOKEN:
         raise errors.MalformedMessage(
-            f"pairs_per_row: {counts.min()}..{counts.max()}: every row must have "
+            f"pairs_per_row: {fewest}..{most}: every row must have "
             f"1..{limits.MAX_EXPERTS_PER_TOKEN}"
         )
-    row_offsets = np.zeros(num_rows + 1, np.int32)
-    counts.cumsum(out=row_offsets[1:])
     num_pairs = int(row_offsets[-1])
     experts = _array("experts", message.experts, "<u2", num_pairs, np.int32)
     weights = _array("weights", message.weights, "<f4", num_pairs, np.float32)
     if num_rows == 1:
-        distinct = len(set(experts.tolist())) == num_pairs
+        in_row = experts.tolist()
+        highest, distinct = max(in_row), len(set(in_row)) == num_pairs
     else:
+        highest = experts.max()
         keys = np.repeat(np.arange(num_rows, dtype=np.int32) << 16, counts) | experts
         keys.sort()
         distinct = bool((keys[1:] != keys[:-1]).all())
     if not distinct:
         raise errors.MalformedMessage("experts: a row names one expert twice")
-    if experts.max() >= limits.MAX_EXPERTS:
-        raise errors.MalformedMessage(f"experts: {experts.max()} is beyond {limits.MAX_EXPERTS}")
+    if highest >= limits.MAX_EXPERTS:
+        raise errors.MalformedMessage(f"experts: {highest} is beyond {limits.MAX_EXPERTS}")
     return row_offsets, experts, weights
 
 
@@ -143,10 +149,15 @@ def _check_finite(call: ExpertCall) -> None:
     # Integer comparisons of the bits: no float operation, so no NaN can slip through a maximum.
     # A negative scale fails as well: its sign bit makes it the larger integer.
     rows = call.rows
+    has_bad_scale = rows.scales.size and rows.scales.view(np.uint32).max() >= _EXPONENT_BITS
+    is_float = rows.scheme is Scheme.F32
+    weight_bits = call.weights.view(np.uint32) & _SIGN_CLEARED
+    if not (has_bad_scale or is_float or weight_bits.max() >= _EXPONENT_BITS):
+        return
     bad = (rows.scales.view(np.uint32) >= _EXPONENT_BITS).any(axis=1)
-    if rows.scheme is Scheme.F32:
+    if is_float:
         bad = ((rows.values.view(np.uint32) & _SIGN_CLEARED) >= _EXPONENT_BITS).any(axis=1)
-    bad_pairs = (call.weights.view(np.uint32) & _SIGN_CLEARED) >= _EXPONENT_BITS
+    bad_pairs = weight_bits >= _EXPONENT_BITS
     if not (bad.any() or bad_pairs.any()):
         return
     rows_of_pairs = np.searchsorted(call.row_offsets, np.flatnonzero(bad_pairs), side="right") - 1
@@ -209,6 +220,7 @@ def add_reply(
         raise errors.MalformedMessage(f"reply's sums: {error}") from error
 
 
+_WIRE_TYPES = {name: np.dtype(name) for name in ("i1", "<u2", "<f4")}
 _WIRE_SCHEME = {
     Scheme.F32: pb.SCHEME_F32,
     Scheme.INT8_32: pb.SCHEME_INT8_32,
@@ -257,7 +269,7 @@ _NO_SCALES = np.empty((limits.MAX_ROWS_PER_CALL, 0), np.float32)
 
 
 def _array(name: str, data: bytes, wire_type: str, size: int, host_type: type[_T]) -> NDArray[_T]:
-    wire = np.dtype(wire_type)
+    wire = _WIRE_TYPES[wire_type]
     if len(data) != size * wire.itemsize:
         raise errors.MalformedMessage(
             f"{name}: {len(data)} bytes, must be {size} x {wire.itemsize} = {size * wire.itemsize}"

@@ -89,12 +89,13 @@ class ExpertExecutor:
             raise errors.MalformedMessage(
                 f"scheme {rows.scheme.name}: layer {call.layer} takes {facts.scheme.name}"
             )
-        highest = int(call.experts.max())
+        experts = call.experts.tolist()
+        highest = max(experts)
         if highest >= facts.num_experts:
             raise errors.MalformedMessage(
                 f"expert {highest}: layer {call.layer} has 0-{facts.num_experts - 1}"
             )
-        self._store.ownership.check(call.layer, call.experts.tolist())
+        self._store.ownership.check(call.layer, experts)
 
     def pair_bytes(self, call: ExpertCall) -> int:
         """Return an upper bound of the weight bytes that computing a checked call walks over."""
