@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -28,6 +29,14 @@ class ExpertFiles(Protocol):
 
     def expert_layout(self, layer: int) -> ops.ExpertLayout: ...
     def expert_location(self, layer: int, index: int) -> ExpertLocation: ...
+
+
+class ReadExpert(Protocol):
+    """Fills memory from a file and checks its hash: `shoal.artifact.reader.read_checked`."""
+
+    def __call__(
+        self, path: Path, offset: int, out: NDArray[np.uint8], blake3: str, what: str
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +86,12 @@ class ResidentStore:
     Concurrent demands for one expert are one read.
     """
 
-    def __init__(self, files: ExpertFiles, ownership: Ownership) -> None:
+    def __init__(
+        self, files: ExpertFiles, ownership: Ownership, *, read: ReadExpert = read_checked
+    ) -> None:
         """Lay out the arena; reads nothing. Raises NotOwned if `files` lacks an owned expert."""
         self.ownership = ownership
+        self._read = read
         locations = {
             (layer, index): files.expert_location(layer, index)
             for layer in ownership.layers
@@ -170,7 +182,7 @@ class ResidentStore:
                 slot = self._slots[layer, unread[0]]
                 where = slot.location
                 name = f"expert {unread[0]} of layer {layer}"
-                read_checked(where.path, where.offset, slot.memory, where.blake3, name)
+                self._read(where.path, where.offset, slot.memory, where.blake3, name)
                 with self._changed:
                     self._ready[layer][unread.pop(0)] = slot.weights
                     slot.is_loading = False
