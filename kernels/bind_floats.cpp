@@ -18,18 +18,6 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace shoal {
-struct Half {
-  uint16_t bits;
-};
-}  // namespace shoal
-
-template <>
-struct nanobind::detail::dtype_traits<shoal::Half> {
-  static constexpr dlpack::dtype value{uint8_t(dlpack::dtype_code::Float), 16, 1};
-  static constexpr auto name = const_name("float16");
-};
-
-namespace shoal {
 namespace {
 
 template <class T, int N>
@@ -109,29 +97,26 @@ RowList bind_route_softmax(const Array<const float, 2>& logits, bool renormalise
                        int(experts.shape(1)), renormalise, experts.data(), weights.data());
 }
 
-// Two overloads of each function, for caches of float32 and of float16.
-template <class T>
-using Keys = nb::ndarray<T, nb::numpy, nb::shape<-1, -1, 4, -1, 16>, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Values = nb::ndarray<T, nb::numpy, nb::shape<-1, -1, 64, -1>, nb::c_contig, nb::device::cpu>;
+// Of float32 or float16, which cache_of checks: keys and values together.
+using Keys = nb::ndarray<nb::numpy, nb::shape<-1, -1, 4, -1, 16>, nb::c_contig, nb::device::cpu>;
+using Values = nb::ndarray<nb::numpy, nb::shape<-1, -1, 64, -1>, nb::c_contig, nb::device::cpu>;
 
-template <class T>
-KvCache cache_of(const Keys<T>& keys, const Values<T>& values) {
+KvCache cache_of(const Keys& keys, const Values& values) {
+  const bool is_half =
+      keys.dtype() == nb::dlpack::dtype{uint8_t(nb::dlpack::dtype_code::Float), 16, 1};
+  if (keys.dtype() != values.dtype() || !(is_half || keys.dtype() == nb::dtype<float>()))
+    throw nb::type_error("KV cache: keys and values must both be float32 or both be float16");
   require(keys.shape(0) == values.shape(0) && keys.shape(1) == values.shape(1) &&
               keys.shape(3) == values.shape(3) && keys.shape(1) > 0 && keys.shape(3) > 0,
           "KV cache: keys [N, KVH, 4, d, 16] and values [N, KVH, 64, d] do not belong together");
-  return KvCache{keys.data(),
-                 values.data(),
-                 sizeof(T) == 2,
-                 int64_t(keys.shape(0)),
-                 int64_t(keys.shape(1)),
-                 int64_t(keys.shape(3))};
+  return KvCache{
+      keys.data(),           values.data(), is_half, int64_t(keys.shape(0)), int64_t(keys.shape(1)),
+      int64_t(keys.shape(3))};
 }
 
-template <class T>
-RowList bind_kv_write(const Keys<T>& keys, const Values<T>& values, const Array<const float, 3>& k,
+RowList bind_kv_write(const Keys& keys, const Values& values, const Array<const float, 3>& k,
                       const Array<const float, 3>& v, const Indices& slots) {
-  const KvCache cache = cache_of<T>(keys, values);
+  const KvCache cache = cache_of(keys, values);
   require(
       same_shape(k, v) && int64_t(k.shape(1)) == cache.kv_heads && int64_t(k.shape(2)) == cache.dim,
       "kv_write: k and v must be [rows, KVH, d] like the cache");
@@ -144,12 +129,11 @@ RowList bind_kv_write(const Keys<T>& keys, const Values<T>& values, const Array<
 }
 
 // window: 0 for none.
-template <class T>
-void bind_attention(const Array<const float, 3>& q, const Keys<T>& keys, const Values<T>& values,
+void bind_attention(const Array<const float, 3>& q, const Keys& keys, const Values& values,
                     const Array<const int32_t, 2>& block_tables, const Indices& row_sequence,
                     const Indices& row_position, float scale, int64_t window,
                     const Array<float, 3>& out) {
-  const KvCache cache = cache_of<T>(keys, values);
+  const KvCache cache = cache_of(keys, values);
   require(same_shape(q, out) && int64_t(q.shape(2)) == cache.dim &&
               int64_t(q.shape(1)) % cache.kv_heads == 0,
           "attention: q and out must be [rows, H, d], H a multiple of the cache's KVH");
@@ -268,12 +252,11 @@ std::vector<NamedDigest> bind_compute_digests() {
   return named;
 }
 
-template <class T>
 void bind_kv(nb::module_& m) {
-  m.def("kv_write", bind_kv_write<T>, "keys"_a.noconvert(), "values"_a.noconvert(),
-        "k"_a.noconvert(), "v"_a.noconvert(), "slots"_a.noconvert(),
+  m.def("kv_write", bind_kv_write, "keys"_a.noconvert(), "values"_a.noconvert(), "k"_a.noconvert(),
+        "v"_a.noconvert(), "slots"_a.noconvert(),
         "Store k and v [T, KVH, d] in the cache; returns the rows that are not finite there.");
-  m.def("attention", bind_attention<T>, "q"_a.noconvert(), "keys"_a.noconvert(),
+  m.def("attention", bind_attention, "q"_a.noconvert(), "keys"_a.noconvert(),
         "values"_a.noconvert(), "block_tables"_a.noconvert(), "row_sequence"_a.noconvert(),
         "row_position"_a.noconvert(), "scale"_a, "window"_a, "out"_a.noconvert(),
         "Grouped-query attention of q [T, H, d] over the paged cache; window 0 for none.");
@@ -293,8 +276,7 @@ void bind_layers(nb::module_& m) {
   m.def("route_softmax", bind_route_softmax, "logits"_a.noconvert(), "renormalise"_a,
         "experts"_a.noconvert(), "weights"_a.noconvert(),
         "Softmax and the largest experts of each row; returns the rows that are not finite.");
-  bind_kv<float>(m);
-  bind_kv<Half>(m);
+  bind_kv(m);
 }
 
 void bind_combine(nb::module_& m) {

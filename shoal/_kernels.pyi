@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Annotated, overload
+from typing import Annotated
 
 import numpy
 from numpy.typing import NDArray
@@ -78,20 +78,12 @@ def route_softmax(logits: Annotated[NDArray[numpy.float32], dict(shape=(None, No
     Softmax and the largest experts of each row; returns the rows that are not finite.
     """
 
-@overload
-def kv_write(keys: Annotated[NDArray[numpy.float32], dict(shape=(None, None, 4, None, 16), order='C', device='cpu')], values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, 64, None), order='C', device='cpu')], k: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> list[int]: ...
-
-@overload
-def kv_write(keys: Annotated[NDArray[numpy.float16], dict(shape=(None, None, 4, None, 16), order='C', device='cpu')], values: Annotated[NDArray[numpy.float16], dict(shape=(None, None, 64, None), order='C', device='cpu')], k: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> list[int]:
+def kv_write(keys: Annotated[NDArray, dict(shape=(None, None, 4, None, 16), order='C', device='cpu')], values: Annotated[NDArray, dict(shape=(None, None, 64, None), order='C', device='cpu')], k: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> list[int]:
     """
     Store k and v [T, KVH, d] in the cache; returns the rows that are not finite there.
     """
 
-@overload
-def attention(q: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], keys: Annotated[NDArray[numpy.float32], dict(shape=(None, None, 4, None, 16), order='C', device='cpu')], values: Annotated[NDArray[numpy.float32], dict(shape=(None, None, 64, None), order='C', device='cpu')], block_tables: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], row_sequence: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], row_position: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], scale: float, window: int, out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')]) -> None: ...
-
-@overload
-def attention(q: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], keys: Annotated[NDArray[numpy.float16], dict(shape=(None, None, 4, None, 16), order='C', device='cpu')], values: Annotated[NDArray[numpy.float16], dict(shape=(None, None, 64, None), order='C', device='cpu')], block_tables: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], row_sequence: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], row_position: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], scale: float, window: int, out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')]) -> None:
+def attention(q: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], keys: Annotated[NDArray, dict(shape=(None, None, 4, None, 16), order='C', device='cpu')], values: Annotated[NDArray, dict(shape=(None, None, 64, None), order='C', device='cpu')], block_tables: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], row_sequence: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], row_position: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], scale: float, window: int, out: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu')]) -> None:
     """
     Grouped-query attention of q [T, H, d] over the paged cache; window 0 for none.
     """

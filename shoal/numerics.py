@@ -10,8 +10,9 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from shoal import _kernels
 from shoal.errors import NumericsMismatch
+from shoal.ops import isa
+from shoal.ops.digests import compute_digests
 
 GOLDEN_PATH = Path(__file__).with_name("golden_digests.txt")
 
@@ -20,8 +21,7 @@ NUMERICS = blake3(GOLDEN_PATH.read_bytes()).hexdigest()
 
 def compute() -> str:
     """Return the text of the golden file as this process computes it: `op format digest` lines."""
-    digests = _kernels.compute_digests()
-    return "".join(f"{op} {fmt} {digest:016x}\n" for op, fmt, digest in digests)
+    return "".join(f"{op} {fmt} {digest:016x}\n" for op, fmt, digest in compute_digests())
 
 
 def verify() -> str:
@@ -30,11 +30,11 @@ def verify() -> str:
     Raises:
         NumericsMismatch: names the first op and format that did not, and the instruction set.
     """
-    check(compute(), GOLDEN_PATH.read_text(), _kernels.isa())
+    check(compute(), GOLDEN_PATH.read_text(), isa())
     return NUMERICS
 
 
-def check(computed: str, golden: str, isa: str) -> None:
+def check(computed: str, golden: str, isa_name: str) -> None:
     """Raise NumericsMismatch if the two texts of digests differ."""
     if computed == golden:
         return
@@ -43,7 +43,7 @@ def check(computed: str, golden: str, isa: str) -> None:
     wrong += [name for name in ours if name not in agreed]
     named = wrong[0] if wrong else "the order of ops"
     raise NumericsMismatch(
-        f"{named} on {isa}: computed {ours.get(named, 'nothing')}, agreed "
+        f"{named} on {isa_name}: computed {ours.get(named, 'nothing')}, agreed "
         f"{agreed.get(named, 'nothing')} ({len(wrong)} of {len(agreed)} digests differ). This "
         "build's results would differ from other nodes': rebuild it with the project's own flags, "
         "or choose another instruction set with SHOAL_ISA"

@@ -8,7 +8,7 @@ python tools/golden_digests.py --write    write the file first: only for a chang
 import argparse
 import sys
 
-from shoal import _kernels, numerics
+from shoal import numerics, ops
 from shoal.errors import NumericsMismatch
 
 
@@ -19,8 +19,8 @@ def main() -> None:
     if parser.parse_args().write:
         numerics.GOLDEN_PATH.write_text(numerics.compute())
     golden = numerics.GOLDEN_PATH.read_text()
-    for isa in _kernels.available_isas():
-        _kernels.set_isa(isa)
+    for isa in ops.available_isas():
+        ops.set_isa(isa)
         try:
             numerics.check(numerics.compute(), golden, isa)
         except NumericsMismatch as error:
