@@ -2,9 +2,12 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
+
+from support.smollm2 import convert_smollm2
 
 GRACE_S = 5.0  # for a thread or process that was told to end and is on its way
 
@@ -39,3 +42,11 @@ def nothing_outlives_the_test() -> Iterator[None]:
         process.kill()
     assert not alive, f"the test left threads: {alive}"
     assert not described, f"the test left processes: {described}"
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real SmolLM2 as an artifact; for tests marked `weights`."""
+    out: Path = tmp_path_factory.mktemp("smollm2") / "smollm2.shoal"
+    convert_smollm2(out)
+    return out
