@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from coordinator.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
-from shoal.errors import CorruptArtifact
+from shoal.errors import CorruptArtifact, RequestError
 
 
 class Tokenizer:
@@ -18,6 +18,7 @@ class Tokenizer:
         """Raises: CorruptArtifact for a tokenizer or token ids that cannot be read."""
         self._json = tokenizer_json
         self._tokenizer = _parse(tokenizer_json)
+        self._tokenizer.encode_special_tokens = True  # special tokens are plain text to it
         self._generation_config = generation_config
         self.eos_ids = frozenset(_token_ids(generation_config, "eos_token_id"))
         added = self._tokenizer.get_added_tokens_decoder()
@@ -37,12 +38,20 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of raw text: BOS if the tokenizer has one, special tokens not parsed."""
-        return [*self.bos_ids, *self._plain.encode(text, add_special_tokens=False).ids]
+        """Return the ids of raw text: BOS if the tokenizer has one, special tokens not parsed.
+
+        Raises: RequestError for text that is no Unicode (lone surrogates).
+        """
+        _check_text(text)
+        return [*self.bos_ids, *self._tokenizer.encode(text, add_special_tokens=False).ids]
 
     def encode_templated(self, text: str) -> list[int]:
-        """Return the ids of a chat template's output: special tokens parsed, no BOS added."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Return the ids of a chat template's output: special tokens parsed, no BOS added.
+
+        Raises: RequestError as `encode`.
+        """
+        _check_text(text)
+        return self._special_parser.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of ids without special tokens; bytes that are no UTF-8 as U+FFFD."""
@@ -81,11 +90,9 @@ class Tokenizer:
         return WindowDetokenizer(self.decode, context)
 
     @cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, to which special tokens are plain text."""
-        plain = _parse(self._json)
-        plain.encode_special_tokens = True
-        return plain
+    def _special_parser(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, parsing special tokens. Made when needed: it takes 0.1 s and more."""
+        return _parse(self._json)
 
     def _token_bytes(self, token_id: int) -> bytes:
         token = None if token_id in self._special_ids else self.token(token_id)
@@ -102,6 +109,13 @@ def _parse(tokenizer_json: str) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # noqa: BLE001 - the library raises Exception itself, nothing narrower
         raise CorruptArtifact(f"tokenizer.json cannot be read: {error}") from None
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a command line with bytes that are no UTF-8
+        raise RequestError(f"the text is not valid Unicode at character {error.start}") from None
 
 
 def _token_ids(config: Mapping[str, Any], key: str) -> list[int]:

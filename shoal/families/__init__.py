@@ -60,12 +60,13 @@ def family_of(config: Mapping[str, Any]) -> Family:
     Raises: UnsupportedModel naming the model type and listing ours.
     """
     model_type = config.get("model_type")
-    architectures = config.get("architectures") or []
+    listed = config.get("architectures")
+    architectures = listed if isinstance(listed, list) else []
     for family in FAMILIES:
         if model_type == family.name:
             return family
         if model_type is None and any(name in family.architectures for name in architectures):
             return family
-    named = model_type or ", ".join(map(str, architectures)) or "(config.json names none)"
+    named = model_type or ", ".join(map(str, architectures)) or "config.json names none"
     known = ", ".join(family.name for family in FAMILIES)
     raise UnsupportedModel(f"model type {named!r} is not supported: shoal runs {known}")

@@ -35,6 +35,7 @@ def decoder_spec(
 
     Raises: UnsupportedModel for a value that we do not implement or that contradicts another.
     """
+    _refuse_quantised(config)
     config.require("hidden_act", "silu", "silu")
     config.require("partial_rotary_factor", 1.0, 1.0)
     config.section("rope_parameters").require("partial_rotary_factor", 1.0, 1.0)
@@ -46,7 +47,7 @@ def decoder_spec(
         raise UnsupportedModel(
             f"config: {heads} query heads do not share {kv_heads} key heads evenly"
         )
-    if head_dim % 2:
+    if head_dim < 2 or head_dim % 2:
         raise UnsupportedModel(f"config: head_dim = {head_dim}: RoPE needs an even number")
     if dim > limits.MAX_MODEL_DIM:
         raise UnsupportedModel(f"config: hidden_size = {dim}: at most {limits.MAX_MODEL_DIM}")
@@ -96,7 +97,16 @@ def softmax_router(config: Config, experts_key: str, *, renormalise: bool) -> Ro
 def full_attention_only(config: Config) -> None:
     """Refuse `layer_types` that name anything but full attention."""
     types: Any = config.values.get("layer_types")
-    if types is not None and any(kind != "full_attention" for kind in types):
+    if types is not None and types != ["full_attention"] * num_layers(config):
         raise UnsupportedModel(
             f"config: layer_types = {types!r}: only full_attention is implemented here"
+        )
+
+
+def _refuse_quantised(config: Config) -> None:
+    quantisation = config.section("quantization_config").values
+    if quantisation:
+        method = quantisation.get("quant_method")
+        raise UnsupportedModel(
+            f"config: the checkpoint is quantised ({method!r}): convert the BF16 or GGUF one"
         )

@@ -104,6 +104,14 @@ class _Keys:
             raise UnsupportedModel(f"GGUF metadata: {self.architecture}.{key} is missing")
         return value
 
+    def count(self, key: str) -> int:
+        value = self.need(key)
+        if type(value) is not int or value < 1:
+            raise UnsupportedModel(
+                f"GGUF metadata: {self.architecture}.{key} = {value!r}: must be a positive integer"
+            )
+        return value
+
 
 def _common(
     keys: _Keys, metadata: Mapping[str, Any], tensor_names: Collection[str]
@@ -116,14 +124,14 @@ def _common(
         raise UnsupportedModel(
             "GGUF: scaled expert weights are not implemented for this architecture"
         )
-    heads = keys.need("attention.head_count")
     kv_heads = keys.get("attention.head_count_kv")
-    if isinstance(heads, list) or isinstance(kv_heads, list):
+    if isinstance(kv_heads, list):
         raise UnsupportedModel("GGUF: layers with different numbers of heads are not implemented")
-    dim = keys.need("embedding_length")
+    heads, dim = keys.count("attention.head_count"), keys.count("embedding_length")
     head_dim = keys.get("attention.key_length") or dim // heads
     if keys.get("attention.value_length") not in (None, head_dim):
         raise UnsupportedModel("GGUF: keys and values of different length are not implemented")
+    tokens = metadata.get("tokenizer.ggml.tokens")
     config: dict[str, Any] = {
         "hidden_size": dim,
         "num_hidden_layers": keys.need("block_count"),
@@ -132,9 +140,11 @@ def _common(
         "head_dim": head_dim,
         "rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": keys.need("context_length"),
-        "vocab_size": keys.get("vocab_size") or len(metadata.get("tokenizer.ggml.tokens", ())),
+        "vocab_size": keys.get("vocab_size") or len(tokens if isinstance(tokens, list) else []),
         "tie_word_embeddings": "output.weight" not in tensor_names,
         "attention_bias": "blk.0.attn_q.bias" in tensor_names,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
     if (width := keys.get("feed_forward_length")) is not None:
         config["intermediate_size"] = width

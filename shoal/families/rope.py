@@ -15,6 +15,7 @@ from shoal.families.config import Config
 
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
 DIGITS = 60
+SMALLEST, LARGEST = Decimal("1e-37"), Decimal("1e38")  # normal float32 numbers, with room
 SCALINGS = ("default", "linear", "llama3", "factors")  # the last: GGUF's rope_freqs.weight
 
 
@@ -45,7 +46,9 @@ def inverse_frequencies(
                 scaled = _divided(scaling, plain)
             case _:
                 raise AssertionError(f"checked_rope_type let {kind!r} pass")
-        return np.array([float(frequency) for frequency in scaled], dtype=np.float32)
+    if not all(SMALLEST < frequency < LARGEST for frequency in scaled):
+        raise UnsupportedModel(f"config: rope_theta = {theta}: frequencies leave float32's range")
+    return np.array([float(frequency) for frequency in scaled], dtype=np.float32)
 
 
 def checked_rope_type(config: Config) -> str:

@@ -4,10 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal.errors import UnsupportedModel
 from shoal.families import (
     FAMILIES,
+    Family,
     Role,
     TensorPlan,
     family_of,
@@ -101,6 +104,9 @@ def test_qwen3_moe_slides_only_if_told_to() -> None:
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"num_key_value_heads": 3}, "do not share 3 key heads"),
         ("llama", {"head_dim": 15}, "RoPE needs an even number"),
+        ("llama", {"num_attention_heads": 128}, "head_dim = 0: RoPE needs"),
+        ("llama", {"layer_types": ["sliding_attention"] * 3}, "only full_attention"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantised ('fp8')"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' is not implemented"),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9: at most 8"),
@@ -115,6 +121,38 @@ def test_a_config_that_cannot_be_run_is_refused_by_field(
     with pytest.raises(UnsupportedModel) as refusal:
         _spec(family, **changes)
     assert named in str(refusal.value)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**7) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=3,
+)
+
+
+@given(st.sampled_from(FAMILIES), st.data())
+def test_a_config_of_any_values_is_read_or_refused(family: Family, data: st.DataObject) -> None:
+    config = tiny_config(family.name, rope_scaling=None, sliding_window=None, clip_qkv=None)
+    for key in data.draw(st.lists(st.sampled_from(sorted(config)), max_size=2)):
+        config[key] = data.draw(_JSON)
+    try:
+        family_of(config)
+        assert family.spec(config).num_layers > 0
+    except UnsupportedModel as refusal:
+        assert str(refusal)
+
+
+@given(st.sampled_from(["llama", "qwen3moe", "olmoe"]), st.data())
+def test_gguf_metadata_of_any_values_are_read_or_refused(
+    architecture: str, data: st.DataObject
+) -> None:
+    metadata = _gguf_metadata(architecture, **EXPERTS, expert_feed_forward_length=48)
+    for key in data.draw(st.lists(st.sampled_from(sorted(metadata)), max_size=2)):
+        metadata[key] = data.draw(_JSON)
+    try:
+        _gguf_plan(metadata, _gguf_shapes(experts=4))
+    except UnsupportedModel as refusal:
+        assert str(refusal)
 
 
 def test_a_dense_ffn_is_cut_into_the_most_slices_of_whole_quant_blocks() -> None:

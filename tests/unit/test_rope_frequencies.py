@@ -73,6 +73,12 @@ def test_ggufs_factors_divide() -> None:
             _frequencies(8, 1e4, rope_scaling={"rope_type": "factors", "factors": wrong})
 
 
+@pytest.mark.parametrize("theta", [1e-300, 1e300])
+def test_frequencies_beyond_float32_are_refused(theta: float) -> None:
+    with pytest.raises(UnsupportedModel, match=r"leave float32's range"):
+        _frequencies(64, theta)
+
+
 @pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su"])
 def test_other_scalings_are_refused_by_name(kind: str) -> None:
     with pytest.raises(UnsupportedModel, match=f"RoPE scaling '{kind}' is not implemented"):

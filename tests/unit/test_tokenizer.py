@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from coordinator.text_stream import TextStream
 from coordinator.tokenizer import Tokenizer
-from shoal.errors import CorruptArtifact
+from shoal.errors import CorruptArtifact, RequestError
 from support.tiny_tokenizer import EOS_ID, SPECIAL, tokenizer_json
 
 
@@ -146,6 +146,12 @@ def test_eos_ids_and_template_tokens_come_from_the_generation_config() -> None:
     assert Tokenizer(source, {}).eos_ids == frozenset()
     with pytest.raises(CorruptArtifact, match="eos_token_id"):
         Tokenizer(source, {"eos_token_id": "</s>"})
+
+
+def test_text_that_is_no_unicode_is_refused() -> None:
+    for encode in (_tokenizer().encode, _tokenizer().encode_templated):
+        with pytest.raises(RequestError, match="not valid Unicode at character 2"):
+            encode("ab\udcff")
 
 
 def test_a_broken_tokenizer_is_refused() -> None:
