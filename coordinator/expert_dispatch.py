@@ -34,8 +34,10 @@ from shoal.shard_map import EndpointKind
 
 READY_TIMEOUT_S = 600.0  # warm-up: 500 GB at 1 GB/s
 
-# Rows of one message on the bulk connection. Fewer: replies travel while the node computes on;
-# more: each expert's weights are read for more rows at once.
+# Rows of one message on the bulk connection. A chunk of 512 makes two: the first one's reply
+# travels while the node computes the second. Measured on 64 experts of Qwen3-30B-A3B's size, 4 a
+# row: 256 rows at a time cost what 512 do, 128 cost 12 % more, 64 45 % (each expert's weights are
+# read again for each message).
 BULK_ROWS_PER_CALL = 256
 
 

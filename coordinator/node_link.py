@@ -6,6 +6,7 @@ it runs on the gRPC loop's thread.
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,7 +23,6 @@ from shoal.shard_map import Endpoint, EndpointKind
 from shoal.v1 import expert_pb2 as pb
 
 CONNECT_TIMEOUT_S = 1.8  # a node that is down is reported within 2 s
-MAX_OUTBOX_FRAMES = 4096  # credit bounds the bytes long before this
 EXECUTE = "/shoal.v1.ExpertService/Execute"
 DESCRIBE = "/shoal.v1.ExpertService/Describe"
 _channel_numbers = itertools.count()
@@ -44,7 +44,9 @@ class LaneLink:
     def __init__(self, node: str, target: str, lane: Lane) -> None:
         self.node, self.lane = node, lane
         self._target = target
-        self._outbox: asyncio.Queue[bytes] = asyncio.Queue(MAX_OUTBOX_FRAMES)
+        # A bare deque: asyncio.Queue costs 20 us a frame more. Credit bounds what is in it.
+        self._outbox: deque[bytes] = deque()
+        self._filled: asyncio.Future[None] | None = None  # what the idle writer waits for
         self._channel: grpc.aio.Channel | None = None
         self._stream: Any = None
 
@@ -74,14 +76,19 @@ class LaneLink:
 
     def send(self, frame: bytes) -> None:
         """Queue a frame. Frames go out in order."""
-        self._outbox.put_nowait(frame)
+        self._outbox.append(frame)
+        if self._filled is not None:
+            self._filled.set_result(None)
+            self._filled = None
 
     async def write_loop(self) -> None:
         """Write what is queued, until the stream ends: its reader is the one to report that."""
         try:
             while True:
-                frame = await self._outbox.get()
-                await self._stream.write(frame)
+                while self._outbox:
+                    await self._stream.write(self._outbox.popleft())
+                self._filled = asyncio.get_running_loop().create_future()
+                await self._filled
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return
 
