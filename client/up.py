@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,12 @@ def run_up(config: UpConfig, typed_model: str) -> int:
     if config.socket_dir is not None:
         config.socket_dir.mkdir(parents=True, exist_ok=True)
     log_folder = Path(tempfile.mkdtemp(prefix="shoal-up-"))
+    status = _serve(config, typed_model, ranges, log_folder)
+    shutil.rmtree(log_folder)  # a failure, which leaves by an exception, keeps its logs
+    return status
+
+
+def _serve(config: UpConfig, typed_model: str, ranges: Sequence[str], log_folder: Path) -> int:
     with _stop_requested() as stopping, _running(config, ranges, log_folder) as nodes:
         for node in nodes:
             if not node.wait_ready(config.ready_timeout_s, stopping.is_set):

@@ -1,0 +1,97 @@
+"""`shoal run` when its nodes fail: what the user sees, and the exit status."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from client.node_process import NodeProcess
+from support.cluster import Cluster, freeze, kill
+from support.tiny_model import make_tiny_artifact
+
+pytestmark = pytest.mark.processes
+
+TIMEOUT_S = 120
+PROMPT = ["--prompt-ids", "5,6,7", "--ignore-eos", "--seed", "1", "--temperature", "1"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_artifact(
+        tmp_path_factory.mktemp("model"), "qwen3_moe", "q8_0", max_position_embeddings=100_000
+    )
+
+
+@contextmanager
+def running(path: Path, shards: str, *flags: str) -> Iterator["subprocess.Popen[bytes]"]:
+    command = [sys.executable, "-P", "-m", "client", "run", str(path), *PROMPT]
+    process = subprocess.Popen(
+        [*command, "--moe-shards", shards, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "NO_COLOR": "1"},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ended(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
+    """Wait for its end; return its exit status and stderr in one line."""
+    _, stderr = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, " ".join(stderr.decode().split())
+
+
+@contextmanager
+def answering(path: Path, *flags: str) -> Iterator[tuple["subprocess.Popen[bytes]", NodeProcess]]:
+    """A run that has printed its first text and has a very long way to go, and one of its nodes."""
+    with Cluster() as cluster:
+        a, b = cluster.node(path), cluster.node(path)
+        shards = f"0-7={a.endpoint},8-15={b.endpoint}"
+        with running(path, shards, "--max-tokens", "90000", *flags) as process:
+            assert process.stdout is not None
+            assert process.stdout.read(1)
+            yield process, b
+
+
+def test_a_node_killed_mid_run_ends_it_with_a_clear_error(path: Path) -> None:
+    """Before --call-timeout says so: the limit is 2 s, and the error is not a time-out."""
+    with answering(path, "--call-timeout", "2") as (process, node):
+        kill(node)
+        status, stderr = ended(process)
+    assert status == 4
+    assert f"node {node.endpoint} is not reachable" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_node_that_hangs_mid_run_ends_it_after_the_call_timeout(path: Path) -> None:
+    with answering(path, "--call-timeout", "0.5") as (process, node):
+        freeze(node)
+        status, stderr = ended(process)
+    assert status == 4
+    assert f"node {node.endpoint} gave no answer within 0.5 s" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_node_down_at_start_and_a_wrong_map_are_told_apart(path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"grpc://127.0.0.1:{probe.getsockname()[1]}"
+        for shards, expected, words in (
+            (f"0-15={endpoint}", 4, f"node {endpoint} is not reachable"),
+            (f"0-14={endpoint}", 2, "no endpoint for expert 15 of layers 0-2"),
+            (f"0-15={endpoint}x", 2, "expected a port in 1..65535"),
+            (f"0-16={endpoint}", 2, "experts 0-16 are out of range: this model has experts 0-15"),
+        ):
+            with running(path, shards) as process:
+                status, stderr = ended(process)
+            assert status == expected, stderr
+            assert words in stderr
+            assert "Traceback" not in stderr
