@@ -27,7 +27,7 @@ from support.golden_cases import (
     prompt_ids,
 )
 from support.local_coordinator import ForwardPasses
-from support.tiny_gguf import write_gguf
+from support.golden_gguf import write_gguf
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 TOLERANCE = 1e-3  # on logits of size 1 to 10: DESIGN.md section 2

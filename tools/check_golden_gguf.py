@@ -1,6 +1,6 @@
-"""Let llama.cpp read tests/support/tiny_gguf.py's files: its logits must be transformers' goldens.
+"""Let llama.cpp read tests/support.golden_gguf.py's files: its logits must be transformers' goldens.
 
-    VENV/bin/python tools/check_tiny_gguf.py      the environment of tools/requirements-goldens.txt
+    VENV/bin/python tools/check_golden_gguf.py      the environment of tools/requirements-goldens.txt
 
 So the tests convert GGUF files that are laid out as real ones, not as we imagine them.
 """
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from support.golden_cases import GGUF_CASES, GoldenCase  # noqa: E402
-from support.tiny_gguf import write_gguf  # noqa: E402
+from support.golden_gguf import write_gguf  # noqa: E402
 
 llama_cpp: Any = importlib.import_module("llama_cpp")  # not in the development environment
 
