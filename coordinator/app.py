@@ -143,7 +143,7 @@ def start_engine(model: OpenedModel, feedback: Feedback) -> Iterator[Coordinator
         ArtifactError: a tensor is damaged or missing.
     """
     config, artifact = model.config, model.artifact
-    numerics.check()
+    numerics.verify()
     if config.threads is not None:
         ops.set_threads(config.threads)
     dispatch = _open_dispatch(config, artifact, feedback)

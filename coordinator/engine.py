@@ -107,7 +107,7 @@ class Engine:
         yield Finished(reason, text.finish(), progress.timings(), progress.logits_digest(), error)
 
     def _prefill(self, progress: "_Progress", cancellation: Cancellation) -> F32:
-        """Run what is not cached of the prompt; return the logits [V] of its last token."""
+        """Run what is not cached of the prompt; return the logits [1, V] of its last token."""
         sequence, prompt_ids = self._sequence, list(progress.request.prompt_ids)
         # The last token always runs: its logits choose the first new token.
         progress.num_reused = min(
@@ -121,7 +121,7 @@ class Engine:
             logits = self._run(num_rows, num_rows == num_left, cancellation)
             if num_rows == num_left:
                 progress.prefilled()
-                return logits[0]
+                return logits
 
     def _decode(
         self, progress: "_Progress", logits: F32, text: TextStream, cancellation: Cancellation
@@ -130,7 +130,7 @@ class Engine:
         eos_ids = frozenset[int]() if request.ignore_eos else self._tokenizer.eos_ids
         while True:
             progress.record_logits(logits)
-            choice = choose(logits, request, sequence.token_ids)
+            choice = choose(logits[0], request, sequence.token_ids)
             sequence.extend([choice.token_id])
             progress.generated()
             is_eos = choice.token_id in eos_ids
@@ -142,7 +142,7 @@ class Engine:
                 return FinishReason.STOP
             if progress.num_generated == request.max_tokens:
                 return FinishReason.LENGTH
-            logits = self._run(1, True, cancellation)[0]
+            logits = self._run(1, True, cancellation)
 
     def _run(self, num_rows: int, wants_logits: bool, cancellation: Cancellation) -> F32:
         sequence = self._sequence

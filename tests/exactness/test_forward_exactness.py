@@ -7,7 +7,7 @@ import pytest
 
 from shoal.limits import KV_BLOCK_TOKENS
 from support.checkpoints import random_values
-from support.local_coordinator import F32, ForwardPasses
+from support.forward_passes import F32, ForwardPasses
 from support.tiny_model import make_tiny_artifact
 
 NUM_TOKENS = KV_BLOCK_TOKENS + 9  # two KV blocks

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from support.checkpoints import random_values
-from support.local_coordinator import ForwardPasses
+from support.forward_passes import ForwardPasses
 from support.reference_transformer import load_checkpoint, reference_logits
 from support.tiny_model import make_tiny_artifact
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,8 +88,8 @@ def text(events: list[Event]) -> str:
     return "".join(e.text for e in events if isinstance(e, TokenGenerated | Finished))
 
 
-def request(max_tokens: int = 12, **changes: object) -> GenerationRequest:
-    return replace(GenerationRequest(PROMPT, max_tokens, GREEDY), **changes)  # type: ignore[arg-type]
+def request(**changes: Any) -> GenerationRequest:
+    return replace(GenerationRequest(PROMPT, 12, GREEDY), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def test_text_held_back_for_a_stop_string_that_never_completes_comes_at_the_end(
     ],
 )
 def test_what_cannot_be_served_is_refused_before_any_work(
-    rig: Rig, changes: dict[str, object], words: str
+    rig: Rig, changes: dict[str, Any], words: str
 ) -> None:
     rig.dispatch.num_calls_left = 0
     with pytest.raises(RequestError, match=words):
