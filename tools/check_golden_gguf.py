@@ -1,6 +1,6 @@
-"""Let llama.cpp read tests/support.golden_gguf.py's files: its logits must be transformers' goldens.
+"""Let llama.cpp read what tests/support/golden_gguf.py writes: its logits must be the goldens.
 
-    VENV/bin/python tools/check_golden_gguf.py      the environment of tools/requirements-goldens.txt
+    VENV/bin/python tools/check_golden_gguf.py     environment: tools/requirements-goldens.txt
 
 So the tests convert GGUF files that are laid out as real ones, not as we imagine them.
 """

@@ -18,6 +18,7 @@ from client.convert.pipeline import Options, convert, make_plan
 from client.convert.safetensors_source import SafetensorsSource
 from shoal.artifact import Artifact
 from support.checkpoints import checkpoint_tensors, tiny_config, write_safetensors
+from support.forward_passes import ForwardPasses
 from support.golden_cases import (
     CASES,
     GGUF_CASES,
@@ -26,7 +27,6 @@ from support.golden_cases import (
     GoldenCase,
     prompt_ids,
 )
-from support.local_coordinator import ForwardPasses
 from support.golden_gguf import write_gguf
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
