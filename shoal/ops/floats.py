@@ -121,7 +121,8 @@ def kv_write(k_cache: KvArray, v_cache: KvArray, k: F32, v: F32, slots: I32) -> 
             not written, the others are.
     """
     bad = _kernels.kv_write(k_cache, v_cache, k, v, slots)
-    _refuse(bad, f"a key or value beyond {k_cache.dtype} in row", bad)
+    if bad:  # the dtype's name costs more than the write
+        _refuse(bad, f"a key or value beyond {k_cache.dtype} in row", bad)
 
 
 def attention(
