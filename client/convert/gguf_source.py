@@ -55,6 +55,8 @@ class GgufSource:
         """Make the tokenizer from the metadata, or read it from the folder that replaces it."""
         if tokenizer_folder is not None:
             return read_text_files(tokenizer_folder, self._token_ids(), tokenizer_folder)
+        if self.metadata.get("tokenizer.ggml.model") in ("none", "no_vocab"):  # llama.cpp's words
+            return TextFiles(None, None, {}, "the GGUF file says that it has none")
         return gguf_text_files(self.metadata)
 
     def _token_ids(self) -> dict[str, Any]:
@@ -97,7 +99,8 @@ def _dequantiser(kind: GGMLQuantizationType, fmt: Format | None, name: str) -> A
     def dequantise(rows: U8) -> F32:
         try:
             # Element by element, one IEEE operation at a time: the same bits on every CPU.
-            values: F32 = gguf.quants.dequantize(np.ascontiguousarray(rows), kind)
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the values
+                values: F32 = gguf.quants.dequantize(np.ascontiguousarray(rows), kind)
         except NotImplementedError:
             raise UnsupportedModel(
                 f"tensor {name} is {kind.name}, a type that nobody here can read"

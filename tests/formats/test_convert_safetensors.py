@@ -94,13 +94,13 @@ def test_every_expert_arrives_as_gate_up_and_down(tmp_path: Path, family: str) -
 def test_packing_in_pieces_gives_what_packing_at_once_gives(tmp_path: Path) -> None:
     artifact = Artifact.open(make_tiny_artifact(tmp_path, "mixtral", "q4_0"))
     theirs = checkpoint_values(tmp_path / "tiny-checkpoint")
-    rows = [
+    gate, up, down = (
         encode(Format.Q4_0, theirs[f"model.layers.1.block_sparse_moe.experts.3.{name}.weight"])
         for name in ("w1", "w3", "w2")
-    ]
+    )
     layout = artifact.expert_layout(1)
     whole = ops.aligned_empty(layout.num_bytes)
-    ops.pack_expert(layout, *rows, whole)
+    ops.pack_expert(layout, gate, up, down, whole)
     np.testing.assert_array_equal(artifact.read_expert(1, 3)[: layout.num_bytes], whole)
 
 

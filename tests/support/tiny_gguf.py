@@ -1,27 +1,20 @@
-"""The tiny checkpoints of support.checkpoints as GGUF files, as llama.cpp's converter writes them.
+"""A checkpoint of support.checkpoints as a GGUF file, written by the gguf library."""
 
-llama.cpp has read these very files and told the goldens' logits: tools/check_tiny_gguf.py.
-"""
-
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-from numpy.typing import NDArray
+import safetensors
+from gguf.constants import GGMLQuantizationType
 
-from support.checkpoints import checkpoint_tensors
-from support.vocabularies import boundary_metadata
+from client.convert.transcode import encode
+from shoal.families import rope_row_order
+from shoal.quant import Format
+from support.tiny_tokenizer import EOS_ID, MERGES, SPECIAL, tokenizer_json
 
-F32 = NDArray[np.float32]
-
-_ARCHITECTURES = {"llama": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe", "olmoe": "olmoe"}
-_NAMES = {
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "lm_head": "output",
+_LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
@@ -30,107 +23,112 @@ _NAMES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate_inp",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "block_sparse_moe.gate": "ffn_gate_inp",
 }
-_EXPERT_PARTS = {"w1": "gate", "w3": "up", "w2": "down"}
+_OUTER_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_HEADS = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
+_ARCHITECTURES = {"llama": "llama", "qwen3_moe": "qwen3moe"}
 
 
 def write_gguf(
     path: Path,
+    folder: Path,
     config: Mapping[str, Any],
-    seed: int,
-    metadata: Mapping[str, Any] | None = None,
+    formats: Mapping[str, Format] | None = None,
+    *,
+    architecture: str | None = None,
+    raw: Mapping[str, tuple[GGMLQuantizationType, bytes]] | None = None,
 ) -> None:
-    """Write an F32 file; `metadata` adds or replaces keys, a value of None removes one."""
-    architecture = _ARCHITECTURES[config["model_type"]]
-    writer = gguf.GGUFWriter(path, architecture)
-    keys = _tokenizer(config["vocab_size"]) | _hyperparameters(architecture, config)
-    for key, value in (keys | dict(metadata or {})).items():
-        _add_key(writer, key, value)
-    for name, values in _gguf_tensors(config, seed).items():
-        writer.add_tensor(name, values)
+    """Write the folder's weights (f32, one file) as a GGUF file, experts fused, q and k permuted.
+
+    Args:
+        formats: GGUF tensor name without `blk.N.` and `.weight` -> format; default F32.
+        architecture: to write instead of the right one.
+        raw: GGUF tensor name -> type and bytes to write instead of the right ones.
+    """
+    name = architecture or _ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(path, name)
+    _add_metadata(writer, config)
+    _add_tokenizer(writer)
+    for tensor, values in _tensors(folder, config).items():
+        kind = tensor.removesuffix(".weight").split(".", 2)[-1] if tensor[:3] == "blk" else tensor
+        fmt = (formats or {}).get(kind.removesuffix(".weight"), Format.F32)
+        if raw and tensor in raw:
+            data_type, data = raw[tensor]
+            rows = np.frombuffer(data, np.uint8).reshape(*values.shape[:-1], -1)
+            writer.add_tensor(tensor, rows, raw_dtype=data_type)
+        elif fmt is Format.F32 or values.ndim == 1:
+            writer.add_tensor(tensor, values)
+        else:
+            rows = encode(fmt, values.reshape(-1, values.shape[-1]))
+            writer.add_tensor(
+                tensor,
+                rows.reshape(*values.shape[:-1], -1),
+                raw_dtype=GGMLQuantizationType[fmt.name],
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _tokenizer(vocab_size: int) -> dict[str, Any]:
-    """As much of the boundary vocabulary as there are rows in the embedding table."""
-    metadata = boundary_metadata("smollm")
-    tokens = metadata["tokenizer.ggml.tokens"][:vocab_size]
-    merges = [m for m in metadata["tokenizer.ggml.merges"] if m.replace(" ", "") in tokens]
-    types = metadata["tokenizer.ggml.token_type"][:vocab_size]
-    return metadata | {
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": merges,
-    }
+def _add_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    if "num_experts" in config:
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
 
-def _hyperparameters(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    experts = config.get("num_experts") or config.get("num_local_experts")
-    values: dict[str, Any] = {
-        "block_count": config["num_hidden_layers"],
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "rope.freq_base": float(config["rope_theta"]),
-        "rope.dimension_count": head_dim,
-        "vocab_size": config["vocab_size"],
-    }
-    if experts:
-        values |= {"expert_count": experts, "expert_used_count": config["num_experts_per_tok"]}
-    if architecture == "qwen3moe":
-        values["expert_feed_forward_length"] = config["moe_intermediate_size"]
-    return {f"{architecture}.{key}": value for key, value in values.items()}
+def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    vocab = tokenizer_json()["model"]["vocab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(vocab, key=vocab.__getitem__))
+    special = gguf.TokenType.CONTROL
+    writer.add_token_types([special if i < len(SPECIAL) else 1 for i in range(len(vocab))])
+    writer.add_token_merges(MERGES.split("|"))
+    writer.add_eos_token_id(EOS_ID)
 
 
-def _gguf_tensors(config: Mapping[str, Any], seed: int) -> dict[str, F32]:
-    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
-    found: dict[str, F32] = {}
-    experts: dict[str, list[F32]] = {}
-    for name, values in checkpoint_tensors(config, seed):
-        if match := re.fullmatch(r"(layers\.(\d+)\..*)\.experts\.\d+\.(\w+)\.weight", name):
-            part = _EXPERT_PARTS.get(match[3], match[3].removesuffix("_proj"))
-            experts.setdefault(f"blk.{match[2]}.ffn_{part}_exps.weight", []).append(values)
+def _tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    with safetensors.safe_open(folder / "model.safetensors", "numpy") as file:
+        theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    experts: dict[str, dict[int, np.ndarray[Any, Any]]] = {}
+    for name, values in theirs.items():
+        if name in _OUTER_NAMES:
+            found[_OUTER_NAMES[name]] = values
             continue
-        match = re.fullmatch(r"(?:layers\.(\d+)\.)?(.*)\.(weight|bias)", name)
-        assert match is not None, name
-        theirs = f"{_NAMES[match[2]]}.{match[3]}"
-        if match[1] is not None:
-            theirs = f"blk.{match[1]}.{theirs}"
-        rotated = re.fullmatch(r"self_attn\.([qk])_proj", match[2])
-        if rotated and _ARCHITECTURES[config["model_type"]] == "llama":
-            values = _interleaved(values, heads[rotated[1]])
-        found[theirs] = values
-    return found | {name: np.stack(parts) for name, parts in experts.items()}
-
-
-def _interleaved(values: F32, heads: int) -> F32:
-    """permute() of llama.cpp's convert_hf_to_gguf.py."""
-    split = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
-    return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(values.shape)
-
-
-def _add_key(writer: Any, key: str, value: Any) -> None:
-    if isinstance(value, list):
-        writer.add_array(key, value)
-    elif isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif value is not None:
-        writer.add_string(key, value)
+        layer, rest = name.removeprefix("model.layers.").split(".", 1)
+        kind, suffix = rest.rsplit(".", 1)
+        if kind.startswith("mlp.experts."):
+            index, part = kind.removeprefix("mlp.experts.").split(".")
+            fused = f"blk.{layer}.ffn_{part.removesuffix('_proj')}_exps.{suffix}"
+            experts.setdefault(fused, {})[int(index)] = values
+            continue
+        if kind in _HEADS and config["model_type"] == "llama":
+            order = rope_row_order(len(values), config[_HEADS[kind]])
+            values = values[np.argsort(order)]  # ours[r] = theirs[order[r]]
+        found[f"blk.{layer}.{_LAYER_NAMES[kind]}.{suffix}"] = values
+    for name, parts in experts.items():
+        found[name] = np.stack([parts[index] for index in range(len(parts))])
+    return found
