@@ -1,0 +1,133 @@
+"""Golden digests: this build reproduces them on every instruction set, AVX-512 emulated if need be.
+
+Also what keeps them true: no instruction set's code can leak into another's.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from shoal import numerics, ops
+from shoal.errors import NumericsMismatch
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "kernels"
+GOLDEN = numerics.GOLDEN_PATH.read_text()
+COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
+FLAGS = ["-std=c++17", "-ffp-contract=off"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
+ON_X86 = "avx2" in ops.available_isas()
+HAS_SIMDE = Path("/usr/include/simde/x86/avx512.h").exists()
+
+
+@pytest.fixture(params=ops.available_isas())
+def isa(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+    before = ops.isa()
+    ops.set_isa(request.param)
+    yield request.param
+    ops.set_isa(before)
+
+
+def test_this_build_reproduces_the_golden_digests(isa: str) -> None:
+    assert numerics.verify() == numerics.NUMERICS
+    assert re.fullmatch("[0-9a-f]{64}", numerics.NUMERICS)
+
+
+def test_digests_do_not_depend_on_the_threads() -> None:
+    threads = ops.num_threads()
+    try:
+        for count in (1, 2, 4):
+            ops.set_threads(count)
+            assert numerics.compute() == GOLDEN
+    finally:
+        ops.set_threads(threads)
+
+
+def test_every_op_has_a_digest_of_its_own() -> None:
+    lines = [line.split() for line in GOLDEN.splitlines()]
+    assert len({digest for _, _, digest in lines}) == len(lines), "two ops have one digest"
+    covered = {op for op, _, _ in lines}
+    named_otherwise = {
+        "embed": "unpack",
+        "unpack_matrix": "unpack",
+        "quantise_q4_k": "quantise_weights",
+        "logprob_of": "top_logprobs",
+        "unpack_add_sums": "pack_sums",
+        "pack_matrix": "unpack",
+        "pack_rows": "unpack",
+        "pack_expert": "expert_ffn",
+    }
+    computing = {name for name in ops.__all__ if name.islower()} - {
+        "aligned_empty", "available_isas", "isa", "set_isa", "num_threads", "set_threads",
+        "check_finite", "kv_shape",
+    }  # fmt: skip
+    assert {named_otherwise.get(name, name) for name in computing} <= covered
+
+
+def test_a_kernel_that_computes_other_bits_is_named() -> None:
+    line = next(line for line in GOLDEN.splitlines() if line.startswith("attention f16 "))
+    wrong = GOLDEN.replace(line, "attention f16 0000000000000000")
+    with pytest.raises(NumericsMismatch, match=r"attention f16 on avx2.*1 of"):
+        numerics.check(wrong, GOLDEN, "avx2")
+    with pytest.raises(NumericsMismatch, match="nothing"):
+        numerics.check(GOLDEN.replace(line + "\n", ""), GOLDEN, "scalar")
+
+
+def compile_objects(sources: list[Path], flags: list[str], into: Path, compiler: str) -> list[Path]:
+    objects = [into / f"{source.stem}.o" for source in sources]
+    for source, output in zip(sources, objects, strict=True):
+        command = [compiler, *FLAGS, *flags, "-c", str(source), "-o", str(output)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return objects
+
+
+@pytest.mark.skipif(not ON_X86 or not COMPILERS, reason="needs an x86 compiler")
+@pytest.mark.parametrize("suffix", ["avx2", "avx512"])
+def test_an_instruction_sets_objects_share_nothing_with_the_baseline(
+    suffix: str, tmp_path: Path
+) -> None:
+    """A weak symbol of such a file could be the one that the linker keeps for every CPU."""
+    # -O0 hides no function by inlining it; without exceptions there is no personality routine.
+    flags = ["-O0", "-fno-exceptions", *(AVX2 if suffix == "avx2" else AVX512)]
+    sources = sorted(KERNELS.glob(f"*_{suffix}.cpp"))
+    assert len(sources) >= 2
+    for path in compile_objects(sources, flags, tmp_path, COMPILERS[0]):
+        listing = subprocess.run(["nm", "-C", path], check=True, capture_output=True, text=True)
+        symbols = [line.split(maxsplit=2)[-2:] for line in listing.stdout.splitlines()]
+        shared = [name for kind, name in symbols if kind in "WwVvu"]
+        exported = [name for kind, name in symbols if kind in "TDRB"]
+        assert not shared, f"{path.stem}: {shared}"
+        assert exported and all(name.startswith("shoal::k") for name in exported), exported
+
+
+@pytest.mark.skipif(
+    not ON_X86 or not COMPILERS or not HAS_SIMDE, reason="needs a compiler and libsimde-dev"
+)
+def test_emulated_avx512_reproduces_the_golden_digests(tmp_path: Path) -> None:
+    """The whole of kernels/ in one program: scalar and AVX2 natively, AVX-512 through SIMDe."""
+    tests = KERNELS / "tests"
+    every = {path for path in KERNELS.glob("*.cpp") if not path.name.startswith("bind")}
+    avx512 = {path for path in every if path.stem.endswith("_avx512")}
+    avx2 = {path for path in every if path.stem.endswith("_avx2")}
+    plain = every - avx512 - avx2 - {KERNELS / "cpu_features.cpp"}
+    plain |= {tests / "digest_main.cpp", tests / "emulated_features.cpp"}
+    emulated = [*AVX2, "-isystem", str(tests / "simde")]
+    compiler = COMPILERS[0]
+    objects = [
+        *compile_objects(sorted(plain), ["-O0"], tmp_path, compiler),
+        *compile_objects(sorted(avx2), ["-O0", *AVX2], tmp_path, compiler),
+        *compile_objects(sorted(avx512), ["-O0", *emulated], tmp_path, compiler),
+    ]
+    program = tmp_path / "digests"
+    link = [compiler, *map(str, objects), "-pthread", "-o", str(program)]
+    subprocess.run(link, check=True, capture_output=True, timeout=120)
+    run = subprocess.run([program], check=True, capture_output=True, text=True, timeout=120)
+    sections = run.stdout.split("# ")[1:]
+    names = [section.partition("\n")[0] for section in sections]
+    assert names == ["scalar", "avx2", "avx512"]
+    for name, section in zip(names, sections, strict=True):
+        numerics.check(section.partition("\n")[2], GOLDEN, name)
