@@ -1,0 +1,97 @@
+"""What a fan-out costs per layer beyond computing: encode, two hops each way, decode, add.
+
+python bench/bench_dispatch.py [--nodes 2] [--rows 1,8,64,512]
+
+The model has Qwen3-30B-A3B's width and experts so narrow that computing them is next to nothing:
+what remains is the wire. `beyond compute` is the latency less the slowest node's own compute time.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.local_nodes import start_nodes
+from bench.make_synthetic import Geometry, make
+from bench.measure import ROOT, Row, save, show
+from client.node_process import stop_all
+from coordinator.expert_dispatch import ExpertDispatch, open_remote_dispatch
+from shoal import ops
+from shoal.artifact import Artifact
+from shoal.router import RoutingPlan
+
+NARROW = Geometry(layers=1, ffn_dim=32, experts=16, vocab=512)
+WARM_UP, FANOUTS = 50, 400
+
+
+def plan_of(num_rows: int, rng: np.random.Generator) -> RoutingPlan:
+    """Return a plan that sends each row to random experts."""
+    choices = [rng.permutation(NARROW.experts) for _ in range(num_rows)]
+    experts = np.sort(np.array(choices, np.int32)[:, : NARROW.experts_per_token], axis=1)
+    return RoutingPlan(experts, np.full(experts.shape, 1 / experts.shape[1], np.float32))
+
+
+def measure(dispatch: ExpertDispatch, scheme: Any, num_rows: int) -> Row:
+    """Return the figures of fan-outs of that many rows, one after the other."""
+    rng = np.random.default_rng(num_rows)
+    rows = ops.quantise_rows(scheme, rng.standard_normal((num_rows, NARROW.dim), np.float32))
+    plans = [plan_of(num_rows, rng) for _ in range(16)]
+    for i in range(WARM_UP):
+        dispatch.start(0, rows, plans[i % len(plans)]).wait()
+    dispatch.stats.reset()
+    count = max(20, FANOUTS // max(1, num_rows // 8))
+    for i in range(count):
+        dispatch.start(0, rows, plans[i % len(plans)]).wait()
+    summary = dispatch.stats.summary()
+    return {
+        "rows": num_rows,
+        "fanouts": summary.num_fanouts,
+        "latency_p50_us": summary.latency_p50_s * 1e6,
+        "latency_p99_us": summary.latency_p99_s * 1e6,
+        "beyond_compute_p50_us": summary.beyond_compute_p50_s * 1e6,
+        "beyond_compute_p99_us": summary.beyond_compute_p99_s * 1e6,
+        "bytes_up_per_row": summary.bytes_up / count / num_rows,
+        "bytes_down_per_row": summary.bytes_down / count / num_rows,
+    }
+
+
+def main() -> None:
+    """Measure every number of rows asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--rows", default="1,8,64,512")
+    chosen = parser.parse_args()
+    _, path = make(ROOT / "build" / "bench", "narrow-experts", NARROW, "q4_0", 0)
+    artifact = Artifact.open(path)
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch:
+        setup = start_nodes(path, artifact, chosen.nodes, Path(scratch))
+        assert setup.shard_map is not None
+        try:
+            dispatch = open_remote_dispatch(artifact, setup.shard_map)
+            try:
+                wanted = map(int, chosen.rows.split(","))
+                rows = [measure(dispatch, artifact.scheme(0), num_rows) for num_rows in wanted]
+            finally:
+                dispatch.close()
+        finally:
+            stop_all(setup.nodes)
+    show(
+        f"Fan-out of one layer to {chosen.nodes} nodes on loopback, D = {NARROW.dim}",
+        rows,
+        {
+            "rows": lambda r: str(r["rows"]),
+            "p50 us": lambda r: f"{r['latency_p50_us']:.0f}",
+            "p99 us": lambda r: f"{r['latency_p99_us']:.0f}",
+            "beyond compute p50 us": lambda r: f"{r['beyond_compute_p50_us']:.0f}",
+            "beyond compute p99 us": lambda r: f"{r['beyond_compute_p99_us']:.0f}",
+            "bytes up per row": lambda r: f"{r['bytes_up_per_row']:.0f}",
+            "bytes down per row": lambda r: f"{r['bytes_down_per_row']:.0f}",
+        },
+    )
+    save("dispatch", rows, nodes=chosen.nodes, dim=NARROW.dim)
+
+
+if __name__ == "__main__":
+    main()

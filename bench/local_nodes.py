@@ -1,0 +1,38 @@
+"""Expert nodes on this machine, for benchmarks that need some."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.node_process import NodeProcess, stop_all
+from client.up import even_ranges
+from shoal.artifact import Artifact
+
+READY_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One way of serving the model: how many nodes (0: in process) and where they are."""
+
+    name: str
+    shard_map: str | None
+    nodes: tuple[NodeProcess, ...]
+
+
+def start_nodes(model: Path, artifact: Artifact, count: int, folder: Path) -> Setup:
+    """Start nodes with even ranges of the experts, one thread each, warm."""
+    router = next(layer.router for layer in artifact.spec.layers if layer.router is not None)
+    ranges = even_ranges(router.num_experts, count)
+    nodes: list[NodeProcess] = []
+    try:
+        for i, experts in enumerate(ranges):
+            flags = ["--experts", experts, "--listen", "127.0.0.1:0", "--threads", "1", "--warmup"]
+            nodes.append(NodeProcess(f"node {i}", [str(model), *flags], folder / f"node-{i}.log"))
+        for node in nodes:
+            node.wait_ready(READY_TIMEOUT_S)
+    except BaseException:
+        stop_all(nodes)
+        raise
+    pairs = zip(ranges, nodes, strict=True)
+    shard_map = ",".join(f"{experts}={node.endpoint}" for experts, node in pairs)
+    return Setup(f"{count} nodes", shard_map, tuple(nodes))

@@ -1,0 +1,44 @@
+"""`make bench`: every benchmark that this machine's memory and disk allow, one after the other."""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "build" / "bench" / "models"
+MODEL_BYTES = 6 * 1024**3  # twelve layers with four-bit experts: the artifact; its GGUF is as large
+
+
+def bench(script: str, *arguments: str) -> None:
+    """Run one script. Raises CalledProcessError."""
+    print(f"\n$ python bench/{script} {' '.join(arguments)}", flush=True)
+    subprocess.run([sys.executable, str(ROOT / "bench" / script), *arguments], check=True)
+
+
+def main() -> None:
+    """Run them all; leave out what does not fit, and say so."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--experts", nargs="+", default=["q4_0", "q4_k"], help="of the model")
+    chosen = parser.parse_args()
+    bench("bench_kernels.py")
+    bench("bench_dispatch.py")
+    MODELS.mkdir(parents=True, exist_ok=True)
+    for experts in chosen.experts:
+        model = MODELS / f"qwen3-30b-a3b-12-layers-{experts}-seed-0.shoal"
+        memory = psutil.virtual_memory().available
+        if memory < 2 * MODEL_BYTES:  # in process, beside the two nodes' halves
+            print(f"left out: the whole model needs {2 * MODEL_BYTES / 1e9:.0f} GB of free memory")
+            return
+        if not model.exists() and shutil.disk_usage(MODELS).free < 3 * MODEL_BYTES:
+            print(f"left out: the model needs {3 * MODEL_BYTES / 1e9:.0f} GB of free disk")
+            return
+        bench("make_synthetic.py", str(MODELS), "--experts", experts)
+        bench("bench_model.py", str(model))
+
+
+if __name__ == "__main__":
+    main()
