@@ -183,7 +183,8 @@ def _error_of_status(node: str, error: grpc.aio.AioRpcError) -> errors.NodeError
     details = error.details() or error.code().name
     match error.code():
         case grpc.StatusCode.UNAVAILABLE:
-            cause = details.rpartition(": ")[2]  # gRPC chains its layers; the last one says why
+            # gRPC chains its layers' messages; the last one says why.
+            cause = details.rpartition(": ")[2].strip("[]{} ")
             return errors.NodeUnreachable(
                 f"node {node} is not reachable ({cause}): start it with `shoal node`, or correct "
                 "--moe-shards"

@@ -69,6 +69,7 @@ class World:
                 assert isinstance(event, Replied) and event.call_id == call_id
                 fanout_id, call = self.calls[call_id]
                 assert event.node == call.node, "an answer by somebody who was not asked"
+                assert call_id in self.sent, "an answer to what was not asked yet"
                 assert fanout_id not in self.ended, "an answer after the end"
                 assert call_id not in self.accepted[fanout_id], "an answer used twice"
                 self.accepted[fanout_id].add(call_id)
@@ -130,7 +131,11 @@ class World:
         elif what < 0.98:
             node = self.random.randrange(NUM_NODES)
             self.feed(NodeDraining(node, errors.NodeDraining()))
-        elif what < 0.985:
+        elif what < 0.99:  # a node answers a call that it was not sent (yet)
+            call_id = self.random.randrange(1, self.next_call + 2)
+            if call_id in self.calls and call_id not in self.sent:
+                self.feed(Replied(call_id, self.calls[call_id][1].node))
+        elif what < 0.995:
             node = self.random.randrange(NUM_NODES)
             self.lost.add(node)
             self.feed(NodeLost(node, errors.NodeUnreachable()))
