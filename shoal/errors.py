@@ -103,7 +103,7 @@ class MalformedMessage(NodeError):
 
 
 class NumericError(ShoalError):
-    """`rows`: indices of the failing rows in the array or call that raised; the others are right."""
+    """`rows`: indices of the failing rows, in the array or call that raised; the rest is right."""
 
     exit_code = 5
 

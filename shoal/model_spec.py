@@ -52,7 +52,7 @@ class ModelSpec:
     model_dim: int  # D
     vocab_size: int  # V
     norm_eps: float
-    rotary_dim: int  # dimensions of a head that rope turns; inverse frequencies: the artifact's `rope.inv_freq` tensor
+    rotary_dim: int  # dimensions of a head that rope turns; frequencies: tensor `rope.inv_freq`
     rope_attention_factor: float  # multiplies cos and sin (YaRN); 1.0 elsewhere
     max_context: int
     tie_embeddings: bool
