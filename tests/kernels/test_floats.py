@@ -1,6 +1,7 @@
 """Norms, adds, rope and routing against float64, and bit for bit over instruction sets."""
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def normal(seed: int, *shape: int) -> F32:
 
 def assert_is_rms_norm(op: Callable[[F32, F32, float], F32], dim: int) -> None:
     # Rows of many magnitudes; eps matters for the smallest.
-    x = normal(1, 5, dim) * np.float32(10) ** np.arange(-4, 6, 2, dtype=np.float32)[:, None]
+    x = (normal(1, 5, dim) * 10.0 ** np.arange(-4, 6, 2)[:, None]).astype(np.float32)
     weight = normal(2, dim)
     expected = reference.rms_norm(x.astype(np.float64), weight.astype(np.float64), 1e-5)
     # Three roundings a value, and a sum of dim squares in 16 partials: below 1e-6 relative.
@@ -39,7 +40,8 @@ def test_rms_norm_is_that_of_float64(dim: int) -> None:
 def test_rms_norms_that_are_wrong_are_refused() -> None:
     def skips_the_tail(x: F32, weight: F32, eps: float) -> F32:
         squares = np.square(x[:, : x.shape[1] // 16 * 16])
-        return x / np.sqrt(squares.mean(axis=1, keepdims=True) + np.float32(eps)) * weight
+        root = np.sqrt(squares.mean(axis=1, keepdims=True) + np.float32(eps))
+        return (x / root * weight).astype(np.float32)
 
     def forgets_eps(x: F32, weight: F32, eps: float) -> F32:
         return ops.rms_norm(x, weight, 0.0)
@@ -208,7 +210,7 @@ def test_slices_of_a_dense_ffn_are_all_chosen_with_weight_one() -> None:
 
 def test_wrong_dtypes_and_shapes_are_refused_not_converted() -> None:
     x, weight = normal(14, 2, 8), normal(15, 8)
-    doubles: F32 = x.astype(np.float64)  # type: ignore[assignment]
+    doubles = cast(F32, x.astype(np.float64))
     with pytest.raises(TypeError):
         ops.rms_norm(doubles, weight, 1e-6)
     with pytest.raises(TypeError):

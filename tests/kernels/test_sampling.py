@@ -113,7 +113,7 @@ def test_the_same_token_everywhere(vocab: int) -> None:
             ops.sample(logits, p, history, 5, 1, position) for p in params for position in range(5)
         ]
         ids, logprobs = ops.top_logprobs(logits, min(vocab, 20))
-        return [np.array(tokens), ids, logprobs, np.float32([ops.logprob_of(logits, 0)])]
+        return [np.array(tokens), ids, logprobs, np.array([ops.logprob_of(logits, 0)])]
 
     same_bits_everywhere(op)
 
