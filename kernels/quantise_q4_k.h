@@ -9,4 +9,14 @@ namespace shoal {
 // same on every CPU, compiler and number of threads.
 void quantise_q4_k(const float* values, int64_t num_rows, int cols, uint8_t* out);
 
+// One or two super-blocks, values[count * 256] -> out[count * 144].
+struct QuantiseQ4K {
+  void (*pair)(const float* values, int count, uint8_t* out);
+};
+extern const QuantiseQ4K kQuantiseQ4KScalar;
+#if defined(__x86_64__)
+extern const QuantiseQ4K kQuantiseQ4KAvx2;
+extern const QuantiseQ4K kQuantiseQ4KAvx512;
+#endif
+
 }  // namespace shoal
