@@ -41,7 +41,7 @@ def test_rms_norms_that_are_wrong_are_refused() -> None:
     def skips_the_tail(x: F32, weight: F32, eps: float) -> F32:
         squares = np.square(x[:, : x.shape[1] // 16 * 16])
         root = np.sqrt(squares.mean(axis=1, keepdims=True) + np.float32(eps))
-        return (x / root * weight).astype(np.float32)
+        return np.asarray(x / root * weight, np.float32)
 
     def forgets_eps(x: F32, weight: F32, eps: float) -> F32:
         return ops.rms_norm(x, weight, 0.0)
