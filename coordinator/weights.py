@@ -12,16 +12,15 @@ from shoal.quant import Scheme
 from shoal.rows import Rows
 
 
-@dataclass(frozen=True, slots=True)
 class Dense:
     """A matrix of the model with its bias, and the scheme that its rows are quantised to."""
 
-    matrix: ops.Matrix
-    bias: F32 | None
+    __slots__ = ("bias", "matrix", "scheme")
 
-    @property
-    def scheme(self) -> Scheme:
-        return self.matrix.format.scheme
+    def __init__(self, matrix: ops.Matrix, bias: F32 | None) -> None:
+        self.matrix = matrix
+        self.bias = bias
+        self.scheme: Scheme = matrix.format.scheme  # asked for in every layer of every pass
 
     def __call__(self, rows: Rows) -> F32:
         """Return rows · matrixᵀ + bias, [T, matrix.rows] float32."""

@@ -2,7 +2,9 @@
 
 import io
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +158,45 @@ def test_an_unknown_command_from_a_pipe_is_an_error(
     monkeypatch.setattr(sys, "stdin", io.StringIO("/frobnicate\n"))
     assert main(["chat", str(path)]) == 2
     assert "/frobnicate is not a command" in capsys.readouterr().err
+
+
+def damage(path: Path, tmp_path: Path, file: str, change: Callable[[bytearray], None]) -> Path:
+    copy = tmp_path / path.name
+    shutil.copytree(path, copy)
+    data = bytearray((copy / file).read_bytes())
+    change(data)
+    (copy / file).write_bytes(data)
+    return copy
+
+
+def flip_last_bit(data: bytearray) -> None:
+    data[-1] ^= 1
+
+
+def cut_last_byte(data: bytearray) -> None:
+    del data[-1]
+
+
+@pytest.mark.parametrize("change", [flip_last_bit, cut_last_byte])
+@pytest.mark.parametrize("file", ["dense.safetensors", "experts/layer-001.safetensors"])
+def test_a_damaged_artifact_is_refused_by_name_before_any_text(
+    path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    change: Callable[[bytearray], None],
+) -> None:
+    copy = damage(path, tmp_path, file, change)
+    assert main(["run", str(copy), "hello"]) == 3
+    shown = capsys.readouterr()
+    assert file in shown.err
+    assert shown.out == ""
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_its_length(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(path), "hello " * 600]) == 2
+    shown = capsys.readouterr()
+    assert "the context holds 512" in shown.err
+    assert "shorten the prompt" in shown.err
