@@ -1,26 +1,26 @@
 """Every failure of shoal, on one page.
 
-    ShoalError                     an operating error: message says what, where, why and the fix
-    |- UsageError                  the command line or configuration is wrong            exit 2
-    |  `- ShardMapError            --moe-shards: points at the character
-    |- ArtifactError               a model on disk cannot be used                        exit 3
-    |  |- CorruptArtifact          a hash, size or header is not what the manifest says
-    |  |- UnsupportedModel         an architecture, tensor type or tokenizer we do not have
-    |  |- NonFiniteWeights         NaN or infinity in weights or scales
-    |  `- CannotWrite              the disk is full or not writable; nothing was left behind
-    |- NodeError                   an expert node cannot do its part                     exit 4
-    |  |- NodeUnreachable          nobody answers at that address, or the connection broke
-    |  |- NodeMismatch             another model, numerics or protocol; a missing range
-    |  |- NotOwned                 an expert that the node does not own
-    |  |- NodeBusy                 its queue is full: try later or elsewhere
-    |  |- NodeDraining             it finishes what it has and leaves
-    |  |- ExpertUnavailable        it owns the expert but cannot read it, or it is damaged
-    |  |- CallCancelled            the coordinator took the call back
-    |  |- CallTimeout              no answer within --call-timeout
-    |  `- MalformedMessage         a peer sent what the protocol does not allow
-    |- NumericError                a non-finite or too large value in a row               exit 5
-    |- RequestError                a request that cannot be served: too long, bad parameter  exit 2
-    `- NumericsMismatch            this build's kernels do not reproduce the golden digests  exit 6
+ShoalError                     an operating error: message says what, where, why and the fix
+|- UsageError                  the command line or configuration is wrong            exit 2
+|  `- ShardMapError            --moe-shards: points at the character
+|- ArtifactError               a model on disk cannot be used                        exit 3
+|  |- CorruptArtifact          a hash, size or header is not what the manifest says
+|  |- UnsupportedModel         an architecture, tensor type or tokenizer we do not have
+|  |- NonFiniteWeights         NaN or infinity in weights or scales
+|  `- CannotWrite              the disk is full or not writable; nothing was left behind
+|- NodeError                   an expert node cannot do its part                     exit 4
+|  |- NodeUnreachable          nobody answers at that address, or the connection broke
+|  |- NodeMismatch             another model, numerics or protocol; a missing range
+|  |- NotOwned                 an expert that the node does not own
+|  |- NodeBusy                 its queue is full: try later or elsewhere
+|  |- NodeDraining             it finishes what it has and leaves
+|  |- ExpertUnavailable        it owns the expert but cannot read it, or it is damaged
+|  |- CallCancelled            the coordinator took the call back
+|  |- CallTimeout              no answer within --call-timeout
+|  `- MalformedMessage         a peer sent what the protocol does not allow
+|- NumericError                a non-finite or too large value in a row               exit 5
+|- RequestError                a request that cannot be served: too long, bad parameter  exit 2
+`- NumericsMismatch            this build's kernels do not reproduce the golden digests  exit 6
 """
 
 
