@@ -83,7 +83,11 @@ class Node:
         """Use `start`."""
         self.config = config
         self.stop_signal = StopSignal()
-        self.worker = Worker(ExpertExecutor(artifact, store), asyncio.get_running_loop())
+        self.worker = Worker(
+            ExpertExecutor(artifact, store),
+            asyncio.get_running_loop(),
+            log_calls=config.log_calls,
+        )
         self._store = store
         self._facts = facts
         self._health = Health()

@@ -89,6 +89,7 @@ def node(
             hint = ": HF_REPO is set, but this version does not fetch from the Hub"
         raise UsageError(f"no model: give an artifact's path or name, or set MODEL_PATH{hint}")
     configure(log_format, log_level)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters it also raises, and we report
 
     from expert_node import app, config  # gRPC and the kernels: not for --help
 
@@ -107,6 +108,7 @@ def node(
             threads=threads,
             insecure=insecure,
             drain_timeout_s=drain_timeout,
+            log_calls=log_level is LogLevel.DEBUG,
         ),
         announce,
     )

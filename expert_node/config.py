@@ -56,6 +56,7 @@ class NodeConfig:
     threads: int | None = None  # None: as many as this process may use
     insecure: bool = False
     drain_timeout_s: float = limits.DRAIN_TIMEOUT_S
+    log_calls: bool = False  # a debug line for every call that was answered
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:

@@ -136,6 +136,8 @@ class Session:
         """Forget the stream; its calls are dropped. Safe to call again."""
         if not self._is_closed:
             self._is_closed = True
+            if self._lane is not None:
+                _log.info("stream closed", stream=self._stream_id, calls_dropped=len(self._held))
             self._held.clear()
             self._worker.drop_stream(self._stream_id)
 

@@ -68,12 +68,14 @@ class Worker:
         clock: Callable[[], float] = time.monotonic,
         max_waiting: int = limits.MAX_QUEUED_CALLS,
         inline_pair_bytes: int = limits.INLINE_PAIR_BYTES,
+        log_calls: bool = False,
     ) -> None:
         self._executor = executor
         self._loop = loop
         self._clock = clock
         self._admission = Admission(max_waiting)
         self._inline_pair_bytes = inline_pair_bytes
+        self._log_calls = log_calls
         self._jobs: dict[tuple[int, int], Job] = {}
         self._thread = ThreadPoolExecutor(1, "shoal-compute")
         self._idle = asyncio.Event()
@@ -173,10 +175,24 @@ class Worker:
             self._fail(job, errors.CallCancelled("cancelled while it was computed"))
         else:
             job.caller.finished(job.ticket.call_id, frame)
+        if self._log_calls:  # even a line that is filtered out costs a small call 5 us
+            self._log_call(job, len(frame))
         self._note_idle()
         if self._admission.num_waiting and not self._is_pump_due:
             self._is_pump_due = True
             self._loop.call_soon(self._pump)
+
+    def _log_call(self, job: Job, num_bytes: int) -> None:
+        _log.debug(
+            "call answered",
+            stream=job.ticket.stream_id,
+            call_id=job.ticket.call_id,
+            layer=job.call.layer,
+            rows=job.call.rows.num_rows,
+            pairs=int(job.call.experts.size),
+            held_us=_microseconds(self._clock() - job.ticket.received_s),
+            frame_bytes=num_bytes,
+        )
 
     def _terminal_frame(self, job: Job) -> bytes:
         # The top of a call, on either thread: whatever goes wrong becomes its terminal frame.

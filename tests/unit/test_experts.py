@@ -1,5 +1,6 @@
 """Resident store and executor on a tiny artifact: single reads, strict ownership, exact sums."""
 
+import asyncio
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from expert_node.lifecycle import StopSignal, WarmUpStopped, warm_up
 from shoal import ops
 from shoal.artifact import Artifact
 from shoal.artifact.reader import read_checked
@@ -215,3 +217,13 @@ def test_a_result_beyond_the_grid_names_layer_and_rows(artifact: Artifact) -> No
     with pytest.raises(NumericError, match=f"layer {LAYER}") as caught:
         ExpertExecutor(artifact, whole_store(artifact)).compute(call)
     assert caught.value.rows == (2,)
+
+
+def test_a_warm_up_ends_early_when_the_node_is_told_to_leave(artifact: Artifact) -> None:
+    async def story() -> None:
+        stop = StopSignal()
+        stop.set("a test")
+        with pytest.raises(WarmUpStopped):
+            await warm_up(whole_store(artifact), stop)
+
+    asyncio.run(story())
