@@ -151,28 +151,25 @@ def open_remote_dispatch(
         missing = placement.missing(endpoint, facts.owned)
         check_node(str(placement.endpoints[endpoint]), facts, expected, missing)
 
-    executor = None
+    store = None
     if EndpointKind.LOCAL in kinds:
-        executor = _local_executor(
-            artifact, placement, kinds.index(EndpointKind.LOCAL), report_load
-        )
+        store = _local_store(artifact, placement, kinds.index(EndpointKind.LOCAL))
     client = NodeClient([placement.endpoints[i] for i in nodes], greeting, call_timeout_s, notify)
     try:
         facts = client.connect(check, ready_timeout_s)
+        if store is not None:
+            store.warm_up(report_load)  # after the nodes: a wrong one is told at once
     except BaseException:
-        if executor is not None:
-            executor.store.close()
+        client.close()
+        if store is not None:
+            store.close()
         raise
+    executor = None if store is None else ExpertExecutor(artifact, store)
     max_rows = min([fact.max_rows_per_call for fact in facts], default=limits.MAX_ROWS_PER_CALL)
     return RemoteDispatch(artifact, placement, client, executor, call_timeout_s, max_rows)
 
 
-def _local_executor(
-    artifact: Artifact,
-    placement: Placement,
-    local: int,
-    report_load: Callable[[WarmUpProgress], None],
-) -> ExpertExecutor:
+def _local_store(artifact: Artifact, placement: Placement, local: int) -> ResidentStore:
     assigned = placement.assigned(local)
     wanted = {layer: np.flatnonzero(row).tolist() for layer, row in enumerate(assigned)}
     held = artifact.owned_experts
@@ -183,9 +180,7 @@ def _local_executor(
                 f"--moe-shards: {artifact.path} is a slice without experts {missing} of layer "
                 f"{layer}, which the map computes `local`: name a node that has them"
             )
-    store = ResidentStore(artifact, Ownership(wanted))
-    store.warm_up(report_load)
-    return ExpertExecutor(artifact, store)
+    return ResidentStore(artifact, Ownership(wanted))
 
 
 class RemoteDispatch:
