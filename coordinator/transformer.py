@@ -118,20 +118,18 @@ class _Layer:
     ) -> F32:
         """Return the next residual; of the rows `going_on` only, if that is not None."""
         normed = ops.rms_norm(hidden, self._attention_norm, self._norm_eps)
-        forms = RowForms(normed)
-        self._attention.write_kv(forms, places, cache)
+        q = self._attention.write_kv(RowForms(normed), places, cache)
         if going_on is None:
-            return self._finish(hidden, forms, places, cache)
+            return self._finish(hidden, q, places, cache)
         if not going_on.size:
             return hidden[going_on]
         try:
-            forms, places = RowForms(normed[going_on]), places.take(going_on)
-            return self._finish(hidden[going_on], forms, places, cache)
+            return self._finish(hidden[going_on], q[going_on], places.take(going_on), cache)
         except NumericError as error:
             raise NumericError(str(error), _batch_rows(error.rows, going_on)) from error
 
-    def _finish(self, hidden: F32, forms: RowForms, places: Places, cache: KvPair) -> F32:
-        hidden = ops.add(hidden, self._attention.attend(forms, places, cache))
+    def _finish(self, hidden: F32, q: F32, places: Places, cache: KvPair) -> F32:
+        hidden = ops.add(hidden, self._attention.attend(q, places, cache))
         normed = ops.rms_norm(hidden, self._ffn_norm, self._norm_eps)
         return ops.add(hidden, self._ffn.run(RowForms(normed)))
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from coordinator.array_types import F32
+from coordinator.row_forms import RowForms
 from shoal import ops
 from shoal.artifact import Artifact
 from shoal.model_spec import LayerSpec, QkNorm, RouterKind
-from shoal.quant import Scheme
+from shoal.quant import LANES, Scheme
 from shoal.rows import Rows
 
 
@@ -27,12 +28,53 @@ class Dense:
         return ops.matmul(self.matrix, rows, self.bias)
 
 
+class Qkv:
+    """The q, k and v projections: one matrix where their formats allow, so one product a layer.
+
+    Stacking moves rows only: every output element is the same sequence of operations.
+    """
+
+    __slots__ = ("_ends", "_parts")
+
+    def __init__(self, q: Dense, k: Dense, v: Dense) -> None:
+        stacked = try_stack([q, k, v])
+        self._parts = [q, k, v] if stacked is None else [stacked]
+        num_q, num_k = q.matrix.rows, k.matrix.rows
+        self._ends = (num_q, num_q + num_k)
+
+    def __call__(self, forms: RowForms) -> tuple[F32, F32, F32]:
+        """Return q, k and v of the rows, [T, rows of each] float32, C-contiguous."""
+        if len(self._parts) == 1:
+            [stacked] = self._parts
+            whole = stacked(forms.get(stacked.scheme))
+            k_begin, v_begin = self._ends
+            q, k, v = whole[:, :k_begin], whole[:, k_begin:v_begin], whole[:, v_begin:]
+            if len(whole) == 1:
+                return q, k, v
+            return np.ascontiguousarray(q), np.ascontiguousarray(k), np.ascontiguousarray(v)
+        q, k, v = [part(forms.get(part.scheme)) for part in self._parts]
+        return q, k, v
+
+
+def try_stack(parts: list[Dense]) -> Dense | None:
+    """Return one matrix of all rows; None where formats, biases or row groups do not line up."""
+    formats = {part.matrix.format for part in parts}
+    has_bias = {part.bias is not None for part in parts}
+    whole_groups = all(part.matrix.rows % LANES == 0 for part in parts[:-1])
+    if len(formats) > 1 or len(has_bias) > 1 or not whole_groups:
+        return None
+    data = ops.aligned_empty(sum(part.matrix.data.size for part in parts))
+    np.concatenate([part.matrix.data for part in parts], out=data)
+    num_rows = sum(part.matrix.rows for part in parts)
+    matrix = ops.Matrix(parts[0].matrix.format, num_rows, parts[0].matrix.cols, data)
+    biases = [part.bias for part in parts if part.bias is not None]
+    return Dense(matrix, np.concatenate(biases) if biases else None)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionWeights:
     norm: F32  # [D]
-    q: Dense
-    k: Dense
-    v: Dense
+    qkv: Qkv
     o: Dense
     q_norm: F32 | None  # [head_dim], or [H * head_dim] for QkNorm.PROJECTION
     k_norm: F32 | None
@@ -100,9 +142,7 @@ def _load_attention(artifact: Artifact, prefix: str) -> AttentionWeights:
     has_norms = artifact.spec.attention.qk_norm is not QkNorm.NONE
     return AttentionWeights(
         norm=artifact.vector(prefix + "norm"),
-        q=_load_dense(artifact, prefix + "q"),
-        k=_load_dense(artifact, prefix + "k"),
-        v=_load_dense(artifact, prefix + "v"),
+        qkv=Qkv(*(_load_dense(artifact, prefix + name) for name in ("q", "k", "v"))),
         o=_load_dense(artifact, prefix + "o"),
         q_norm=artifact.vector(prefix + "q_norm") if has_norms else None,
         k_norm=artifact.vector(prefix + "k_norm") if has_norms else None,

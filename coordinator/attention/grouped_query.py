@@ -55,26 +55,30 @@ class GroupedQueryAttention:
         self._window = window
         self._weights = weights
 
-    def write_kv(self, forms: RowForms, places: Places, cache: KvPair) -> None:
-        """Write K and V of the rows [T, D] to their slots; all rows, before any row attends.
+    def write_kv(self, forms: RowForms, places: Places, cache: KvPair) -> F32:
+        """Write K and V of the rows [T, D] to their slots; return their q, [T, H * head_dim].
+
+        All rows of a pass are written before any of them attends.
 
         Raises: NumericError with the rows that do not fit the cache's type.
         """
         spec, weights = self._spec, self._weights
-        k = weights.k(forms.get(weights.k.scheme))
-        v = self._clip(weights.v(forms.get(weights.v.scheme)))
+        q, k, v = weights.qkv(forms)
         k_heads = self._clip(self._norm_heads(k, weights.k_norm, spec.num_kv_heads))
         ops.rope(k_heads, places.cos, places.sin)
-        v_heads = v.reshape(-1, spec.num_kv_heads, spec.head_dim)
+        v_heads = self._clip(v).reshape(-1, spec.num_kv_heads, spec.head_dim)
         ops.kv_write(cache[0], cache[1], k_heads, v_heads, places.slots)
+        return q
 
-    def attend(self, forms: RowForms, places: Places, cache: KvPair) -> F32:
+    def attend(self, q: F32, places: Places, cache: KvPair) -> F32:
         """Return the attention branch [T, D] of rows whose K and V are in the cache.
+
+        Args:
+            q: of `write_kv`, of all rows or of some; overwritten.
 
         Raises: NumericError with the rows that became non-finite.
         """
         spec, weights = self._spec, self._weights
-        q = weights.q(forms.get(weights.q.scheme))
         q_heads = self._clip(self._norm_heads(q, weights.q_norm, spec.num_heads))
         ops.rope(q_heads, places.cos, places.sin)
         mixed = ops.attention(
