@@ -6,7 +6,13 @@ One per process, not one per dispatch: gRPC's Python poller misbehaves with seve
 
 import asyncio
 import atexit
+import os
 import threading
+
+# gRPC's own log would put lines such as "Got goaway" between the user's text and our errors, which
+# say the same. gRPC reads this when it is imported, which the importers of this module do after it;
+# a user's setting stays.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
