@@ -81,9 +81,9 @@ def start_node(name: str, experts: str, folder: Path) -> NodeProcess:
     return NodeProcess(name, [name, *flags], folder / f"{name}.log")
 
 
-def run_prompt(shard_map: str) -> str:
+def run_prompt(model: str, *flags: str) -> str:
     """Run the prompt, its text appearing as it comes; return the text."""
-    arguments = ["run", COORDINATOR, PROMPT, "--max-tokens", "24", "--moe-shards", shard_map]
+    arguments = ["run", model, PROMPT, "--max-tokens", "24", *flags]
     show(arguments)
     print(f"\n{PROMPT}", end="", flush=True)
     text = bytearray()
@@ -111,11 +111,15 @@ def demonstrate(folder: Path, nodes: list[NodeProcess]) -> None:
         print(f"{node.name} (process {node.pid}) serves at {node.endpoint}")
     ranges = zip(NODES.values(), nodes, strict=True)
     say("4. Run a prompt: attention here, every FFN on the two nodes, 30 round trips a token")
-    text = run_prompt(",".join(f"{experts}={node.endpoint}" for experts, node in ranges))
-    if ANSWER not in text:
+    shard_map = ",".join(f"{experts}={node.endpoint}" for experts, node in ranges)
+    spread = run_prompt(COORDINATOR, "--moe-shards", shard_map)
+    if ANSWER not in spread:
         raise ShoalError(f"the model did not say {ANSWER!r}: something is broken")
-    say("It works. The same prompt without nodes gives the same text, bit for bit:")
-    print(f'  .venv/bin/shoal run {MODEL} "{PROMPT}" --max-tokens 24')
+    say("5. The same prompt without nodes, the whole model in one process")
+    if run_prompt(MODEL) != spread:
+        raise ShoalError("the text differs from the nodes': the exactness contract is broken")
+    say("It works: the same text, because it is the same bits. Now try:")
+    print(f"  .venv/bin/shoal chat {MODEL}\n  .venv/bin/shoal up {MODEL} --nodes 2")
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
