@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -12,7 +14,13 @@ from client.convert.pipeline import Options, convert, make_plan
 from client.convert.safetensors_source import SafetensorsSource
 from client.convert.source import Source
 from shoal.artifact import Artifact
-from shoal.errors import CorruptArtifact, NonFiniteWeights, UnsupportedModel, UsageError
+from shoal.errors import (
+    ArtifactError,
+    CorruptArtifact,
+    NonFiniteWeights,
+    UnsupportedModel,
+    UsageError,
+)
 from shoal.quant import Format
 from support.checkpoints import tiny_config, write_checkpoint
 from support.tiny_gguf import write_gguf
@@ -165,3 +173,24 @@ def test_what_is_neither_gguf_nor_a_folder_is_refused(tmp_path: Path) -> None:
         open_source(str(tmp_path / "notes.txt"))
     with pytest.raises(UsageError, match="no such file"):
         open_source(str(tmp_path / "absent"))
+
+
+def test_any_damage_to_the_header_is_refused_without_another_error(tmp_path: Path) -> None:
+    config = tiny_config("qwen3_moe", num_hidden_layers=1, num_experts=2, num_experts_per_tok=1)
+    write_checkpoint(tmp_path / "c", config, 1)
+    path = tmp_path / "m.gguf"
+    write_gguf(path, tmp_path / "c", config)
+    whole = path.read_bytes()
+    header_bytes = min(tensor.data_offset for tensor in gguf.GGUFReader(path).tensors)
+    random = np.random.Generator(np.random.PCG64(7))
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        place = int(random.integers(header_bytes))
+        damaged[place] ^= 1 << int(random.integers(8)) if random.random() < 0.5 else 0xFF
+        path.write_bytes(damaged)
+        try:
+            make_plan(GgufSource(path), Options())
+        except ArtifactError:
+            refused += 1
+    assert refused > 10, "the damage must hit something"
