@@ -55,6 +55,7 @@ class _Stream:
         self._is_writing = False
         self._is_stopping = False
         self.reader_will_flush = False
+        self.reader_is_waiting = False
 
     def emit(self, frame: bytes, credit_bytes: int) -> None:
         """Queue a frame; the reader flushes after what it does, the writer all else."""
@@ -173,8 +174,8 @@ class ExpertService:
         self._streams[stream_id] = (session, closing)
         try:
             async with asyncio.TaskGroup() as group:
-                reader = group.create_task(_read_frames(session, stream, context))
-                closer = group.create_task(_cancel_when(closing, reader))
+                reader = group.create_task(_read_frames(session, stream, context, closing))
+                closer = group.create_task(_interrupt_when(closing, stream, reader))
                 group.create_task(stream.write_until_stopped(session))
                 ended = await _outcome(reader)
                 closer.cancel()
@@ -197,9 +198,13 @@ class ExpertService:
             closing.set()
 
 
-async def _read_frames(session: Session, stream: _Stream, context: Context) -> StreamEnded | None:
-    while True:
+async def _read_frames(
+    session: Session, stream: _Stream, context: Context, closing: asyncio.Event
+) -> StreamEnded | None:
+    while not closing.is_set():
+        stream.reader_is_waiting = True
         data = await context.read()
+        stream.reader_is_waiting = False
         if not isinstance(data, bytes):  # gRPC's end-of-stream marker
             return None
         stream.reader_will_flush = True
@@ -210,6 +215,7 @@ async def _read_frames(session: Session, stream: _Stream, context: Context) -> S
         finally:
             stream.reader_will_flush = False
         await stream.flush(session)
+    return None
 
 
 async def _outcome(reader: "asyncio.Task[StreamEnded | None]") -> StreamEnded | None:
@@ -217,9 +223,14 @@ async def _outcome(reader: "asyncio.Task[StreamEnded | None]") -> StreamEnded | 
     return None if reader.cancelled() else reader.result()
 
 
-async def _cancel_when(closing: asyncio.Event, reader: "asyncio.Task[Any]") -> None:
+async def _interrupt_when(
+    closing: asyncio.Event, stream: _Stream, reader: "asyncio.Task[Any]"
+) -> None:
+    # Only while it waits for a frame: a write that is cancelled goes on inside gRPC, which then
+    # refuses the next one. A reader that is writing looks at `closing` when it is done.
     await closing.wait()
-    reader.cancel()
+    if stream.reader_is_waiting:
+        reader.cancel()
 
 
 def _serialise(message: Any) -> bytes:
