@@ -67,9 +67,9 @@ void score_span(const float* const* queries, const T* const* groups, int begin, 
 #define SHOAL_EACH_TILE_SIZE(n, call)                                              \
   switch (n) {                                                                     \
     SHOAL_TILE_CASE(1, call)                                                       \
-    SHOAL_TILE_CASE(2, call) SHOAL_TILE_CASE(3, call) SHOAL_TILE_CASE(4, call)     \
-        SHOAL_TILE_CASE(5, call) SHOAL_TILE_CASE(6, call) SHOAL_TILE_CASE(7, call) \
-            SHOAL_TILE_CASE(8, call)                                               \
+    SHOAL_TILE_CASE(2, call)                                                       \
+    SHOAL_TILE_CASE(3, call) SHOAL_TILE_CASE(4, call) SHOAL_TILE_CASE(5, call)     \
+        SHOAL_TILE_CASE(6, call) SHOAL_TILE_CASE(7, call) SHOAL_TILE_CASE(8, call) \
   }
 static_assert(kTile <= 8, "SHOAL_EACH_TILE_SIZE names every size");
 
@@ -94,6 +94,28 @@ struct KeyRange {
   int begin, end;  // of the cut, begin < end
 };
 
+constexpr int kCacheLine = 64;
+
+SHOAL_INLINE void prefetch(const void* p, int64_t num_bytes) {
+  for (int64_t i = 0; i < num_bytes; i += kCacheLine)
+    __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
+
+// Asks for what comes after groups [g, g + count): the next keys, and these keys' values, which
+// are read with a stride that hardware does not foresee (one row over 8k cold tokens: a tenth less
+// time, AVX2, on a busy machine).
+template <class T>
+SHOAL_INLINE void prefetch_after(const AttentionCut& cut, const T* const* groups, int g, int count,
+                                 int end) {
+  const int64_t group_size = int64_t(kLanes) * cut.dim;
+  for (int i = g; i < at_most(g + count, end); ++i)
+    prefetch(
+        static_cast<const T*>(cut.values[i / kGroupsPerBlock]) + i % kGroupsPerBlock * group_size,
+        group_size * int64_t(sizeof(T)));
+  for (int i = g + count; i < at_most(g + 2 * count, end); ++i)
+    prefetch(groups[i], group_size * int64_t(sizeof(T)));
+}
+
 template <class T>
 void score_cut(const AttentionCut& cut, KeyRange seen) {
   const T* groups[kGroupsPerCut];
@@ -102,11 +124,16 @@ void score_cut(const AttentionCut& cut, KeyRange seen) {
     groups[g] = static_cast<const T*>(cut.keys[g / kGroupsPerBlock]) +
                 g % kGroupsPerBlock * cut.dim * kLanes;
   if (cut.num_queries <= kTile) {
-    score_some(cut.num_queries, cut.queries, groups, begin, end, cut.dim, cut.scale, cut.scores);
+    for (int g = begin; g < end; g += kTile) {
+      prefetch_after(cut, groups, g, kTile, end);
+      score_some(cut.num_queries, cut.queries, groups, g, at_most(g + kTile, end), cut.dim,
+                 cut.scale, cut.scores);
+    }
     return;
   }
   // Many queries: a group is widened once and stays in the first-level cache for all of them.
   for (int g = begin; g < end; ++g) {
+    prefetch_after(cut, groups, g, 1, end);
     const float* group = widen_keys(groups[g], cut.dim, cut.widened);
     for (int j = 0; j < cut.num_queries; j += kTile)
       score_some(at_most(kTile, cut.num_queries - j), cut.queries + j, &group, 0, 1, cut.dim,
