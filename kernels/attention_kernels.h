@@ -64,12 +64,13 @@ void score_span(const float* const* queries, const T* const* groups, int begin, 
   case n:                          \
     call((n < kTile ? n : kTile)); \
     break;
-#define SHOAL_EACH_TILE_SIZE(n, call)                                              \
-  switch (n) {                                                                     \
-    SHOAL_TILE_CASE(1, call)                                                       \
-    SHOAL_TILE_CASE(2, call)                                                       \
-    SHOAL_TILE_CASE(3, call) SHOAL_TILE_CASE(4, call) SHOAL_TILE_CASE(5, call)     \
-        SHOAL_TILE_CASE(6, call) SHOAL_TILE_CASE(7, call) SHOAL_TILE_CASE(8, call) \
+#define SHOAL_EACH_TILE_SIZE(n, call)                                          \
+  switch (n) {                                                                 \
+    SHOAL_TILE_CASE(1, call)                                                   \
+    SHOAL_TILE_CASE(2, call)                                                   \
+    SHOAL_TILE_CASE(3, call)                                                   \
+    SHOAL_TILE_CASE(4, call) SHOAL_TILE_CASE(5, call) SHOAL_TILE_CASE(6, call) \
+        SHOAL_TILE_CASE(7, call) SHOAL_TILE_CASE(8, call)                      \
   }
 static_assert(kTile <= 8, "SHOAL_EACH_TILE_SIZE names every size");
 
