@@ -170,11 +170,12 @@ uint32_t down_sums_tile(Format format, const uint8_t* group, int lanes, int cols
   for (int t = 0; t < n; ++t) {
     if (lanes == kLanes) {
       bad |= uint32_t(!add_quanta(sums[t], acc[t], weights[t], two_to_grid)) << t;
-    } else {
-      int64_t all[kLanes] = {0};
-      bad |= uint32_t(!add_quanta(all, acc[t], weights[t], two_to_grid)) << t;
-      for (int i = 0; i < lanes; ++i) sums[t][i] += all[i];
+      continue;
     }
+    int64_t all[kLanes] = {0};
+    const bool good = add_quanta(all, acc[t], weights[t], two_to_grid);
+    bad |= uint32_t(!good) << t;
+    for (int i = 0; good && i < lanes; ++i) sums[t][i] += all[i];
   }
   return bad;
 }

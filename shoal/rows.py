@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from shoal.quant import Scheme, round_up
 
+_FLOAT32, _INT8 = np.dtype(np.float32), np.dtype(np.int8)
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -24,12 +26,14 @@ class Rows:
     scales: NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        padded = self.padded_dim
-        dtype = np.float32 if self.scheme is Scheme.F32 else np.int8
-        num_scales = 0 if self.scheme is Scheme.F32 else padded // self.scheme.span
-        assert self.values.shape == (self.num_rows, padded), (self.values.shape, padded)
-        assert self.values.dtype == dtype, self.values.dtype
-        assert self.scales.shape == (self.num_rows, num_scales), self.scales.shape
+        # Written for speed: a decode step makes some hundred of these.
+        span, num_rows = self.scheme.span, self.values.shape[0]
+        padded = -(-self.dim // span) * span
+        is_float = span == 1
+        dtype = self.values.dtype
+        assert dtype == (_FLOAT32 if is_float else _INT8), dtype
+        assert self.values.shape == (num_rows, padded), (self.values.shape, padded)
+        assert self.scales.shape == (num_rows, 0 if is_float else padded // span), self.scales.shape
 
     @property
     def num_rows(self) -> int:

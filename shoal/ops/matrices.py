@@ -151,7 +151,7 @@ def pack_rows(fmt: Format, source: U8, cols: int, out: U8) -> None:
         cols: columns; a last, partial block is whole in source, zero-padded.
         out: ceil(n / 16) * group_bytes(fmt, cols) bytes.
     """
-    _kernels.pack_rows(int(fmt), source, cols, out)
+    _kernels.pack_rows(fmt, source, cols, out)
 
 
 def pack_matrix(fmt: Format, source: U8, rows: int, cols: int) -> Matrix:
@@ -166,7 +166,7 @@ def pack_matrix(fmt: Format, source: U8, rows: int, cols: int) -> Matrix:
 def pack_expert(layout: ExpertLayout, gate: U8, up: U8, down: U8, out: U8) -> None:
     """Pack row-major gate and up [I, row bytes] and down [D, row bytes] into layout.num_bytes."""
     _kernels.pack_expert(
-        layout.dim, layout.ffn_dim, int(layout.gate_up), int(layout.down), gate, up, down, out
+        layout.dim, layout.ffn_dim, layout.gate_up, layout.down, gate, up, down, out
     )
 
 
@@ -178,7 +178,7 @@ def unpack_matrix(m: Matrix) -> F32:
 def embed(m: Matrix, ids: I32) -> F32:
     """Return rows `ids` of a matrix, [T, cols]. An id outside [0, m.rows) is a ValueError."""
     out = np.empty((len(ids), m.cols), np.float32)
-    _kernels.unpack_rows(int(m.format), m.rows, m.cols, m.data, ids, out)
+    _kernels.unpack_rows(m.format, m.rows, m.cols, m.data, ids, out)
     return out
 
 
@@ -194,7 +194,7 @@ def quantise_q4_k(values: F32) -> U8:
 
 def check_finite(fmt: Format, source: U8) -> bool:
     """Return whether all scales (or weights, for float formats) of row-major rows are finite."""
-    return _kernels.check_finite(int(fmt), source)
+    return _kernels.check_finite(fmt, source)
 
 
 def _raise_for(bad: Sequence[int], what: str) -> None:
@@ -213,11 +213,12 @@ def quantise_rows(scheme: Scheme, x: F32) -> Rows:
     if scheme is Scheme.F32:
         _raise_for(_kernels.non_finite_rows(x), "a value that is not finite")
         return Rows(scheme, dim, x, np.empty((num_rows, 0), np.float32))
-    padded = round_up(dim, scheme.span)
-    values = np.empty((num_rows, padded), np.int8)
-    scales = np.empty((num_rows, padded // scheme.span), np.float32)
-    bad = _kernels.quantise_rows(int(scheme), x, values, scales)
-    _raise_for(bad, "a value that is not finite")
+    num_spans = -(-dim // scheme.span)
+    values = np.empty((num_rows, num_spans * scheme.span), np.int8)
+    scales = np.empty((num_rows, num_spans), np.float32)
+    bad = _kernels.quantise_rows(scheme, x, values, scales)
+    if bad:
+        _raise_for(bad, "a value that is not finite")
     return Rows(scheme, dim, values, scales)
 
 
@@ -233,11 +234,11 @@ def matmul(m: Matrix, rows: Rows, bias: F32 | None = None, out: F32 | None = Non
         raise ValueError(f"rows of {rows.dim} columns meet a matrix of {m.cols}")
     result = np.empty((rows.num_rows, m.rows), np.float32) if out is None else out
     _kernels.matmul(
-        int(m.format),
+        m.format,
         m.rows,
         m.cols,
         m.data,
-        int(rows.scheme),
+        rows.scheme,
         rows.values,
         rows.scales,
         bias,
@@ -257,10 +258,10 @@ def expert_ffn(layout: ExpertLayout, weights: U8, rows: Rows) -> F32:
     bad = _kernels.expert_ffn(
         layout.dim,
         layout.ffn_dim,
-        int(layout.gate_up),
-        int(layout.down),
+        layout.gate_up,
+        layout.down,
         weights,
-        int(rows.scheme),
+        rows.scheme,
         rows.values,
         rows.scales,
         out,
@@ -304,10 +305,10 @@ def expert_sums(
     bad = _kernels.expert_sums(
         layout.dim,
         layout.ffn_dim,
-        int(layout.gate_up),
-        int(layout.down),
+        layout.gate_up,
+        layout.down,
         weights if isinstance(weights, list) else list(weights),
-        int(rows.scheme),
+        rows.scheme,
         rows.values,
         rows.scales,
         pair_offsets,

@@ -62,8 +62,9 @@ def _q4_k(blocks: U8) -> F64:
     mins = np.concatenate([high & 63, (rest >> 4) | (high >> 6 << 4)], axis=-1)
     quants = _nibbles(blocks[..., 16:].reshape(*blocks.shape[:2], 4, 32))
     quants = quants.reshape(*blocks.shape[:2], 8, 32)
-    scaled = (_half(blocks, 0) * scales)[..., None] * quants
-    return scaled - (_half(blocks, 2) * mins)[..., None]
+    scaled: F64 = (_half(blocks, 0) * scales)[..., None] * quants
+    offsets: F64 = (_half(blocks, 2) * mins)[..., None]
+    return np.subtract(scaled, offsets)
 
 
 _BLOCKS = {Format.Q8_0: _q8_0, Format.Q4_0: _q4_0, Format.Q4_1: _q4_1, Format.Q4_K: _q4_k}
@@ -74,9 +75,8 @@ def row_values(rows: Rows) -> F64:
     if rows.scheme is Scheme.F32:
         return rows.values.astype(np.float64)
     spans = rows.values.astype(np.float64).reshape(rows.num_rows, -1, rows.scheme.span)
-    return (spans * rows.scales.astype(np.float64)[..., None]).reshape(rows.num_rows, -1)[
-        :, : rows.dim
-    ]
+    values: F64 = (spans * rows.scales.astype(np.float64)[..., None]).reshape(rows.num_rows, -1)
+    return values[:, : rows.dim]
 
 
 def quantise_rows(scheme: Scheme, x: F64) -> F64:
@@ -95,13 +95,14 @@ def quantise_rows(scheme: Scheme, x: F64) -> F64:
 
 def matmul(weights: F64, x: F64, bias: F32 | None = None) -> F64:
     """Return x @ weights.T + bias for weights [rows, cols] and x [T, cols]."""
-    product = x @ weights.T
+    product: F64 = x @ weights.T
     return product if bias is None else product + bias.astype(np.float64)
 
 
 def swiglu(gate: F64, up: F64) -> F64:
     """Return up * gate / (1 + exp(-gate))."""
-    return up * gate / (1 + np.exp(-gate))
+    activated: F64 = up * gate / (1 + np.exp(-gate))
+    return activated
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import pytest
 
 from shoal import ops
 from shoal.errors import NumericError, UsageError
+from shoal.ops.matrices import choose_isa_from_environment
 from shoal.quant import Format, Scheme
 from support.weights import make_expert, make_matrix, random_rows
 
@@ -87,7 +88,7 @@ def test_wrong_dtypes_are_type_errors_never_copies() -> None:
     with pytest.raises(TypeError):
         ops.quantise_rows(Scheme.INT8_32, np.zeros((2, 32)))  # type: ignore[arg-type]
     with pytest.raises(TypeError):
-        ops.embed(m, np.zeros(1, np.int64))  # type: ignore[arg-type]
+        ops.embed(m, np.zeros(1))  # type: ignore[arg-type]
 
 
 def test_wrong_sizes_are_value_errors_that_say_both() -> None:
@@ -159,7 +160,7 @@ def test_an_instruction_set_that_is_not_there_is_a_usage_error(
         ops.set_isa("sse9")
     monkeypatch.setenv("SHOAL_ISA", "AVX2")  # names are lower case
     with pytest.raises(UsageError, match="SHOAL_ISA: instruction set 'AVX2'"):
-        ops.choose_isa_from_environment()
+        choose_isa_from_environment()
     if "avx512" not in ops.available_isas():
         with pytest.raises(UsageError, match="not possible here"):
             ops.set_isa("avx512")

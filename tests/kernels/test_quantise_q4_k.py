@@ -19,17 +19,14 @@ def weights(kind: str, rows: int) -> F32:
     rng = np.random.Generator(np.random.PCG64(5))
     uniform = rng.integers(-(2**23), 2**23, (4, rows, 512)).astype(np.float32) / np.float32(2**23)
     bell = (uniform[0] + uniform[1]) + (uniform[2] + uniform[3])
-    match kind:
-        case "bell":
-            return bell * np.float32(0.03)
-        case "outliers":
-            heavy = np.where(rng.integers(0, 50, bell.shape) == 0, np.float32(8), np.float32(1))
-            return bell * heavy * np.float32(0.02)
-        case "one-sided":
-            return np.abs(bell) * np.float32(0.01)
-        case "tiny":
-            return bell * np.float32(1e-5)
-    raise AssertionError(kind)
+    heavy = np.where(rng.integers(0, 50, bell.shape) == 0, np.float32(8), np.float32(1))
+    made: dict[str, F32] = {
+        "bell": bell * np.float32(0.03),
+        "outliers": bell * heavy * np.float32(0.02),
+        "one-sided": np.abs(bell) * np.float32(0.01),
+        "tiny": bell * np.float32(1e-5),
+    }
+    return made[kind]
 
 
 def squared_error(blocks: NDArray[np.uint8], values: F32) -> float:

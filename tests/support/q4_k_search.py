@@ -55,7 +55,8 @@ def _block(x: F64) -> NDArray[np.uint8]:
     packed[:4] |= scale_bits[4:] >> 4 << 6
     packed[4:8] |= min_bits[4:] >> 4 << 6
     head = np.array([d, dmin], np.float16).view(np.uint8)
-    return np.concatenate([head, packed, (quants[::2] | quants[1::2] << 4).ravel()])
+    nibbles = (quants[::2] | quants[1::2] << 4).astype(np.uint8)
+    return np.concatenate([head, packed, nibbles.ravel()])
 
 
 def quantise_like_llama_cpp(values: F32) -> NDArray[np.uint8]:
