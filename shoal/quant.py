@@ -62,8 +62,6 @@ class Scheme(IntEnum):
 
 
 _SPANS = (1, 32, 256)  # by Scheme; a tuple, as every message and every layer asks
-_SPAN = (1, 32, 256)  # by Scheme: looked up several times a layer and token
-
 _BLOCK = {
     Format.F32: (1, 4),
     Format.F16: (1, 2),
