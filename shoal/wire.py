@@ -1,8 +1,8 @@
 """Arrays to messages and back: every size, range and value that a peer sends is checked here.
 
 Decoded arrays are views of the message's bytes where the machine's byte order is the wire's
-(little-endian) and their type is the same. Whatever a stranger sends, only MalformedMessage and
-NumericError leave this file.
+(little-endian) and their type is the same. Whatever a stranger sends, only MalformedMessage leaves
+this file.
 
 What a call needs of the model (its layer exists, its width and scheme are the layer's) is checked
 by `ExpertExecutor.check`, for remote and local calls alike.
@@ -24,8 +24,6 @@ from shoal.v1 import expert_pb2 as pb
 # pairs: at most MAX_EXPERTS_PER_TOKEN a row, counted with the row.
 ENVELOPE_BYTES: Final = 256
 _PAIR_BYTES = 2 + 4  # expert index, routing weight
-_EXPONENT_BITS = np.uint32(0x7F800000)  # all ones: infinity or NaN
-_SIGN_CLEARED = np.uint32(0x7FFFFFFF)
 _T = TypeVar("_T", bound=np.generic)
 
 
@@ -75,11 +73,13 @@ def encode_call(call_id: int, deadline_ms: int, call: ExpertCall) -> pb.ClientFr
 
 
 def decode_call(message: pb.ExpertCall) -> ExpertCall:
-    """Return the call in a message, all of whose sizes and values are then legal.
+    """Return the call in a message, all of whose sizes, ranges and indices are then legal.
+
+    Floats may be anything: what is not finite in a row or its weights makes that row's sums so, and
+    the kernels that compute them test for it and name the row.
 
     Raises:
         MalformedMessage: naming the field, what it is and what it must be.
-        NumericError: rows whose values, scales or routing weights are not finite.
     """
     layer, num_rows, dim = message.layer, message.num_rows, message.dim
     _check_range("layer", layer, 0, limits.MAX_LAYERS - 1)
@@ -89,9 +89,7 @@ def decode_call(message: pb.ExpertCall) -> ExpertCall:
     _check_range("scheme", message.scheme, 1, len(Scheme))
     rows = _decode_rows(message, Scheme(message.scheme - 1), num_rows, dim)
     row_offsets, experts, weights = _decode_pairs(message, num_rows)
-    call = ExpertCall(layer, rows, row_offsets, experts, weights)
-    _check_finite(call)
-    return call
+    return ExpertCall(layer, rows, row_offsets, experts, weights)
 
 
 def _decode_rows(message: pb.ExpertCall, scheme: Scheme, num_rows: int, dim: int) -> Rows:
@@ -143,28 +141,6 @@ def _decode_pairs(
     if highest >= limits.MAX_EXPERTS:
         raise errors.MalformedMessage(f"experts: {highest} is beyond {limits.MAX_EXPERTS}")
     return row_offsets, experts, weights
-
-
-def _check_finite(call: ExpertCall) -> None:
-    # Integer comparisons of the bits: no float operation, so no NaN can slip through a maximum.
-    # A negative scale fails as well: its sign bit makes it the larger integer.
-    rows = call.rows
-    has_bad_scale = rows.scales.size and rows.scales.view(np.uint32).max() >= _EXPONENT_BITS
-    is_float = rows.scheme is Scheme.F32
-    weight_bits = call.weights.view(np.uint32) & _SIGN_CLEARED
-    if not (has_bad_scale or is_float or weight_bits.max() >= _EXPONENT_BITS):
-        return
-    bad = (rows.scales.view(np.uint32) >= _EXPONENT_BITS).any(axis=1)
-    if is_float:
-        bad = ((rows.values.view(np.uint32) & _SIGN_CLEARED) >= _EXPONENT_BITS).any(axis=1)
-    bad_pairs = weight_bits >= _EXPONENT_BITS
-    if not (bad.any() or bad_pairs.any()):
-        return
-    rows_of_pairs = np.searchsorted(call.row_offsets, np.flatnonzero(bad_pairs), side="right") - 1
-    failing = tuple(sorted({*np.flatnonzero(bad).tolist(), *rows_of_pairs.tolist()}))
-    raise errors.NumericError(
-        f"layer {call.layer}: {_rows_text(failing)} not finite as sent to the expert node", failing
-    )
 
 
 def encode_reply(
@@ -284,8 +260,3 @@ def _little_endian(array: NDArray[np.generic]) -> bytes:
 def _check_range(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise errors.MalformedMessage(f"{name} = {value}: must be in {low}..{high}")
-
-
-def _rows_text(rows: tuple[int, ...]) -> str:
-    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-    return f"row {shown} is" if len(rows) == 1 else f"rows {shown} are"

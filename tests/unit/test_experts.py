@@ -18,6 +18,7 @@ from shoal.experts.call import ExpertCall
 from shoal.experts.executor import ExpertExecutor
 from shoal.experts.ownership import Ownership
 from shoal.experts.resident import ResidentStore, WarmUpProgress
+from shoal.quant import Scheme
 from shoal.rows import Rows
 from support.tiny_model import make_tiny_artifact
 
@@ -209,6 +210,28 @@ def test_a_call_that_does_not_fit_the_model_is_refused(artifact: Artifact) -> No
     for bad, complaint in spoiled:
         with pytest.raises(MalformedMessage, match=complaint):
             executor.check(bad)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("field", ["row", "weight"])
+def test_what_is_not_finite_fails_its_row_and_no_other(
+    artifact: Artifact, field: str, bad: float
+) -> None:
+    # The wire lets every float through: this is where it is caught, at every place of a row.
+    call = random_call(artifact, 4)
+    floats = call.rows.values if call.rows.scheme is Scheme.F32 else call.rows.scales
+    executor = ExpertExecutor(artifact, whole_store(artifact))
+    first, last = call.row_offsets[2], call.row_offsets[3]
+    places = range(floats.shape[1]) if field == "row" else range(first, last)
+    for place in places:
+        target = floats[2:3, place] if field == "row" else call.weights[place : place + 1]
+        kept = target.copy()
+        target[:] = bad
+        with pytest.raises(NumericError, match=f"layer {LAYER}") as caught:
+            executor.compute(call)
+        assert caught.value.rows == (2,)
+        target[:] = kept
+    executor.compute(call)
 
 
 def test_a_result_beyond_the_grid_names_layer_and_rows(artifact: Artifact) -> None:

@@ -136,28 +136,6 @@ def test_scales_beside_float_rows_are_refused() -> None:
         wire.decode_call(message)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("field", ["values", "scales", "weights"])
-def test_what_is_not_finite_names_its_row(field: str, bad: float) -> None:
-    call = random_call(Scheme.F32 if field == "values" else Scheme.INT8_32)
-    if field == "values":
-        call.rows.values[1, 3] = bad
-    elif field == "scales":
-        call.rows.scales[1, 0] = bad
-    else:
-        call.weights[call.row_offsets[1]] = bad
-    with pytest.raises(errors.NumericError, match="layer 7: row 1 is not finite") as caught:
-        wire.decode_call(through_bytes(wire.encode_call(1, 1, call)))
-    assert caught.value.rows == (1,)
-
-
-def test_a_negative_scale_is_refused() -> None:
-    call = random_call(Scheme.INT8_32)
-    call.rows.scales[2, 1] = -0.5
-    with pytest.raises(errors.NumericError):
-        wire.decode_call(through_bytes(wire.encode_call(1, 1, call)))
-
-
 @pytest.mark.parametrize("dim", [1, 64, 2048, 2880, 4096, 7168, limits.MAX_MODEL_DIM])
 def test_the_widest_call_and_its_widest_reply_fit_in_a_message(dim: int) -> None:
     num_rows = wire.max_rows_per_call(dim)
@@ -183,7 +161,7 @@ def test_no_bytes_crash_the_decoder(data: bytes) -> None:
         message = pb.ExpertCall.FromString(data)
     except DecodeError:
         return
-    with pytest.raises((errors.MalformedMessage, errors.NumericError)):
+    with pytest.raises(errors.MalformedMessage):
         wire.decode_call(message)
 
 
@@ -208,7 +186,7 @@ def test_fields_that_parse_are_accepted_or_refused_and_nothing_else(
     message.scheme = scheme  # type: ignore[assignment]
     try:
         call = wire.decode_call(message)
-    except (errors.MalformedMessage, errors.NumericError):
+    except errors.MalformedMessage:
         return
     assert call.rows.num_rows == num_rows
 
@@ -227,7 +205,7 @@ def test_flipped_bits_are_accepted_or_refused_and_nothing_else(
         data[int(place * len(data))] ^= 1 << bit
     try:
         wire.decode_call(pb.ClientFrame.FromString(bytes(data)).call)
-    except (DecodeError, errors.MalformedMessage, errors.NumericError):
+    except (DecodeError, errors.MalformedMessage):
         return
 
 
