@@ -5,7 +5,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from client.examine import usable_cpus
 from client.node_process import NodeProcess, stop_all
 from shoal.errors import NodeError, UsageError
 
@@ -170,8 +170,7 @@ def _num_experts(model: Path) -> int:
 def _running(
     config: UpConfig, ranges: Sequence[str], log_folder: Path
 ) -> Iterator[list[NodeProcess]]:
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    threads = config.threads or max(1, cores // config.num_nodes)
+    threads = config.threads or max(1, usable_cpus() // config.num_nodes)
     nodes: list[NodeProcess] = []
     try:
         for index, experts in enumerate(ranges):

@@ -82,7 +82,7 @@ class Cluster:
 def freeze(node: NodeProcess) -> None:
     """Stop a node in its tracks (SIGSTOP); returns once it has stopped."""
     node.send(signal.SIGSTOP)
-    os.waitid(os.P_PID, node.pid, os.WSTOPPED | os.WNOWAIT)
+    os.waitpid(node.pid, os.WUNTRACED)
 
 
 def thaw(node: NodeProcess) -> None:
