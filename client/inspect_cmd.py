@@ -34,12 +34,12 @@ def inspect(
             summary["tensors"] = tensor_list(artifact)
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(_overview(summary))
     if summary["experts"]:
         console.print(_expert_table(summary))
     for note in summary["notes"]:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     if tensors:
         console.print(_tensor_table(tensor_list(artifact)))
 

@@ -40,6 +40,11 @@ class GgufSource:
             raise CorruptArtifact(
                 f"{path}: not a whole GGUF file ({error}); fetch it again"
             ) from None
+        if self.metadata.get("split.count", 0) not in (0, 1):
+            raise UnsupportedModel(
+                f"{path} is one of {self.metadata['split.count']} parts of a model: join them with"
+                " llama.cpp's `llama-gguf-split --merge`"
+            )
         if reader.byte_order == "S":
             raise UnsupportedModel(f"{path} is a big-endian GGUF file: shoal reads little-endian")
         self._bytes = np.memmap(path, np.uint8, mode="r")

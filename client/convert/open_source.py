@@ -20,6 +20,9 @@ def open_source(typed: str) -> Source:
     if not path.exists():
         raise UsageError(f"no such file or folder: {path}")
     if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if files and not (path / "config.json").exists():
+            raise UsageError(f"{path} holds GGUF files: name one of them, such as {files[0]}")
         from client.convert.safetensors_source import SafetensorsSource
 
         return SafetensorsSource(path)

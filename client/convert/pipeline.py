@@ -33,7 +33,7 @@ from shoal.artifact.canonical import digest
 from shoal.artifact.layout import dense_header, expert_header
 from shoal.artifact.manifest import DENSE_FILE, PAGE, expert_file, slot_bytes
 from shoal.artifact.writer import ArtifactWriter, new_artifact
-from shoal.errors import UnsupportedModel
+from shoal.errors import CorruptArtifact, UnsupportedModel, UsageError
 from shoal.families import FfnRule, TensorRule, plan_tensors, slice_ffn
 from shoal.model_spec import ModelSpec
 from shoal.quant import Format, round_up
@@ -87,6 +87,10 @@ def make_plan(source: Source, options: Options) -> ConvertPlan:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     naming = source.naming.to_huggingface
     spec = source.family.spec(source.config)
+    if options.ffn_slices is not None and any(layer.router is not None for layer in spec.layers):
+        raise UsageError(
+            f"--ffn-slices: {source.path} is no dense model, it has experts of its own"
+        )
     is_interleaved = source.naming.rope_interleaved
     uncut = plan_tensors(source.family, spec, shapes, naming, is_interleaved)
     widths = max(layer.ffn_dim for layer in spec.layers)
@@ -201,7 +205,18 @@ def _texts(files: TextFiles, options: Options) -> dict[str, bytes]:
         "chat_template.jinja": files.chat_template,
         "generation_config.json": encode_generation_config(files.generation_config),
     }
+    for name, data in named.items():
+        if data is not None and not _is_text(data):
+            raise CorruptArtifact(f"the model's {name} is not UTF-8 text")
     return {name: data for name, data in named.items() if data is not None}
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _write_dense(

@@ -19,6 +19,8 @@ from shoal.quant import LANES, Format, round_up, row_bytes
 _CHUNK_VALUES = 1 << 20  # values in flight: 4 MiB as float32, and a few times that while quantising
 # Below this a block's scale is zero in float16 anyway; the library's 1 / d would be infinite.
 _TINY = np.float32(2.0**-40)
+# A Q4_K minimum is at most 65504 (float16) times 63; the quantiser would clamp what lies beyond.
+_LARGEST_Q4_K = np.float32(65504 * 63)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class Region:
             data = self._raw(first, last, *self._cols())
             return self._finite(np.ascontiguousarray(data))
         values = self.values(first, last)
+        if self.format is Format.Q4_K and np.abs(values).max() > _LARGEST_Q4_K:
+            raise self._not_finite()
         return self._finite(encode(self.format, values))
 
     def values(self, first: int, last: int) -> F32:
@@ -110,7 +114,8 @@ class Region:
 def encode(fmt: Format, values: F32) -> U8:
     """Return [n, cols] float32 as [n, row bytes], columns padded with zeros to whole blocks.
 
-    A value too large for the format becomes an infinity, or a scale does; the caller looks.
+    A value too large for the format becomes an infinity, or a scale does, or (Q4_K) is clamped;
+    the caller looks.
     """
     num_rows, cols = values.shape
     padded = round_up(cols, fmt.block_cols)

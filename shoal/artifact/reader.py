@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3 as Blake3
 from numpy.typing import NDArray
 
 from shoal import ops
@@ -31,6 +32,8 @@ from shoal.quant import Scheme
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
+
+_PIECE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,10 +246,31 @@ def read_checked(path: Path, offset: int, out: U8, blake3: str, what: str) -> No
     except EOFError:
         raise CorruptArtifact(f"{path}: truncated inside {what}") from None
     if digest(out.data) != blake3:
-        raise CorruptArtifact(
-            f"{path}: {what}: its bytes are not those that were written"
-            f" ({out.nbytes} bytes at {offset}); fetch or convert the model again"
-        )
+        raise _differs(path, offset, out.nbytes, what)
+
+
+def check_hash(path: Path, offset: int, num_bytes: int, blake3: str, what: str) -> None:
+    """Compare the hash of a part of a file, a piece at a time. Raises as `read_checked` does."""
+    hasher = Blake3()
+    buffer = np.empty(min(num_bytes, _PIECE_BYTES), np.uint8)
+    try:
+        for done in range(0, num_bytes, _PIECE_BYTES):
+            piece = buffer[: min(_PIECE_BYTES, num_bytes - done)]
+            read_exact(path, offset + done, piece)
+            hasher.update(piece.data)
+    except FileNotFoundError:
+        raise CorruptArtifact(f"{path} is missing ({what})") from None
+    except EOFError:
+        raise CorruptArtifact(f"{path}: truncated inside {what}") from None
+    if hasher.hexdigest() != blake3:
+        raise _differs(path, offset, num_bytes, what)
+
+
+def _differs(path: Path, offset: int, num_bytes: int, what: str) -> CorruptArtifact:
+    return CorruptArtifact(
+        f"{path}: {what}: its bytes are not those that were written"
+        f" ({num_bytes} bytes at {offset}); fetch or convert the model again"
+    )
 
 
 def read_exact(path: Path, offset: int, out: U8) -> None:

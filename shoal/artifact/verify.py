@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from shoal import ops
 from shoal.artifact.canonical import digest
 from shoal.artifact.layout import manifest_dense_header, manifest_expert_header
 from shoal.artifact.manifest import DENSE_FILE
-from shoal.artifact.reader import Artifact, check_size, read_checked
+from shoal.artifact.reader import Artifact, check_hash, check_size
 from shoal.errors import CorruptArtifact
 
 Progress = Callable[[int], None]
@@ -65,16 +64,13 @@ def _checks(artifact: Artifact, name: str) -> Iterator[tuple[Callable[[], None],
 
 
 def _header_check(path: Path, expected: bytes) -> tuple[Callable[[], None], int]:
-    def check() -> None:
-        read_checked(path, 0, ops.aligned_empty(len(expected)), digest(expected), "header")
-
-    return check, len(expected)
+    return _bytes_check(path, 0, len(expected), digest(expected), "header")
 
 
 def _bytes_check(
     path: Path, offset: int, num_bytes: int, blake3: str, what: str
 ) -> tuple[Callable[[], None], int]:
     def check() -> None:
-        read_checked(path, offset, ops.aligned_empty(num_bytes), blake3, what)
+        check_hash(path, offset, num_bytes, blake3, what)
 
     return check, num_bytes

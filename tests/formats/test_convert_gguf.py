@@ -194,3 +194,12 @@ def test_any_damage_to_the_header_is_refused_without_another_error(tmp_path: Pat
         except ArtifactError:
             refused += 1
     assert refused > 10, "the damage must hit something"
+
+
+def test_a_folder_of_gguf_files_asks_for_one_of_them(
+    tmp_path: Path, folder: Path, config: dict[str, Any]
+) -> None:
+    (tmp_path / "files").mkdir()
+    write_gguf(tmp_path / "files" / "m.gguf", folder, config)
+    with pytest.raises(UsageError, match=r"m\.gguf"):
+        open_source(str(tmp_path / "files"))

@@ -16,7 +16,7 @@ from client.convert.safetensors_source import SafetensorsSource
 from client.convert.transcode import encode
 from shoal import ops
 from shoal.artifact import Artifact
-from shoal.errors import CorruptArtifact, NonFiniteWeights, UnsupportedModel
+from shoal.errors import CorruptArtifact, NonFiniteWeights, UnsupportedModel, UsageError
 from shoal.model_spec import RouterKind
 from shoal.quant import Format, group_bytes, matrix_bytes, parse_format
 from support.checkpoints import random_values, tiny_config, write_checkpoint
@@ -391,3 +391,22 @@ def test_token_ids_come_from_the_config_where_only_it_has_them(
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
     artifact = convert_folder(folder, tmp_path / "m.shoal")
     assert artifact.generation_config == {"bos_token_id": 3, "eos_token_id": [0, 2]}
+
+
+def test_slices_of_a_model_that_has_experts_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="experts of its own"):
+        convert_folder(folder, tmp_path / "m.shoal", ffn_slices=4)
+
+
+def test_a_tokenizer_that_is_no_text_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(CorruptArtifact, match=r"tokenizer\.json is not UTF-8"):
+        convert_folder(folder, tmp_path / "m.shoal")
+
+
+def test_values_too_large_for_q4_k_are_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", tiny_config("llama", hidden_size=256), 2)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    overwrite(tmp_path / "c", name, np.float32(1e30).tobytes())
+    with pytest.raises(NonFiniteWeights, match="too large for q4_k"):
+        convert_folder(tmp_path / "c", tmp_path / "m.shoal", quant=Format.Q4_K)
