@@ -61,7 +61,7 @@ struct Scratch {
 
   Scratch(int64_t num_queries, int64_t dim) {
     const int64_t stride = (dim + kLanes - 1) / kLanes * kLanes;
-    const int64_t widened_floats = kLanes * std::max<int64_t>(dim, kKvBlockTokens);
+    const int64_t widened_floats = std::max<int64_t>(kLanes * dim, kKvBlockTokens * kWidenedDims);
     const int64_t floats = num_queries * (kAttentionCut + 2 * stride + 4) + widened_floats;
     char* at = static_cast<char*>(
         thread_scratch(floats * 4 + num_queries * int64_t(sizeof(float*) + 8) + 1024));

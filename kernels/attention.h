@@ -14,6 +14,7 @@ namespace shoal {
 constexpr int kKvBlockTokens = 64;  // limits.KV_BLOCK_TOKENS
 constexpr int kAttentionCut = 256;  // limits.ATTENTION_CUT
 constexpr int kBlocksPerCut = kAttentionCut / kKvBlockTokens;
+constexpr int kWidenedDims = 64;  // of 64 values: 16 KiB of floats, half a first-level cache
 
 struct KvCache {
   void* keys;

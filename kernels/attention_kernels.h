@@ -59,19 +59,20 @@ void score_span(const float* const* queries, const T* const* groups, int begin, 
   for (; g < end; ++g) score_tile<Q, 1>(queries, groups + g, dim, scale, scores + g * kLanes);
 }
 
+// clang-format off
 // Calls `call(n)` with n as a constant, 1 <= n <= kTile.
 #define SHOAL_TILE_CASE(n, call)   \
   case n:                          \
     call((n < kTile ? n : kTile)); \
     break;
-#define SHOAL_EACH_TILE_SIZE(n, call)                                          \
-  switch (n) {                                                                 \
-    SHOAL_TILE_CASE(1, call)                                                   \
-    SHOAL_TILE_CASE(2, call)                                                   \
-    SHOAL_TILE_CASE(3, call)                                                   \
-    SHOAL_TILE_CASE(4, call) SHOAL_TILE_CASE(5, call) SHOAL_TILE_CASE(6, call) \
-        SHOAL_TILE_CASE(7, call) SHOAL_TILE_CASE(8, call)                      \
+#define SHOAL_EACH_TILE_SIZE(n, call)                     \
+  switch (n) {                                            \
+    SHOAL_TILE_CASE(1, call) SHOAL_TILE_CASE(2, call)     \
+    SHOAL_TILE_CASE(3, call) SHOAL_TILE_CASE(4, call)     \
+    SHOAL_TILE_CASE(5, call) SHOAL_TILE_CASE(6, call)     \
+    SHOAL_TILE_CASE(7, call) SHOAL_TILE_CASE(8, call)     \
   }
+// clang-format on
 static_assert(kTile <= 8, "SHOAL_EACH_TILE_SIZE names every size");
 
 // At most a tile of queries.
@@ -235,20 +236,25 @@ void value_block(int n, const float* weights, Values<T> values, const int32_t* f
                     out + j * out_stride, out_stride);
 }
 
-// Keys [begin, end) of a block, `n` dimensions from `values`, as [64][16] floats.
+// Keys [begin, end) of a block, `dims` dimensions from `values` on, as blocks of [64][16] floats.
 template <class T>
-SHOAL_INLINE Values<float> widen_values(const T* values, int dim, int n, int begin, int end,
+SHOAL_INLINE Values<float> widen_values(const T* values, int dim, int dims, int begin, int end,
                                         float* widened) {
-  for (int k = begin; k < end; ++k)
-    store(widened + k * kLanes, n == kLanes ? load_value(values + int64_t(k) * dim)
-                                            : load_first_value(values + int64_t(k) * dim, n));
-  return {widened, kLanes, 0};
+  constexpr int kBlockStride = kKvBlockTokens * kLanes;
+  const int whole = dims / kLanes, tail = dims % kLanes;
+  for (int k = begin; k < end; ++k) {
+    const T* from = values + int64_t(k) * dim;
+    float* to = widened + k * kLanes;
+    for (int b = 0; b < whole; ++b) store(to + b * kBlockStride, load_value(from + b * kLanes));
+    if (tail > 0) store(to + whole * kBlockStride, load_first_value(from + whole * kLanes, tail));
+  }
+  return {widened, kLanes, kBlockStride};
 }
 
 template <class T>
 void value_cut(const AttentionCut& cut, KeyRange seen, float* out) {
-  const int whole = cut.dim / kLanes, tail = cut.dim % kLanes;
-  const int out_stride = (whole + (tail > 0)) * kLanes;
+  const int whole = cut.dim / kLanes * kLanes;
+  const int out_stride = (cut.dim + kLanes - 1) / kLanes * kLanes;
   const bool few = cut.num_queries <= kTile;
   for (int block = seen.begin / kKvBlockTokens; block * kKvBlockTokens < seen.end; ++block) {
     const int block_key = block * kKvBlockTokens;
@@ -258,14 +264,15 @@ void value_cut(const AttentionCut& cut, KeyRange seen, float* out) {
     const float* weights = cut.scores + block_key;
     if (few)
       value_block(cut.num_queries, weights, Values<T>{values, cut.dim, kLanes}, cut.first, cut.end,
-                  block_key, whole, out, out_stride);
-    for (int b = few ? whole : 0; b < whole + (tail > 0); ++b) {
-      const Values<float> some = widen_values(values + b * kLanes, cut.dim,
-                                              b < whole ? kLanes : tail, begin, end, cut.widened);
+                  block_key, whole / kLanes, out, out_stride);
+    // Many queries: some dimensions of the block are widened once for all of them.
+    for (int i = few ? whole : 0; i < cut.dim; i += kWidenedDims) {
+      const int dims = at_most(kWidenedDims, cut.dim - i);
+      const Values<float> some = widen_values(values + i, cut.dim, dims, begin, end, cut.widened);
       for (int j = 0; j < cut.num_queries; j += kTile)
         value_block(at_most(kTile, cut.num_queries - j), weights + j * kAttentionCut, some,
-                    cut.first + j, cut.end + j, block_key, 1, out + j * out_stride + b * kLanes,
-                    out_stride);
+                    cut.first + j, cut.end + j, block_key, (dims + kLanes - 1) / kLanes,
+                    out + j * out_stride + i, out_stride);
     }
   }
 }
