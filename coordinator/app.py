@@ -27,8 +27,6 @@ from shoal.experts.ownership import Ownership
 from shoal.experts.resident import ResidentStore, WarmUpProgress
 from shoal.paths import resolve_model
 
-MAX_THREADS = 1024
-
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorConfig:
@@ -47,8 +45,8 @@ class CoordinatorConfig:
     call_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise UsageError(f"--threads {self.threads}: must be in 1..{MAX_THREADS}")
+        if self.threads is not None and not 1 <= self.threads <= limits.MAX_THREADS:
+            raise UsageError(f"--threads {self.threads}: must be in 1..{limits.MAX_THREADS}")
         if not 0 < self.call_timeout_s <= limits.MAX_CALL_TIMEOUT_S:
             raise UsageError(
                 f"--call-timeout {self.call_timeout_s}: must be above 0 and at most "

@@ -66,7 +66,7 @@ def run_once(
         if finished.error is not None:
             raise finished.error
         if is_json:
-            sys.stdout.write(json_report(transcript, coordinator.label).decode())
+            sys.stdout.buffer.write(json_report(transcript, coordinator.label))
         else:
             sys.stderr.write(figures_line(transcript) + "\n")
     if finished.reason is FinishReason.CANCELLED:

@@ -7,8 +7,6 @@ from pathlib import Path
 from shoal import limits
 from shoal.errors import UsageError
 
-MAX_THREADS = 256  # of the kernels' pool
-
 
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
@@ -59,8 +57,8 @@ class NodeConfig:
     log_calls: bool = False  # a debug line for every call that was answered
 
     def __post_init__(self) -> None:
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise UsageError(f"--threads {self.threads}: must be in 1..{MAX_THREADS}")
+        if self.threads is not None and not 1 <= self.threads <= limits.MAX_THREADS:
+            raise UsageError(f"--threads {self.threads}: must be in 1..{limits.MAX_THREADS}")
         if not (self.listen.is_local or self.insecure):
             raise UsageError(
                 f"--listen {self.listen.grpc_target} is reachable from other machines, and this "

@@ -13,6 +13,7 @@ MAX_EXPERTS_PER_TOKEN = 64  # the largest A known is 22; slices of a dense FFN: 
 INTERACTIVE_MESSAGE_BYTES = 256 * KIB  # a larger message goes to the bulk connection
 MAX_MESSAGE_BYTES = 16 * MIB  # on the bulk connection; larger calls are split by rows
 CREDIT_BYTES = 64 * MIB  # request bytes one stream may have in flight at a node
+MAX_THREADS = 256  # of the kernels: kMaxPoolThreads of kernels/thread_pool.h
 MAX_QUEUED_CALLS = 256  # per node: more are refused as OVERLOADED
 MAX_SHARD_MAP_CHARS = 64 * KIB  # of --moe-shards: a thousand ranges
 MAX_SOCKET_PATH_BYTES = 103  # sun_path of macOS less its final zero; Linux: 107
