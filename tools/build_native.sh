@@ -21,7 +21,7 @@ fi
 
 for module in build/dev/_kernels*.so; do
   target="shoal/$(basename "$module")"
-  if ! cmp --silent "$module" "$target"; then
+  if ! cmp -s "$module" "$target"; then
     # By rename: overwriting a library in place would crash the processes that have it mapped.
     cp "$module" "$target.new" && mv -f "$target.new" "$target"
   fi
