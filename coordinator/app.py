@@ -17,7 +17,7 @@ from coordinator.expert_dispatch import ExpertDispatch, LocalDispatch, open_remo
 from coordinator.kv_arrays import KvArrays
 from coordinator.report import ModelLabel, Transcript
 from coordinator.request import Event, Finished, GenerationRequest, PromptRead, TokenGenerated
-from coordinator.tokenizer import Tokenizer
+from coordinator.tokenizer import NoTokenizer, Tokenizer
 from coordinator.transformer import Transformer
 from shoal import limits, numerics, ops
 from shoal.artifact import Artifact
@@ -60,9 +60,7 @@ class OpenedModel:
     def __init__(self, config: CoordinatorConfig) -> None:
         self.config = config
         self.artifact = Artifact.open(resolve_model(config.model))
-        self.tokenizer = Tokenizer.open(
-            self.artifact.tokenizer_path, self.artifact.generation_config
-        )
+        self.tokenizer = _tokenizer(self.artifact)
         longest = self.artifact.spec.max_context
         max_context = longest if config.max_context is None else config.max_context
         if max_context > longest:
@@ -84,6 +82,12 @@ class OpenedModel:
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError for a request that this model cannot serve."""
         request.check(self.artifact.spec.vocab_size, self.engine_config.max_context)
+
+
+def _tokenizer(artifact: Artifact) -> Tokenizer:
+    if artifact.text_file("tokenizer.json") is None:
+        return NoTokenizer(artifact.generation_config)
+    return Tokenizer.open(artifact.tokenizer_path, artifact.generation_config)
 
 
 def message(role: str, content: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ from coordinator.app import CoordinatorConfig, Feedback, OpenedModel, message, s
 from coordinator.interrupt import cancel_on_interrupt
 from coordinator.report import Transcript, figures_line, json_report
 from coordinator.request import Finished, FinishReason, GenerationRequest, TokenGenerated
+from coordinator.tokenizer import NoTokenizer
 from shoal.errors import UsageError
 from shoal.ops import SamplingParams
 
@@ -51,6 +52,10 @@ def run_once(
         num_top_logprobs=asked.num_top_logprobs,
     )
     model.check(request)
+    if isinstance(model.tokenizer, NoTokenizer) and asked.num_top_logprobs is None:
+        raise UsageError(
+            f"{model.artifact.name} has no tokenizer: --json shows the ids that come"
+        )
     transcript = Transcript(request)
     is_json = asked.num_top_logprobs is not None
     with start_engine(model, feedback) as coordinator, cancel_on_interrupt() as cancellation:

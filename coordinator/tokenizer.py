@@ -104,6 +104,27 @@ class Tokenizer:
             return token.encode()
 
 
+class NoTokenizer(Tokenizer):
+    """For a model that was converted without one: ids have no text, and text has no ids."""
+
+    def __init__(self, generation_config: Mapping[str, Any]) -> None:
+        """Raises: CorruptArtifact for token ids that cannot be read."""
+        super().__init__(_NO_WORDS, generation_config)
+
+    def encode(self, text: str) -> list[int]:
+        """Raise RequestError."""
+        raise RequestError(
+            "the model has no tokenizer: give --prompt-ids, or convert it with --tokenizer DIR"
+        )
+
+    def encode_templated(self, text: str) -> list[int]:
+        """Raise RequestError."""
+        return self.encode(text)
+
+
+_NO_WORDS = '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'
+
+
 def _parse(tokenizer_json: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(tokenizer_json)
@@ -115,7 +136,9 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # a command line with bytes that are no UTF-8
-        raise RequestError(f"the text is not valid Unicode at character {error.start}") from None
+        raise RequestError(
+            f"the text is not valid Unicode at character {error.start}: it must be UTF-8"
+        ) from None
 
 
 def _token_ids(config: Mapping[str, Any], key: str) -> list[int]:
