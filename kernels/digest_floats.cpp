@@ -18,7 +18,7 @@ uint64_t hash_of(const std::vector<T>& values) {
 }
 
 void digest_elementwise(std::vector<OpDigest>& digests) {
-  constexpr int64_t kRows = 5, kDim = 100;
+  constexpr int64_t kRows = 40, kDim = 100;
   Inputs inputs(40);
   const std::vector<float> x = inputs.values(kRows * kDim), w = inputs.values(kDim);
   std::vector<float> out(x.size());
@@ -139,10 +139,10 @@ void digest_attention(std::vector<OpDigest>& digests) {
     written.add(grouped.values);
     digests.push_back({"kv_write", is_half ? "f16" : "f32", written.value()});
     Hash hash;
-    attend(hash, inputs, grouped, 6, 250, 262, INT64_MAX);  // many queries, two cuts
-    attend(hash, inputs, grouped, 6, 329, 330, INT64_MAX);  // one row
-    attend(hash, inputs, grouped, 6, 250, 253, 70);         // few rows, a window
-    attend(hash, inputs, plain, 1, 60, 68, 33);             // tiles whose rows see different keys
+    attend(hash, inputs, grouped, 6, 250, 262, INT64_MAX);   // many queries, two cuts
+    attend(hash, inputs, grouped, 24, 329, 330, INT64_MAX);  // one row, later maxima
+    attend(hash, inputs, grouped, 6, 250, 253, 70);          // few rows, a window
+    attend(hash, inputs, plain, 1, 60, 68, 33);              // tiles whose rows see different keys
     attend(hash, inputs, plain, 1, 0, 3, INT64_MAX);
     digests.push_back({"attention", is_half ? "f16" : "f32", hash.value()});
   }
@@ -170,7 +170,7 @@ void digest_sampling(std::vector<OpDigest>& digests) {
           sample(logits.data(), kVocab, params, history, {0x123456789ABCDEFu, 1, position}));
   digests.push_back({"sample", "f32", hash_of(tokens)});
   std::vector<double> noise;
-  for (int i = 0; i < 32; ++i) noise.push_back(gumbel_noise_of({uint64_t(i), 2, 3}, i));
+  for (int i = 0; i < 400; ++i) noise.push_back(gumbel_noise_of({uint64_t(i), 2, 3}, i));
   digests.push_back({"gumbel_noise", "f64", hash_of(noise)});
   std::vector<int32_t> ids(20);
   std::vector<float> logprobs(20);
