@@ -7,7 +7,11 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <thread>
 #include <vector>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include "../cpu_features.h"
 #include "../matmul.h"
@@ -165,7 +169,7 @@ Result compute(const Model& m, int first, int n) {
     for (int t = 0; t < n; ++t)
       if ((first + t) % kRows % (e + 1) == 0) {
         pair_rows.push_back(t);
-        weights.push_back(0.25f + 0.01f * float((first + t) % kRows));
+        weights.push_back(0.25f + float((first + t) % kRows) / 64);  // exact in any mode
       }
     offsets.push_back(int32_t(pair_rows.size()));
   }
@@ -198,6 +202,40 @@ uint64_t fnv(uint64_t h, const std::vector<T>& v) {
   return h;
 }
 
+bool same_result(const Result& r, const Result& all, int first, int n) {
+  return same(r.product, all.product, first, n) && same(r.y, all.y, first, n) &&
+         same(r.sums, all.sums, first, n) && same(r.bad, all.bad, first, n);
+}
+
+// Callers that share the pool: one of them gets it, the others compute alone.
+int check_concurrent_callers(const Model& m, const Result& all) {
+  bool right[3] = {false, false, false};
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 3; ++i)
+    callers.emplace_back([&, i] { right[i] = same_result(compute(m, 5 * i, 17), all, 5 * i, 17); });
+  for (std::thread& caller : callers) caller.join();
+  const int wrong = 3 - right[0] - right[1] - right[2];
+  if (wrong) std::printf("  DIFFERS: concurrent callers\n");
+  return wrong;
+}
+
+// A caller whose thread flushes denormals and rounds toward zero, as a library may leave it.
+int check_float_mode(const Model& m, const Result& all) {
+#if defined(__x86_64__)
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | 0x8040 | 0x6000);  // FTZ, DAZ; round toward zero
+  const Result r = compute(m, 0, kRows);
+  const bool kept = _mm_getcsr() >> 6 == (before | 0x8040 | 0x6000) >> 6;
+  _mm_setcsr(before);
+  if (same_result(r, all, 0, kRows) && kept) return 0;
+  std::printf("  DIFFERS: caller's float mode\n");
+  return 1;
+#else
+  (void)m, (void)all;
+  return 0;
+#endif
+}
+
 int check(Format gate_up, Format down, int dim, int ffn_dim, int out_rows) {
   set_pool_threads(1);
   set_isa(Isa::scalar);
@@ -223,9 +261,7 @@ int check(Format gate_up, Format down, int dim, int ffn_dim, int out_rows) {
           if (first + n > kRows && first > 0) continue;
           const Result r = compute(m, first, n);
           ++runs;
-          if (same(r.product, all.product, first, n) && same(r.y, all.y, first, n) &&
-              same(r.sums, all.sums, first, n) && same(r.bad, all.bad, first, n))
-            continue;
+          if (same_result(r, all, first, n)) continue;
           if (differ++ < 5)
             std::printf("  DIFFERS: %s threads %d rows %d first %d\n", isa_name(Isa(isa)), threads,
                         n, first);
@@ -233,6 +269,7 @@ int check(Format gate_up, Format down, int dim, int ffn_dim, int out_rows) {
       }
     }
   }
+  differ += check_concurrent_callers(m, all) + check_float_mode(m, all);
   uint64_t digest = fnv(fnv(0xCBF29CE484222325ull, all.product), all.y);
   digest = fnv(fnv(digest, all.sums), all.bad);
   std::printf("%s/%s [%d, %d]: %d runs, %d differ, %d rows out of range, digest %016" PRIx64 "\n",
