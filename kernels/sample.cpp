@@ -127,8 +127,20 @@ void cut_min_p(std::vector<Candidate>& chosen, const std::vector<float>& logits,
   chosen.resize(kept);
 }
 
+std::vector<int32_t> unbanned(const std::vector<float>& logits) {
+  std::vector<int32_t> ids(logits.size());
+  size_t kept = 0;
+  for (size_t id = 0; id < logits.size(); ++id) {
+    ids[kept] = int32_t(id);
+    kept += logits[id] > kBanned;
+  }
+  ids.resize(kept);
+  return ids;
+}
+
 std::vector<int32_t> candidates(const std::vector<float>& logits, float top,
                                 const SampleParams& params) {
+  if (params.top_k == 0 && params.top_p == 1.0 && params.min_p == 0.0) return unbanned(logits);
   std::vector<Candidate> chosen;
   chosen.reserve(logits.size());
   for (size_t id = 0; id < logits.size(); ++id)
