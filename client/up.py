@@ -22,6 +22,7 @@ from client.node_process import NodeProcess, stop_all
 from shoal.errors import NodeError, UsageError
 
 WATCH_INTERVAL_S = 0.05
+COMMAND_STOP_TIMEOUT_S = 10.0  # for the command after SIGTERM; then it is killed
 MAX_NODES = 64
 LOCAL_HOST = "127.0.0.1"
 PLACEHOLDER = "{moe_shards}"
@@ -136,8 +137,14 @@ def run_up(config: UpConfig, typed_model: str) -> int:
     if config.socket_dir is not None:
         config.socket_dir.mkdir(parents=True, exist_ok=True)
     log_folder = Path(tempfile.mkdtemp(prefix="shoal-up-"))
-    status = _serve(config, typed_model, ranges, log_folder)
-    shutil.rmtree(log_folder)  # a failure, which leaves by an exception, keeps its logs
+    try:
+        status = _serve(config, typed_model, ranges, log_folder)
+    except NodeError:
+        raise  # its message names the logs
+    except BaseException:
+        shutil.rmtree(log_folder)
+        raise
+    shutil.rmtree(log_folder)
     return status
 
 
@@ -159,11 +166,17 @@ def _serve(config: UpConfig, typed_model: str, ranges: Sequence[str], log_folder
 def _num_experts(model: Path) -> int:
     from shoal.artifact import Artifact
 
-    layers = Artifact.open(model).spec.layers
-    num_experts = max((x.router.num_experts for x in layers if x.router is not None), default=0)
-    if num_experts == 0:
+    artifact = Artifact.open(model)
+    layers = artifact.manifest.experts
+    if not layers:
         raise UsageError(f"{model} has no experts: `shoal run` needs no nodes for it")
-    return num_experts
+    for layer in layers:
+        if layer.num_present < layer.num_experts:
+            raise UsageError(
+                f"{model} is a slice without all experts of layer {layer.layer}: "
+                "`shoal up` needs the whole artifact"
+            )
+    return max(layer.num_experts for layer in layers)
 
 
 @contextmanager
@@ -185,14 +198,17 @@ def _running(
 
 @contextmanager
 def _stop_requested() -> Iterator[threading.Event]:
-    """Turn SIGINT and SIGTERM into an event while the block runs."""
+    """Turn SIGINT, SIGTERM and SIGHUP (the terminal is gone) into an event while the block runs."""
     stopping = threading.Event()
 
     def request(_number: int, _frame: FrameType | None) -> None:
         stopping.set()
 
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {
-        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, request)
+        for number in numbers
+        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup asks
     }
     try:
         yield stopping
@@ -242,9 +258,12 @@ def _run_command(
         while (status := process.poll()) is None:
             if stopping.wait(WATCH_INTERVAL_S):
                 process.terminate()
-                return process.wait()
+                status = process.wait(COMMAND_STOP_TIMEOUT_S)
+                break
             _raise_for_dead(nodes)
         return status if status >= 0 else 128 - status  # as a shell reports a signal
+    except subprocess.TimeoutExpired:
+        return 128 + signal.SIGKILL
     finally:
         if process.poll() is None:
             process.kill()

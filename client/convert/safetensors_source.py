@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise UnsupportedModel(f"{path} is missing: not a Hugging Face model folder") from None
     except MalformedJson as error:
-        raise CorruptArtifact(f"{path}: {error}") from None
+        raise CorruptArtifact(f"{path}: not a JSON object: {error}") from None
 
 
 def _open_file(path: Path) -> list[SourceTensor]:

@@ -1,5 +1,6 @@
 """The text files of an artifact, from a Hugging Face folder: tokenizer, template, generation."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,11 @@ def read_text_files(folder: Path, config: Mapping[str, Any], model: Path) -> Tex
     """
     if not folder.is_dir():
         raise UsageError(f"--tokenizer {folder}: no such folder")
-    tokenizer = folder / "tokenizer.json"
     generation = _optional_json(model / "generation_config.json")
     if folder != model:
         generation |= _optional_json(folder / "generation_config.json")
     return TextFiles(
-        tokenizer=tokenizer.read_bytes() if tokenizer.is_file() else None,
+        tokenizer=_tokenizer(folder / "tokenizer.json"),
         chat_template=_chat_template(folder),
         generation_config=merge_token_ids(generation, config),
         missing_why=f"{folder} has no tokenizer.json",
@@ -49,6 +49,21 @@ def encode_generation_config(value: Mapping[str, Any]) -> bytes:
     return canonical_json(value) + b"\n"
 
 
+def _tokenizer(path: Path) -> bytes | None:
+    if not path.is_file():
+        return None
+    data = path.read_bytes()
+    try:
+        value = json.loads(data.decode())
+    except UnicodeDecodeError:
+        raise CorruptArtifact(f"{path} is not UTF-8 text") from None
+    except ValueError as error:
+        raise CorruptArtifact(f"{path}: not a tokenizer: {error}") from None
+    if not isinstance(value, dict) or "model" not in value:
+        raise CorruptArtifact(f"{path}: not a tokenizer: it has no field 'model'")
+    return data
+
+
 def _chat_template(folder: Path) -> bytes | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -68,4 +83,4 @@ def _optional_json(path: Path) -> dict[str, Any]:
     try:
         return parse_object(path.read_bytes())
     except MalformedJson as error:
-        raise CorruptArtifact(f"{path}: {error}") from None
+        raise CorruptArtifact(f"{path}: not a JSON object: {error}") from None

@@ -26,6 +26,7 @@ DENSE_FILE = "dense.safetensors"
 PAGE = 4096  # experts start on it and are padded to it, for O_DIRECT
 TEXT_FILES = ("tokenizer.json", "chat_template.jinja", "generation_config.json")
 
+_FIX = "fetch or convert the model again"
 _FORMATS = {fmt.label: fmt for fmt in Format}
 _SCHEMES = {scheme.name.lower(): scheme for scheme in Scheme}
 
@@ -188,9 +189,12 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     try:
         value = parse_object(data)
     except MalformedJson as error:
-        raise CorruptArtifact(f"{where}: not a manifest: {error}") from None
+        raise CorruptArtifact(f"{where}: not a manifest: {error}; {_FIX}") from None
     _check_version(value, where)
-    manifest = _from_json(value, where)
+    try:
+        manifest = _from_json(value, where)
+    except CorruptArtifact as error:
+        raise CorruptArtifact(f"{error}; {_FIX}") from None
     expected = _to_json(manifest)
     expected["manifest_blake3"] = digest(canonical_json(expected))
     for key, why in (
@@ -199,7 +203,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         ("manifest_blake3", "the manifest was changed after it was written"),
     ):
         if value[key] != expected[key]:
-            raise CorruptArtifact(f"{where}.{key}: {why}; convert or fetch the model again")
+            raise CorruptArtifact(f"{where}.{key}: {why}; {_FIX}")
     return manifest
 
 

@@ -242,9 +242,13 @@ def read_checked(path: Path, offset: int, out: U8, blake3: str, what: str) -> No
     try:
         read_exact(path, offset, out)
     except FileNotFoundError:
-        raise CorruptArtifact(f"{path} is missing ({what})") from None
+        raise CorruptArtifact(
+            f"{path} is missing ({what}); fetch or convert the model again"
+        ) from None
     except EOFError:
-        raise CorruptArtifact(f"{path}: truncated inside {what}") from None
+        raise CorruptArtifact(
+            f"{path}: truncated inside {what}; fetch or convert the model again"
+        ) from None
     if digest(out.data) != blake3:
         raise _differs(path, offset, out.nbytes, what)
 
@@ -259,9 +263,13 @@ def check_hash(path: Path, offset: int, num_bytes: int, blake3: str, what: str) 
             read_exact(path, offset + done, piece)
             hasher.update(piece.data)
     except FileNotFoundError:
-        raise CorruptArtifact(f"{path} is missing ({what})") from None
+        raise CorruptArtifact(
+            f"{path} is missing ({what}); fetch or convert the model again"
+        ) from None
     except EOFError:
-        raise CorruptArtifact(f"{path}: truncated inside {what}") from None
+        raise CorruptArtifact(
+            f"{path}: truncated inside {what}; fetch or convert the model again"
+        ) from None
     if hasher.hexdigest() != blake3:
         raise _differs(path, offset, num_bytes, what)
 
@@ -293,7 +301,7 @@ def check_size(path: Path, expected: int) -> None:
     try:
         found = path.stat().st_size
     except FileNotFoundError:
-        raise CorruptArtifact(f"{path} is missing") from None
+        raise CorruptArtifact(f"{path} is missing; fetch or convert the model again") from None
     if found != expected:
         problem = "truncated" if found < expected else "too long"
         raise CorruptArtifact(

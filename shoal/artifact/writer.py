@@ -199,8 +199,8 @@ def _reported(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = _FULL.get(error.errno or 0, error.strerror or str(error))
+        why = _FULL.get(error.errno or 0)
+        fix = "write elsewhere" if why is None else "free some space or write elsewhere"
         raise CannotWrite(
-            f"cannot write {out}: {why}; nothing was left behind:"
-            " free some space or write elsewhere"
+            f"cannot write {out}: {why or error.strerror or error}; nothing was left behind: {fix}"
         ) from error
