@@ -6,9 +6,6 @@ from typing import Annotated
 
 import typer
 
-from client.convert.open_source import open_source
-from client.convert.pipeline import Options, make_plan
-from client.convert.pipeline import convert as run_convert
 from client.progress import byte_progress, say
 from shoal.errors import UsageError
 from shoal.paths import SUFFIX, models_dir
@@ -56,18 +53,21 @@ def convert(
     Memory stays bounded: one expert at a time. OUT appears when it is complete, never before.
     Exit status 3: the checkpoint cannot be used, or the disk is full.
     """
+    from client.convert import pipeline  # and NumPy with it: not for --help
+    from client.convert.open_source import open_source
+
     started = time.monotonic()
     target = output_path(out)
-    options = Options(
+    options = pipeline.Options(
         quant=_format(quant),
         ffn_slices=ffn_slices,
         tokenizer=tokenizer,
         allow_no_tokenizer=no_tokenizer,
         force=force,
     )
-    plan = make_plan(open_source(source), options)
+    plan = pipeline.make_plan(open_source(source), options)
     with byte_progress(f"convert {target.name}", plan.num_bytes) as progress:
-        manifest, removed = run_convert(plan, target, progress)
+        manifest, removed = pipeline.convert(plan, target, progress)
     for folder in removed:
         say(f"removed what a killed run had left: {folder}")
     for note in manifest.notes:

@@ -5,11 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Annotated
 
-import orjson
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from client import examine
 from client.examine import Finding, State
@@ -42,6 +38,8 @@ def doctor(
     everything = [finding for part in findings.values() for finding in part]
     healthy = all(finding.state is not State.PROBLEM for finding in everything)
     if as_json:
+        import orjson
+
         report = {"ok": healthy, "findings": [asdict(finding) for finding in everything]}
         sys.stdout.buffer.write(orjson.dumps(report, option=orjson.OPT_APPEND_NEWLINE))
     else:
@@ -51,6 +49,10 @@ def doctor(
 
 
 def _print(findings: dict[str, list[Finding]], everything: Sequence[Finding]) -> None:
+    from rich.console import Console  # not for --help
+    from rich.markup import escape
+    from rich.table import Table
+
     console = Console()
     table = Table(show_header=False, box=None, pad_edge=False)
     for title, part in findings.items():

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import psutil
-
 from shoal import __version__, paths
 from shoal.errors import ArtifactError, ShoalError
 
@@ -128,6 +126,8 @@ def memory(
     hugepage: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled"),
 ) -> Iterator[Finding]:
     """How much memory there is, and whether it comes in huge pages."""
+    import psutil
+
     machine = psutil.virtual_memory()
     limit = cgroup / "memory.max"
     granted = limit.read_text().strip() if limit.exists() else "max"

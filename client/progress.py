@@ -1,22 +1,25 @@
-"""A progress bar on stderr: bytes done, speed, time left. Silent where stderr is no terminal."""
+"""A progress bar on stderr: bytes done, speed, time left. Silent where stderr is no terminal.
+
+rich is imported at first use: the verbs' --help does without it.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 
 @contextmanager
 def byte_progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the number of bytes done since its last call."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -34,4 +37,6 @@ def byte_progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]
 
 def say(text: str) -> None:
     """Print a line on stderr, where it does not disturb what a script reads."""
+    from rich.console import Console
+
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)

@@ -1,17 +1,18 @@
 """`shoal slice`: cut an artifact for a coordinator or an expert node."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from client.convert_cmd import output_path
 from client.progress import byte_progress, say
-from shoal.artifact import Artifact
-from shoal.artifact.slicing import Part, coordinator_part, node_part, slice_bytes, write_slice
 from shoal.errors import UsageError
-from shoal.experts.ownership import parse_spans
 from shoal.paths import resolve_model
+
+if TYPE_CHECKING:
+    from shoal.artifact import Artifact
+    from shoal.artifact.slicing import Part
 
 
 class Preset(StrEnum):
@@ -38,6 +39,9 @@ def slice_(
     Whole and slice have one identity, so a node and a coordinator can prove that they speak of
     one model. Every byte is checked against its hash on the way.
     """
+    from shoal.artifact import Artifact  # and NumPy with it: not for --help
+    from shoal.artifact.slicing import slice_bytes, write_slice
+
     artifact = Artifact.open(resolve_model(model))
     part = _part(artifact, preset, experts, layers)
     target = output_path(out)
@@ -49,7 +53,10 @@ def slice_(
     say(f"{target}: {size:,} bytes of {_whole_bytes(artifact):,}, identity {manifest.identity}")
 
 
-def _part(artifact: Artifact, preset: Preset, experts: str | None, layers: str | None) -> Part:
+def _part(artifact: "Artifact", preset: Preset, experts: str | None, layers: str | None) -> "Part":
+    from shoal.artifact.slicing import coordinator_part, node_part
+    from shoal.experts.ownership import parse_spans
+
     if preset is Preset.COORDINATOR:
         if experts is not None or layers is not None:
             raise UsageError("--experts and --layers go with --preset expert-node")
@@ -65,7 +72,7 @@ def _part(artifact: Artifact, preset: Preset, experts: str | None, layers: str |
     )
 
 
-def _whole_bytes(artifact: Artifact) -> int:
+def _whole_bytes(artifact: "Artifact") -> int:
     dense = sum(tensor.num_bytes for tensor in artifact.manifest.dense)
     return dense + sum(
         layer.num_experts * layer.expert_bytes for layer in artifact.manifest.experts

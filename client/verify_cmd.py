@@ -6,8 +6,6 @@ from typing import Annotated
 import typer
 
 from client.progress import byte_progress, say
-from shoal.artifact import Artifact
-from shoal.artifact.verify import find_problems, total_bytes
 from shoal.errors import CorruptArtifact
 from shoal.paths import resolve_model
 
@@ -21,6 +19,9 @@ def verify(
 
     Exit status 3: something is damaged; each damaged file, tensor or expert is named.
     """
+    from shoal.artifact import Artifact  # and NumPy with it: not for --help
+    from shoal.artifact.verify import find_problems, total_bytes
+
     started = time.monotonic()
     artifact = Artifact.open_unchecked(resolve_model(model))
     size = total_bytes(artifact)

@@ -5,12 +5,11 @@ import sys
 from dataclasses import asdict
 from typing import Annotated
 
-import orjson
 import typer
 
 from shoal import limits
 from shoal.errors import UsageError
-from shoal.log import LogFormat, LogLevel, configure
+from shoal.log_options import LogFormat, LogLevel
 from shoal.paths import resolve_model
 
 
@@ -88,8 +87,12 @@ def node(
         if os.environ.get("HF_REPO"):
             hint = ": HF_REPO is set, but this version does not fetch from the Hub"
         raise UsageError(f"no model: give an artifact's path or name, or set MODEL_PATH{hint}")
+    from shoal.log import configure  # structlog: not for --help
+
     configure(log_format, log_level)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters it also raises, and we report
+
+    import orjson
 
     from expert_node import app, config  # gRPC and the kernels: not for --help
 

@@ -6,24 +6,13 @@ logs of one failure can be laid beside each other. stdout belongs to results.
 
 import logging
 import sys
-from enum import StrEnum
 from typing import TextIO
 
 import orjson
 import structlog
 from structlog.typing import FilteringBoundLogger, Processor
 
-
-class LogFormat(StrEnum):
-    CONSOLE = "console"
-    JSON = "json"
-
-
-class LogLevel(StrEnum):
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
+from shoal.log_options import LogFormat, LogLevel
 
 
 def configure(log_format: LogFormat, level: LogLevel, stream: TextIO | None = None) -> None:

@@ -155,3 +155,16 @@ def test_a_closed_pipe_ends_the_command_quietly() -> None:
         child.stdout.close()
         assert child.stderr.read() == b""
         assert child.wait(timeout=60) == 1
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_help_of_a_verb_waits_for_no_heavy_import(verb: str) -> None:
+    code = (
+        "import sys; from client.cli import main; main([sys.argv[1], '--help']);print(*sys.modules)"
+    )
+    run = [sys.executable, "-c", code, verb]
+    ran = subprocess.run(run, capture_output=True, text=True, check=True)
+    loaded = set(ran.stdout.splitlines()[-1].split())
+    heavy = {"numpy", "grpc", "gguf", "tokenizers", "rich", "structlog", "asyncio", "psutil"}
+    assert loaded & heavy == set()
