@@ -53,9 +53,7 @@ def run_once(
     )
     model.check(request)
     if isinstance(model.tokenizer, NoTokenizer) and asked.num_top_logprobs is None:
-        raise UsageError(
-            f"{model.artifact.name} has no tokenizer: --json shows the ids that come"
-        )
+        raise UsageError(f"{model.artifact.name} has no tokenizer: --json shows the ids that come")
     transcript = Transcript(request)
     is_json = asked.num_top_logprobs is not None
     with start_engine(model, feedback) as coordinator, cancel_on_interrupt() as cancellation:

@@ -51,7 +51,7 @@ def run_json(model: Path, *arguments: str, isa: str | None = None) -> dict[str, 
 @pytest.fixture(scope="module")
 def alone(smollm2: Path) -> dict[tuple[str, ...], dict[str, Any]]:
     """What one thread of one process says, greedy and sampled."""
-    answers = {
+    answers: dict[tuple[str, ...], dict[str, Any]] = {
         arguments: run_json(smollm2, "--threads", "1", *arguments)
         for arguments in (GREEDY, SAMPLED)
     }
