@@ -8,7 +8,7 @@ import typer
 
 from client.progress import byte_progress, say
 from shoal.errors import UsageError
-from shoal.paths import SUFFIX, models_dir
+from shoal.paths import SUFFIX, models_dir, user_path
 from shoal.quant import Format, parse_format
 
 
@@ -79,7 +79,7 @@ def convert(
 
 def output_path(typed: str) -> Path:
     """Return where an artifact named so is written: NAME alone goes among the models."""
-    path = Path(typed).expanduser()
+    path = user_path(typed)
     if path.name in ("", ".", ".."):
         raise UsageError(f"{typed!r} is no name for an artifact")
     if len(path.parts) == 1 and path.suffix != SUFFIX:

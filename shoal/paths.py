@@ -13,7 +13,15 @@ SUFFIX = ".shoal"  # of an artifact's folder
 def shoal_home() -> Path:
     """Return `$SHOAL_HOME`, or the user's cache folder for shoal. It need not exist yet."""
     configured = os.environ.get("SHOAL_HOME", "")
-    return Path(configured).expanduser() if configured else platformdirs.user_cache_path("shoal")
+    return user_path(configured) if configured else platformdirs.user_cache_path("shoal")
+
+
+def user_path(typed: str | Path) -> Path:
+    """Return a path as somebody typed it, `~` and `~name` expanded. Raises UsageError."""
+    try:
+        return Path(typed).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{typed}: no such user's folder: write the path in full") from None
 
 
 def models_dir() -> Path:
@@ -34,7 +42,9 @@ def resolve_model(name_or_path: str | Path) -> Path:
     Raises:
         UsageError: nothing is there; the message lists the names that are.
     """
-    typed = Path(name_or_path).expanduser()
+    if not str(name_or_path):
+        raise UsageError("the model's name is empty: give the name or the path of an artifact")
+    typed = user_path(name_or_path)
     tries = [typed, typed.with_name(typed.name + SUFFIX)] if typed.name else [typed]
     if len(typed.parts) == 1:
         tries += [models_dir() / typed.name, models_dir() / (typed.name + SUFFIX)]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from client.convert.source import Source
 from shoal.errors import UnsupportedModel, UsageError
+from shoal.paths import user_path
 
 
 def open_source(typed: str) -> Source:
@@ -16,7 +17,7 @@ def open_source(typed: str) -> Source:
 
         path = pulled_source(typed)
     else:
-        path = Path(typed).expanduser()
+        path = user_path(typed)
     if not path.exists():
         raise UsageError(f"no such file or folder: {path}")
     if path.is_dir():

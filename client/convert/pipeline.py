@@ -145,7 +145,7 @@ def convert(plan: ConvertPlan, out: Path, progress: Progress) -> tuple[Manifest,
         files = tuple(_write_text(writer, name, data) for name, data in plan.texts.items())
         manifest = Manifest(
             spec=plan.spec,
-            source=plan.source.path.name,
+            source=_printable(plan.source.path.name),
             notes=plan.notes,
             dense=dense,
             has_dense=True,
@@ -154,6 +154,11 @@ def convert(plan: ConvertPlan, out: Path, progress: Progress) -> tuple[Manifest,
         )
         writer.finish(manifest)
     return manifest, writer.removed
+
+
+def _printable(name: str) -> str:
+    # A file may be called anything; the manifest is one line of text.
+    return "".join(char if char.isprintable() else "?" for char in name)
 
 
 def _dense_formats(

@@ -64,3 +64,9 @@ def test_a_bare_name_is_written_among_the_models_and_a_path_where_it_says() -> N
     assert output_path("sub/tiny") == Path("sub/tiny.shoal")
     with pytest.raises(UsageError):
         output_path("..")
+
+
+@pytest.mark.parametrize("wrong", ["", "~nobody-of-that-name/model"])
+def test_a_name_that_no_folder_can_have_is_refused(wrong: str) -> None:
+    with pytest.raises(UsageError):
+        resolve_model(wrong)
