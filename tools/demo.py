@@ -91,10 +91,14 @@ def run_prompt(model: str, *flags: str) -> str:
         [sys.executable, "-P", "-m", "client.cli", *arguments], stdout=subprocess.PIPE
     ) as running:
         assert running.stdout is not None
-        while piece := os.read(running.stdout.fileno(), 65536):
-            text += piece
-            sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
+        try:
+            while piece := os.read(running.stdout.fileno(), 65536):
+                text += piece
+                sys.stdout.buffer.write(piece)
+                sys.stdout.buffer.flush()
+        except KeyboardInterrupt:
+            running.terminate()  # Ctrl-C reached it already, SIGTERM only us
+            raise
     if running.returncode != 0:
         raise subprocess.CalledProcessError(running.returncode, arguments)
     return text.decode()
