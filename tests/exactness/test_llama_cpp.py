@@ -16,7 +16,7 @@ from client.convert.gguf_source import GgufSource
 from client.convert.pipeline import Options, convert, make_plan
 from coordinator.tokenizer import Tokenizer
 from shoal.artifact import Artifact
-from support.local_coordinator import ForwardPasses
+from support.forward_passes import ForwardPasses
 from support.smollm2 import smollm2_gguf
 
 GOLDEN_FILE = Path(__file__).parent.parent / "goldens" / "llama_cpp_smollm2.json"
