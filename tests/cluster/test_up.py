@@ -69,7 +69,7 @@ def test_a_command_runs_with_the_map_and_its_status_is_ours(path: Path) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_every_node(path: Path, number: signal.Signals, tmp_path: Path) -> None:
     sockets = Path(os.path.relpath(tmp_path)) / "s"
     process, line = start_up(str(path), "--nodes", "2", "--socket-dir", str(sockets))
@@ -80,6 +80,19 @@ def test_a_signal_stops_every_node(path: Path, number: signal.Signals, tmp_path:
     assert line.startswith("--moe-shards 0-7=unix:///"), line
     assert "shoal run" in errors and "The capital of France is" in errors
     assert len(nodes) == 2 and not any(node.is_running() for node in nodes)
+
+
+@pytest.mark.processes
+def test_a_signal_stops_the_command_and_every_node(path: Path) -> None:
+    script = "import time; print('started', flush=True); time.sleep(1000)"
+    process, _ = start_up(str(path), "--", sys.executable, "-c", script)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    children = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert len(children) == 3 and not any(child.is_running() for child in children)
 
 
 @pytest.mark.processes
