@@ -105,7 +105,7 @@ class NodeClient:
         call_timeout_s: float,
         notify: Callable[[str], None],
     ) -> None:
-        self._links = [NodeLink(endpoint) for endpoint in endpoints]
+        self._links = [NodeLink(endpoint, call_timeout_s) for endpoint in endpoints]
         self._greeting = greeting
         self._call_timeout_s = call_timeout_s
         self._notify = notify

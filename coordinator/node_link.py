@@ -41,9 +41,10 @@ class Greeting:
 class LaneLink:
     """One stream on a channel of its own."""
 
-    def __init__(self, node: str, target: str, lane: Lane) -> None:
+    def __init__(self, node: str, target: str, lane: Lane, call_timeout_s: float) -> None:
         self.node, self.lane = node, lane
         self._target = target
+        self._call_timeout_s = call_timeout_s
         # A bare deque: asyncio.Queue costs 20 us a frame more. Credit bounds what is in it.
         self._outbox: deque[bytes] = deque()
         self._filled: asyncio.Future[None] | None = None  # what the idle writer waits for
@@ -53,7 +54,8 @@ class LaneLink:
     @property
     def channel(self) -> grpc.aio.Channel:
         if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._target, options=_options())
+            options = channel_options(self._call_timeout_s)
+            self._channel = grpc.aio.insecure_channel(self._target, options=options)
         return self._channel
 
     async def open(self, greeting: Greeting, stream_epoch: int) -> pb.Opened:
@@ -119,11 +121,11 @@ class LaneLink:
 class NodeLink:
     """A node's two lanes, and its unary calls, which travel on the interactive channel."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, call_timeout_s: float) -> None:
         self.node = str(endpoint)
         is_unix = endpoint.kind is EndpointKind.UNIX
         target = f"unix:{endpoint.address}" if is_unix else endpoint.address
-        self.lanes = {lane: LaneLink(self.node, target, lane) for lane in Lane}
+        self.lanes = {lane: LaneLink(self.node, target, lane, call_timeout_s) for lane in Lane}
 
     async def describe(self) -> NodeFacts:
         """Ask the node who it is. Raises NodeUnreachable within CONNECT_TIMEOUT_S."""
@@ -140,15 +142,17 @@ class NodeLink:
             await lane.close()
 
 
-def _options() -> list[tuple[str, int]]:
-    ping_timeout_ms = 2000
+def channel_options(call_timeout_s: float) -> list[tuple[str, int]]:
+    """Return gRPC's options of one channel, for calls that time out after `call_timeout_s`."""
+    # A node that hangs during a call is the call timeout's to find: the ping is more patient.
+    ping_timeout_ms = 2000 + int(call_timeout_s * 1000)
     return [
         # Channels to one target share a connection unless an argument differs.
         ("shoal.channel", next(_channel_numbers)),
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
-        # The backstop behind call deadlines: a peer that is stopped or cut off. Without
+        # The backstop behind call deadlines: a peer that is cut off while nobody calls it. Without
         # ping_timeout_ms its default of 60 s wins over keepalive_timeout_ms (measured, 1.85.1).
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", ping_timeout_ms),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from coordinator.expert_dispatch import PendingSums, RemoteDispatch, open_remote_dispatch
+from coordinator.node_link import channel_options
 from shoal import errors, ops
 from shoal.artifact import Artifact
 from shoal.router import RoutingPlan
@@ -98,6 +99,13 @@ def test_a_hung_node_ends_the_call_after_the_call_timeout(
         after = [start_layer(dispatch, artifact, layer).wait() for layer in (0, 1)]
         for one, other in zip(before, after, strict=True):
             assert one.tobytes() == other.tobytes()
+
+
+def test_a_hang_is_found_by_the_call_timeout_and_not_by_grpcs_ping() -> None:
+    """gRPC gives a silent connection up by itself; a call may wait longer than its default."""
+    options = dict(channel_options(30.0))
+    for name in ("grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms"):
+        assert options[name] > 30_000
 
 
 def test_a_node_that_drains_finishes_the_call_and_takes_no_new_one(
