@@ -4,10 +4,10 @@ python tools/wheel_check.py     part of `.ci/run`: editable installs hide what a
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -46,14 +46,14 @@ def main() -> None:
         sys.exit(f"{wheel.name}: {', '.join(wrong)}")
     site = BUILD / "site"
     subprocess.run([*PIP, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    # -P and PYTHONPATH: what is installed, never what lies in the current folder.
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    code = (
-        "import shoal, sys; from client.cli import main; print(shoal.__file__, file=sys.stderr); "
-    )
-    code += "sys.exit(main(['doctor', '--json']))"
+    # Without `site` (-S) the editable install's hooks stay out; the libraries are named by path.
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import shoal; from client.cli import main;"
+    code += "print(shoal.__file__, file=sys.stderr); sys.exit(main(['doctor', '--json']))"
+    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     ran = subprocess.run(
-        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-P", "-S", "-c", code, str(site), *sorted(libraries)],
+        capture_output=True,
+        text=True,
     )
     if str(site) not in ran.stderr:
         sys.exit(f"the wheel was not what ran: {ran.stderr}")
