@@ -1,5 +1,6 @@
 """Fixtures for every test: nothing that a test starts may outlive it."""
 
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,17 @@ import pytest
 from support.smollm2 import convert_smollm2
 
 GRACE_S = 5.0  # for a thread or process that was told to end and is on its way
+
+
+def pytest_configure() -> None:
+    """Let children see SIGINT and SIGHUP also under `nohup` or `&`, which ignore them.
+
+    An ignored signal is inherited, a handled one is not; a handler that does nothing keeps this
+    process as deaf as it was told to be.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def our_children() -> set[psutil.Process]:
