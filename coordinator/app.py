@@ -26,6 +26,7 @@ from shoal.experts.executor import ExpertExecutor
 from shoal.experts.ownership import Ownership
 from shoal.experts.resident import ResidentStore, WarmUpProgress
 from shoal.paths import resolve_model
+from shoal.transport import Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class CoordinatorConfig:
     max_context: int | None = None
     prefill_chunk: int = limits.PREFILL_CHUNK
     call_timeout_s: float = 10.0
+    transport: Transport = Transport.AUTO
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= limits.MAX_THREADS:
@@ -167,7 +169,11 @@ def _open_dispatch(
 ) -> ExpertDispatch:
     if config.moe_shards is not None:
         return open_remote_dispatch(
-            artifact, config.moe_shards, config.call_timeout_s, notify=feedback.tell
+            artifact,
+            config.moe_shards,
+            config.call_timeout_s,
+            transport=config.transport,
+            notify=feedback.tell,
         )
     wanted = {
         index: range(layer.router.num_experts)

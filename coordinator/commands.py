@@ -10,6 +10,7 @@ import typer
 
 from shoal import limits
 from shoal.errors import UsageError
+from shoal.transport import Transport
 
 if TYPE_CHECKING:
     from coordinator.app import CoordinatorConfig, Feedback
@@ -45,6 +46,9 @@ Threads = Annotated[
 MaxContext = Annotated[
     int | None, typer.Option(help="tokens; default: the model's own", show_default=False)
 ]
+TransportOption = Annotated[
+    Transport, typer.Option("--transport", help="to nodes: grpcio, or our own framing (fast, auto)")
+]
 CallTimeout = Annotated[float, typer.Option(help="seconds that a node may take for one layer")]
 
 
@@ -78,6 +82,7 @@ def run(
     threads: Threads = None,
     max_context: MaxContext = None,
     call_timeout: CallTimeout = 10.0,
+    transport: TransportOption = Transport.AUTO,
 ) -> None:
     """Complete one prompt, streaming the text; a line of figures follows on stderr.
 
@@ -89,7 +94,9 @@ def run(
         raise UsageError("--top-logprobs needs --json: there is nowhere else to show them")
     if system is not None and not chat:
         raise UsageError("--system needs --chat: a raw completion has no system prompt")
-    config = _config(model, moe_shards, threads, max_context, prefill_chunk, call_timeout)
+    config = _config(
+        model, moe_shards, threads, max_context, prefill_chunk, call_timeout, transport
+    )
     run_once(
         config,
         RunRequest(
@@ -123,6 +130,7 @@ def chat(
     threads: Threads = None,
     max_context: MaxContext = None,
     call_timeout: CallTimeout = 10.0,
+    transport: TransportOption = Transport.AUTO,
 ) -> None:
     """Talk with a model: history, streaming, /reset, /system TEXT, /exit.
 
@@ -132,7 +140,7 @@ def chat(
 
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     run_chat(
-        _config(model, moe_shards, threads, max_context, prefill_chunk, call_timeout),
+        _config(model, moe_shards, threads, max_context, prefill_chunk, call_timeout, transport),
         ChatConfig(system, max_tokens, sampling, tuple(stop or ())),
         _feedback(),
     )
@@ -145,10 +153,13 @@ def _config(
     max_context: int | None,
     prefill_chunk: int,
     call_timeout: float,
+    transport: Transport,
 ) -> "CoordinatorConfig":
     from coordinator.app import CoordinatorConfig
 
-    return CoordinatorConfig(model, moe_shards, threads, max_context, prefill_chunk, call_timeout)
+    return CoordinatorConfig(
+        model, moe_shards, threads, max_context, prefill_chunk, call_timeout, transport
+    )
 
 
 def _sampling(

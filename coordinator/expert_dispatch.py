@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 from coordinator import call_split
 from coordinator.call_split import Part
+from coordinator.calls_in_flight import Fanout, OutgoingCall
 from coordinator.dispatch import Lane
 from coordinator.dispatch_stats import DispatchStats
+from coordinator.fast_client import FastClient
 from coordinator.handshake import Expected, NodeFacts, check_node
-from coordinator.node_client import Fanout, NodeClient, OutgoingCall
+from coordinator.node_client import ExpertClient, NodeClient
 from coordinator.node_link import Greeting
 from coordinator.placement import Placement
 from shoal import __version__, errors, limits, numerics, shard_map, wire
@@ -31,6 +33,7 @@ from shoal.experts.resident import ResidentStore, WarmUpProgress
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
 from shoal.shard_map import EndpointKind
+from shoal.transport import Transport
 
 READY_TIMEOUT_S = 600.0  # warm-up: 500 GB at 1 GB/s
 
@@ -124,6 +127,7 @@ def open_remote_dispatch(
     moe_shards: str,
     call_timeout_s: float = 10.0,
     *,
+    transport: Transport = Transport.AUTO,
     ready_timeout_s: float = READY_TIMEOUT_S,
     notify: Callable[[str], None] = lambda _: None,
     report_load: Callable[[WarmUpProgress], None] = lambda _: None,
@@ -154,7 +158,10 @@ def open_remote_dispatch(
     store = None
     if EndpointKind.LOCAL in kinds:
         store = _local_store(artifact, placement, kinds.index(EndpointKind.LOCAL))
-    client = NodeClient([placement.endpoints[i] for i in nodes], greeting, call_timeout_s, notify)
+    make_client = FastClient if transport.is_fast else NodeClient
+    client: ExpertClient = make_client(
+        [placement.endpoints[i] for i in nodes], greeting, call_timeout_s, notify
+    )
     try:
         facts = client.connect(check, ready_timeout_s)
         if store is not None:
@@ -194,7 +201,7 @@ class RemoteDispatch:
         self,
         artifact: Artifact,
         placement: Placement,
-        client: NodeClient,
+        client: ExpertClient,
         executor: ExpertExecutor | None,
         call_timeout_s: float,
         max_rows: int,
@@ -264,7 +271,7 @@ class RemoteDispatch:
 
     def add_replies(self, layer: int, fanout: Fanout, into: NDArray[np.int64]) -> None:
         """Wait for a fan-out and add what it brings. Raises what PendingSums.wait does."""
-        fanout.wait()
+        self._client.wait(fanout)
         for call in fanout.calls:
             try:
                 wire.add_reply(fanout.replies[call.call_id], call.rows, self._grids[layer], into)

@@ -37,6 +37,18 @@ class Greeting:
     numerics: str
     nonce: bytes
 
+    def open_frame(self, lane: Lane, stream_epoch: int) -> bytes:
+        """Return the first frame of a stream."""
+        opening = pb.Open(
+            protocol_version=limits.PROTOCOL_VERSION,
+            identity=self.identity,
+            numerics=self.numerics,
+            lane=pb.LANE_BULK if lane is Lane.BULK else pb.LANE_INTERACTIVE,
+            coordinator_nonce=self.nonce,
+            stream_epoch=stream_epoch,
+        )
+        return pb.ClientFrame(open=opening).SerializeToString()
+
 
 class LaneLink:
     """One stream on a channel of its own."""
@@ -61,20 +73,9 @@ class LaneLink:
     async def open(self, greeting: Greeting, stream_epoch: int) -> pb.Opened:
         """Start the stream and return the node's answer to Open. Raises NodeError."""
         self._stream = self.channel.stream_stream(EXECUTE)()
-        opening = pb.Open(
-            protocol_version=limits.PROTOCOL_VERSION,
-            identity=greeting.identity,
-            numerics=greeting.numerics,
-            lane=pb.LANE_BULK if self.lane is Lane.BULK else pb.LANE_INTERACTIVE,
-            coordinator_nonce=greeting.nonce,
-            stream_epoch=stream_epoch,
-        )
-        frame = pb.ClientFrame(open=opening).SerializeToString()
-        await _answer(self.node, self._stream.write(frame))
+        await _answer(self.node, self._stream.write(greeting.open_frame(self.lane, stream_epoch)))
         answer, _ = await _answer(self.node, self.read())
-        if answer.WhichOneof("frame") != "opened":
-            raise errors.MalformedMessage(f"node {self.node} did not answer Open with Opened")
-        return answer.opened
+        return opened_of(self.node, answer)
 
     def send(self, frame: bytes) -> None:
         """Queue a frame. Frames go out in order."""
@@ -104,13 +105,8 @@ class LaneLink:
         except grpc.aio.AioRpcError as error:
             raise _error_of_status(self.node, error) from error
         if not isinstance(data, bytes):
-            raise errors.NodeUnreachable(f"node {self.node} ended its stream: it is shutting down")
-        try:
-            return pb.NodeFrame.FromString(data), len(data)
-        except DecodeError as error:
-            raise errors.MalformedMessage(
-                f"node {self.node} sent bytes that are no frame"
-            ) from error
+            raise polite_end(self.node)
+        return frame_of(self.node, data), len(data)
 
     async def close(self) -> None:
         """Close the channel, and with it the stream."""
@@ -173,10 +169,11 @@ async def _answer(node: str, waiting: Awaitable[_T]) -> _T:
     except grpc.aio.AioRpcError as error:
         raise _error_of_status(node, error) from error
     except TimeoutError as error:
-        raise _silent(node) from error
+        raise silent(node) from error
 
 
-def _silent(node: str) -> errors.NodeUnreachable:
+def silent(node: str) -> errors.NodeUnreachable:
+    """Return the error of a node that does not answer a step of the handshake."""
     return errors.NodeUnreachable(
         f"node {node} accepts connections but gave no answer within {CONNECT_TIMEOUT_S:g} s: "
         "it hangs, or something else listens there"
@@ -184,27 +181,53 @@ def _silent(node: str) -> errors.NodeUnreachable:
 
 
 def _error_of_status(node: str, error: grpc.aio.AioRpcError) -> errors.NodeError:
+    # gRPC chains its layers' messages; of a broken connection the last one says why.
     details = error.details() or error.code().name
-    match error.code():
-        case grpc.StatusCode.UNAVAILABLE:
-            # gRPC chains its layers' messages; the last one says why.
-            cause = details.rpartition(": ")[2].strip("[]{} ")
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        details = details.rpartition(": ")[2].strip("[]{} ")
+    return error_of_status(node, error.code().name, details)
+
+
+def error_of_status(node: str, status: str, details: str) -> errors.NodeError:
+    """Return what a stream's end with that gRPC status means."""
+    match status:
+        case "UNAVAILABLE":
             return errors.NodeUnreachable(
-                f"node {node} is not reachable ({cause}): start it with `shoal node`, or correct "
+                f"node {node} is not reachable ({details}): start it with `shoal node`, or correct "
                 "--moe-shards"
             )
-        case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return _silent(node)
-        case grpc.StatusCode.FAILED_PRECONDITION:
+        case "DEADLINE_EXCEEDED":
+            return silent(node)
+        case "FAILED_PRECONDITION":
             return errors.NodeMismatch(f"node {node} refuses this coordinator: {details}")
-        case grpc.StatusCode.UNIMPLEMENTED:
+        case "UNIMPLEMENTED":
             return errors.NodeMismatch(
                 f"node {node} is a gRPC server, but no shoal node: {details}"
             )
-        case grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.RESOURCE_EXHAUSTED:
+        case "INVALID_ARGUMENT" | "RESOURCE_EXHAUSTED":
             return errors.MalformedMessage(f"node {node}: {details}")
-        case code:
-            return errors.NodeError(f"node {node}: {details} ({code.name})")
+        case _:
+            return errors.NodeError(f"node {node}: {details} ({status})")
+
+
+def frame_of(node: str, data: bytes) -> pb.NodeFrame:
+    """Return the frame that a message holds. Raises MalformedMessage: none."""
+    try:
+        return pb.NodeFrame.FromString(data)
+    except DecodeError as error:
+        raise errors.MalformedMessage(f"node {node} sent bytes that are no frame") from error
+
+
+def opened_of(node: str, answer: pb.NodeFrame) -> pb.Opened:
+    """Return a node's answer to Open. Raises MalformedMessage: it is none."""
+    if answer.WhichOneof("frame") != "opened":
+        raise errors.MalformedMessage(f"node {node} did not answer Open with Opened")
+    return answer.opened
+
+
+def polite_end(node: str) -> errors.NodeUnreachable:
+    """Return the error of a stream that ended without one."""
+    return errors.NodeUnreachable(f"node {node} ended its stream: it is shutting down")
 
 
 def _facts(reply: pb.DescribeReply) -> NodeFacts:

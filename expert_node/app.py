@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-import grpc.aio
 import psutil
-from grpc_health.v1 import health_pb2_grpc
 
 from expert_node.config import ListenAddress, NodeConfig
+from expert_node.fast_server import FastServer
+from expert_node.grpc_server import GrpcServer, Server
 from expert_node.lifecycle import Health, StopSignal, WarmUpStopped, drained_too_late, warm_up
-from expert_node.service import SERVER_OPTIONS, ExpertService
+from expert_node.service import ExpertService
 from expert_node.session import NodeFacts
 from expert_node.worker import Worker
 from shoal import limits, numerics, ops, wire
@@ -27,6 +27,7 @@ from shoal.experts.executor import ExpertExecutor
 from shoal.experts.ownership import Ownership, format_spans, parse_spans
 from shoal.experts.resident import ResidentStore
 from shoal.log import get_logger
+from shoal.transport import Transport
 
 STREAM_GRACE_S = 2.0  # for streams to send their last frames once the calls are done
 _log = get_logger("app")
@@ -95,9 +96,8 @@ class Node:
         self._service = ExpertService(
             facts, self.worker, is_ready=lambda: self._is_ready, start_drain=self.stop_signal.set
         )
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        self._server.add_generic_rpc_handlers((self._service.handler(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
+        make_server = FastServer if config.transport is not Transport.GRPCIO else GrpcServer
+        self._server: Server = make_server(self._service, self._health)
         self._port = 0
 
     @classmethod
@@ -194,13 +194,12 @@ class Node:
             _refuse_live_socket(listen.socket_path)
         await self._health.set_serving(False)
         try:
-            self._port = self._server.add_insecure_port(listen.grpc_target)
-        except RuntimeError:
+            self._port = await self._server.start(listen)
+        except (RuntimeError, OSError):  # gRPC's, and sockets' own
             raise NodeError(
                 f"cannot listen on {listen.grpc_target}: the address is in use, is not this "
                 "machine's, or needs more rights; choose another with --listen (port 0: any free)"
             ) from None
-        await self._server.start()
 
 
 def owned_by(artifact: Artifact, config: NodeConfig) -> Ownership:

@@ -11,6 +11,7 @@ from shoal import limits
 from shoal.errors import UsageError
 from shoal.log_options import LogFormat, LogLevel
 from shoal.paths import resolve_model
+from shoal.transport import Transport
 
 
 def node(
@@ -64,6 +65,13 @@ def node(
             envvar="SHOAL_DRAIN_TIMEOUT", min=0, help="seconds for calls in flight after SIGTERM"
         ),
     ] = limits.DRAIN_TIMEOUT_S,
+    transport: Annotated[
+        Transport,
+        typer.Option(
+            envvar="SHOAL_TRANSPORT",
+            help="who speaks gRPC's wire to coordinators: grpcio, or our own fast server (auto)",
+        ),
+    ] = Transport.AUTO,
     json_ready: Annotated[
         bool,
         typer.Option(
@@ -111,6 +119,7 @@ def node(
             threads=threads,
             insecure=insecure,
             drain_timeout_s=drain_timeout,
+            transport=transport,
             log_calls=log_level is LogLevel.DEBUG,
         ),
         announce,

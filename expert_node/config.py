@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shoal import limits
 from shoal.errors import UsageError
+from shoal.transport import Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class NodeConfig:
     threads: int | None = None  # None: as many as this process may use
     insecure: bool = False
     drain_timeout_s: float = limits.DRAIN_TIMEOUT_S
+    transport: Transport = Transport.AUTO
     log_calls: bool = False  # a debug line for every call that was answered
 
     def __post_init__(self) -> None:

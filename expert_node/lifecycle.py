@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from grpc_health.v1 import health, health_pb2
 
@@ -30,13 +31,18 @@ class Health:
 
     def __init__(self) -> None:
         self.servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self.is_serving = False
+        self.watchers: set[Callable[[], None]] = set()  # of the fast transport: told of changes
 
     async def set_serving(self, is_serving: bool) -> None:
         """Tell those who check or watch."""
+        self.is_serving = is_serving
         statuses = health_pb2.HealthCheckResponse
         status = statuses.SERVING if is_serving else statuses.NOT_SERVING
         for service in ("", SERVICE_NAME):
             await self.servicer.set(service, status)
+        for watcher in list(self.watchers):
+            watcher()
 
 
 class StopSignal:

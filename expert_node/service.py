@@ -113,7 +113,7 @@ class ExpertService:
         self._is_ready = is_ready
         self._start_drain = start_drain
         self._stream_ids = count(1)
-        self._streams: dict[int, tuple[Session, asyncio.Event]] = {}
+        self._streams: dict[int, tuple[Session, Callable[[], None]]] = {}
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return what `server.add_generic_rpc_handlers` takes."""
@@ -131,6 +131,14 @@ class ExpertService:
         )
 
     async def describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
+        """Answer Describe."""
+        return self.facts_reply()
+
+    async def drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainReply:
+        """Answer Drain, at once."""
+        return self.begin_drain(request)
+
+    def facts_reply(self) -> pb.DescribeReply:
         """Say who this node is."""
         facts = self._facts
         return pb.DescribeReply(
@@ -159,8 +167,8 @@ class ExpertService:
             model_name=facts.model_name,
         )
 
-    async def drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainReply:
-        """Begin to leave; answers at once."""
+    def begin_drain(self, request: pb.DrainRequest) -> pb.DrainReply:
+        """Begin to leave; say how many calls are held."""
         num_held = self._worker.num_held
         self._start_drain(request.reason or "asked by a peer")
         return pb.DrainReply(calls_in_flight=num_held)
@@ -168,10 +176,8 @@ class ExpertService:
     async def execute(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """Carry one stream from its Open to its end."""
         stream = _Stream(context)
-        stream_id = next(self._stream_ids)
-        session = Session(stream_id, self._facts, self._worker, stream.emit)
         closing = asyncio.Event()
-        self._streams[stream_id] = (session, closing)
+        stream_id, session = self.start_session(stream.emit, closing.set)
         try:
             async with asyncio.TaskGroup() as group:
                 reader = group.create_task(_read_frames(session, stream, context, closing))
@@ -181,11 +187,29 @@ class ExpertService:
                 closer.cancel()
                 stream.stop()
         finally:
-            session.close()
-            del self._streams[stream_id]
+            self.end_session(stream_id)
         if ended is not None:
             _log.warning("stream ended", stream=stream_id, status=ended.ending.name, why=str(ended))
             await context.abort(_STATUS[ended.ending], str(ended))
+
+    def start_session(
+        self, emit: Callable[[bytes, int], None], end: Callable[[], None]
+    ) -> tuple[int, Session]:
+        """Return the session of a new stream, and its id.
+
+        Args:
+            emit: as Session takes it.
+            end: ends the stream once it has sent what is queued: the node leaves.
+        """
+        stream_id = next(self._stream_ids)
+        session = Session(stream_id, self._facts, self._worker, emit)
+        self._streams[stream_id] = (session, end)
+        return stream_id, session
+
+    def end_session(self, stream_id: int) -> None:
+        """Forget a stream that is over; its calls are dropped."""
+        session, _ = self._streams.pop(stream_id)
+        session.close()
 
     def announce_drain(self, reason: str) -> None:
         """Tell every stream that the node is leaving."""
@@ -194,8 +218,8 @@ class ExpertService:
 
     def end_streams(self) -> None:
         """Let every stream send what it has queued, and end."""
-        for _, closing in self._streams.values():
-            closing.set()
+        for _, end in list(self._streams.values()):
+            end()
 
 
 async def _read_frames(

@@ -18,6 +18,14 @@ MAX_QUEUED_CALLS = 256  # per node: more are refused as OVERLOADED
 MAX_SHARD_MAP_CHARS = 64 * KIB  # of --moe-shards: a thousand ranges
 MAX_SOCKET_PATH_BYTES = 103  # sun_path of macOS less its final zero; Linux: 107
 INLINE_PAIR_BYTES = 64 * MIB  # of weights: a smaller call is computed on the stream handler (~2 ms)
+H2_WINDOW_BYTES = 16 * MIB  # of a connection and of each stream, each way: no message waits for it
+H2_FRAME_BYTES = MIB  # the largest frame we take; what one peer can make us hold before we look
+H2_HEADER_BYTES = 16 * KIB  # a header block, packed and unpacked; gRPC's own is under 1 KiB
+MAX_H2_CONTINUATIONS = 16  # frames of one header block
+MAX_H2_SETTINGS = 64  # in one frame; ten are known
+MAX_H2_STREAMS = 256  # of one connection at a time
+MAX_H2_QUEUED_FRAMES = 65_536  # towards a peer that does not read: then the connection ends
+MAX_H2_CONTROL_FRAMES = 2000  # in one burst (shoal/http2/flood.py says what earns more)
 DRAIN_TIMEOUT_S = 25.0  # Kubernetes kills 30 s after SIGTERM by default
 PROGRESS_INTERVAL_S = 0.025  # while a node holds a call: silence then means that it is lost
 PREFILL_CHUNK = 512  # rows of one forward pass
@@ -33,3 +41,4 @@ assert INTERACTIVE_MESSAGE_BYTES < MAX_MESSAGE_BYTES <= CREDIT_BYTES
 assert MAX_EXPERTS < 2**16
 assert MAX_MODEL_DIM * 8 < MAX_MESSAGE_BYTES, "the widest row of a reply must fit in one message"
 assert PREFILL_CHUNK <= MAX_ROWS_PER_CALL
+assert MAX_MESSAGE_BYTES <= H2_WINDOW_BYTES and H2_FRAME_BYTES < 2**24

@@ -1,0 +1,202 @@
+"""One Execute stream over a socket of its own, in our own framing of gRPC's wire.
+
+Not thread-safe: its client calls it under one lock. The socket does not block once it is open.
+"""
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+
+from coordinator.dispatch import Lane
+from coordinator.node_link import (
+    CONNECT_TIMEOUT_S,
+    EXECUTE,
+    Greeting,
+    error_of_status,
+    frame_of,
+    opened_of,
+    polite_end,
+    silent,
+)
+from shoal import errors
+from shoal.http2 import grpc_headers
+from shoal.http2.connection import Connection
+from shoal.http2.events import (
+    Event,
+    GoneAway,
+    HeadersReceived,
+    MessageReceived,
+    MessageRefused,
+    PingAnswered,
+    RemoteEnded,
+    StreamReset,
+)
+from shoal.http2.frames import Code, Http2Error
+from shoal.shard_map import Endpoint, EndpointKind
+from shoal.v1 import expert_pb2 as pb
+
+KEEPALIVE_S = 10.0  # of silence, then a PING
+PING_TIMEOUT_S = 2.0
+RECEIVE_BYTES = 256 * 1024
+
+
+class FastLane:
+    """A lane of a node, as LaneLink is on grpc.aio."""
+
+    def __init__(self, endpoint: Endpoint, lane: Lane) -> None:
+        self.node, self.lane = str(endpoint), lane
+        self._endpoint = endpoint
+        self._connection = Connection(is_client=True)
+        self._socket: socket.socket | None = None
+        self._stream_id = 0
+        self._unwritten = memoryview(b"")
+        self._heard_s = 0.0
+        self._pinged_s: float | None = None
+        self._status: tuple[grpc_headers.Status, str] | None = None
+        self._goodbye = "Socket closed"
+
+    def open(self, greeting: Greeting, stream_epoch: int) -> pb.Opened:
+        """Connect, start the stream and return the answer to Open. Blocks. Raises NodeError."""
+        give_up_s = time.monotonic() + CONNECT_TIMEOUT_S
+        try:
+            self._socket = _connected(self._endpoint)
+            is_unix = self._endpoint.kind is EndpointKind.UNIX
+            authority = "localhost" if is_unix else self._endpoint.address
+            self._stream_id = self._connection.open(grpc_headers.request(EXECUTE, authority))
+            self.send(greeting.open_frame(self.lane, stream_epoch))
+            self._socket.sendall(self._connection.take_output())
+            buffer = memoryview(bytearray(RECEIVE_BYTES))
+            while True:
+                self._socket.settimeout(max(0.001, give_up_s - time.monotonic()))
+                for frame, _ in self.receive(buffer):
+                    self._socket.setblocking(False)
+                    self.flush()
+                    return opened_of(self.node, frame)
+                if time.monotonic() > give_up_s:
+                    raise silent(self.node)
+                self._socket.sendall(self._connection.take_output())
+        except TimeoutError as error:
+            raise silent(self.node) from error
+        except OSError as error:
+            raise self._unreachable(error) from error
+
+    def fileno(self) -> int:
+        assert self._socket is not None
+        return self._socket.fileno()
+
+    @property
+    def has_unwritten(self) -> bool:
+        """Whether the socket took less than there was."""
+        return bool(self._unwritten)
+
+    def send(self, frame: bytes) -> None:
+        """Queue a frame for `flush`."""
+        self._connection.send_message(self._stream_id, frame)
+
+    def flush(self) -> None:
+        """Write what the socket takes. Raises NodeUnreachable."""
+        assert self._socket is not None
+        try:
+            while True:
+                if not self._unwritten:
+                    output = self._connection.take_output()
+                    if not output:
+                        return
+                    self._unwritten = memoryview(output)
+                written = self._socket.send(self._unwritten)
+                self._unwritten = self._unwritten[written:]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise self._unreachable(error) from error
+
+    def receive(self, buffer: memoryview) -> Iterator[tuple[pb.NodeFrame, int]]:
+        """Read what the socket has, into the buffer; yield its frames and their sizes.
+
+        Raises NodeUnreachable when the stream has ended, MalformedMessage when it makes no sense.
+        """
+        assert self._socket is not None
+        try:
+            num_bytes = self._socket.recv_into(buffer)
+        except BlockingIOError:
+            return
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise self._unreachable(error) from error
+        if not num_bytes:
+            raise error_of_status(self.node, "UNAVAILABLE", self._goodbye)
+        self._heard_s, self._pinged_s = time.monotonic(), None
+        try:
+            events = self._connection.receive(buffer[:num_bytes], self._heard_s)
+        except Http2Error as error:
+            raise errors.MalformedMessage(f"node {self.node} broke the wire: {error}") from error
+        for event in events:
+            if isinstance(event, MessageReceived):
+                yield frame_of(self.node, event.payload), len(event.payload)
+            else:
+                self._on(event)
+
+    def _on(self, event: Event) -> None:
+        match event:
+            case HeadersReceived(_, fields):
+                self._status = grpc_headers.status_of(fields)
+            case RemoteEnded():
+                status, details = self._status or (grpc_headers.Status.UNKNOWN, "no trailers")
+                if status is grpc_headers.Status.OK:
+                    raise polite_end(self.node)
+                raise error_of_status(self.node, status.name, details or status.name)
+            case StreamReset(_, code):
+                why = f"the stream was reset, HTTP/2 code {code}"
+                raise error_of_status(self.node, "UNAVAILABLE", why)
+            case MessageRefused(_, is_compressed, num_bytes):
+                what = "a compressed message" if is_compressed else f"{num_bytes} bytes at once"
+                raise errors.MalformedMessage(f"node {self.node} sent {what}")
+            case GoneAway(_, why):
+                self._goodbye = why or self._goodbye
+            case PingAnswered() | MessageReceived():
+                pass
+
+    def tick(self, now_s: float) -> None:
+        """Ask a silent peer for a sign of life. Raises NodeUnreachable: it gave none."""
+        if self._pinged_s is not None and now_s - self._pinged_s > PING_TIMEOUT_S:
+            raise error_of_status(self.node, "UNAVAILABLE", "no answer to a ping")
+        if self._pinged_s is None and now_s - self._heard_s > KEEPALIVE_S:
+            self._pinged_s = now_s
+            self._connection.ping()
+
+    def close(self) -> None:
+        """Break the stream off and close the socket. Safe to call again."""
+        if self._socket is None:
+            return
+        if not self._unwritten:  # a goodbye in the middle of a frame would be none
+            self._connection.reset(self._stream_id, Code.CANCEL)
+            self._connection.go_away()
+            with contextlib.suppress(OSError):
+                self._socket.setblocking(False)
+                self._socket.send(self._connection.take_output())
+        self._socket.close()
+        self._socket = None
+
+    def _unreachable(self, error: OSError) -> errors.NodeError:
+        why = error.strerror or str(error)
+        return error_of_status(self.node, "UNAVAILABLE", why)
+
+
+def _connected(endpoint: Endpoint) -> socket.socket:
+    if endpoint.kind is EndpointKind.UNIX:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.settimeout(CONNECT_TIMEOUT_S)
+            connection.connect(endpoint.address)
+        except OSError:
+            connection.close()
+            raise
+        return connection
+    host, _, port = endpoint.address.rpartition(":")
+    address = (host.removeprefix("[").removesuffix("]"), int(port))
+    connection = socket.create_connection(address, CONNECT_TIMEOUT_S)
+    # Without it a small frame may wait 40 ms for the peer's delayed acknowledgement.
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection

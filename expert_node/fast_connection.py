@@ -1,0 +1,324 @@
+"""One connection of the fast server: bytes to calls of the service's methods, and back."""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2
+
+from expert_node.lifecycle import Health
+from expert_node.service import SERVICE_NAME, ExpertService
+from expert_node.session import Session, StreamEnded
+from shoal import limits
+from shoal.http2 import grpc_headers
+from shoal.http2.connection import Connection
+from shoal.http2.events import (
+    Event,
+    HeadersReceived,
+    MessageReceived,
+    MessageRefused,
+    PingAnswered,
+    RemoteEnded,
+    StreamReset,
+)
+from shoal.http2.frames import Http2Error
+from shoal.http2.grpc_headers import Status
+from shoal.log import get_logger
+from shoal.v1 import expert_pb2 as pb
+
+KEEPALIVE_S = 10.0  # between looks at a silent peer
+PING_TIMEOUT_S = 2.0
+HANDSHAKE_TIMEOUT_S = 5.0  # for the first HTTP/2 bytes
+_HEALTH = "/grpc.health.v1.Health/"
+_METHODS = frozenset(
+    {f"/{SERVICE_NAME}/{name}" for name in ("Describe", "Drain", "Execute")}
+    | {_HEALTH + "Check", _HEALTH + "Watch"}
+)
+_log = get_logger("fast_server")
+
+
+class _Execute:
+    """An Execute stream: a session, and the credit of frames that have not gone out."""
+
+    def __init__(self, session_id: int, session: Session) -> None:
+        self.session_id, self.session = session_id, session
+        self.unsent: deque[int] = deque()
+        self.has_peer_ended = False
+
+
+class FastConnection(asyncio.Protocol):
+    """See the module. All of it runs on the event loop's thread."""
+
+    def __init__(
+        self,
+        service: ExpertService,
+        health: Health,
+        joined: Callable[["FastConnection"], None],
+        left: Callable[["FastConnection"], None],
+    ) -> None:
+        self._service, self._health = service, health
+        self._joined, self._left = joined, left
+        self._connection = Connection(is_client=False)
+        self._transport: asyncio.Transport | None = None
+        self._executes: dict[int, _Execute] = {}
+        self._waiting: dict[int, str] = {}  # unary: methods whose message has not come
+        self._watches: dict[int, Callable[[], None]] = {}
+        self._is_reading = False  # what is sent meanwhile goes out at once afterwards
+        self._is_leaving = False
+        self._heard_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        raw = transport.get_extra_info("socket")
+        if raw is not None and raw.family != getattr(socket, "AF_UNIX", None):
+            # Without it a reply may wait 40 ms for the peer's delayed acknowledgement.
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._joined(self)
+        self._timer = asyncio.get_running_loop().call_later(HANDSHAKE_TIMEOUT_S, self._check_alive)
+        self._flush()
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_s = time.monotonic()
+        self._is_reading = True
+        try:
+            for event in self._connection.receive(data, self._heard_s):
+                self._on(event)
+        except Http2Error as error:
+            self._break(error)
+        finally:
+            self._is_reading = False
+        self._flush()
+
+    def pause_writing(self) -> None:
+        # A peer that does not read its answers gets no more calls in.
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def eof_received(self) -> bool:
+        return False  # closes: a stream's half-close is HTTP/2's, not the socket's
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if self._timer is not None:
+            self._timer.cancel()
+        for stream_id in [*self._executes, *self._watches]:
+            self._forget(stream_id)
+        self._left(self)
+
+    # The server's
+
+    def leave(self) -> None:
+        """End what is open and close."""
+        self._is_leaving = True
+        for stream_id in list(self._executes):
+            self._finish(stream_id, Status.OK)
+        for stream_id in list(self._watches):
+            self._finish(stream_id, Status.UNAVAILABLE, "the node is leaving")
+        self._connection.go_away()
+        self._flush()
+        self._close()
+
+    def abort(self) -> None:
+        """Close without sending what is queued."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # Everything else
+
+    def _on(self, event: Event) -> None:
+        match event:
+            case MessageReceived(stream_id, payload):
+                execute = self._executes.get(stream_id)
+                if execute is not None:
+                    self._on_frame(stream_id, execute, payload)
+                elif stream_id in self._waiting:
+                    self._answer(stream_id, self._waiting.pop(stream_id), payload)
+            case HeadersReceived(stream_id, fields):
+                if stream_id not in self._executes and stream_id not in self._waiting:
+                    self._start(stream_id, grpc_headers.method_of(fields))
+            case RemoteEnded(stream_id, is_torn):
+                self._on_ended(stream_id, is_torn)
+            case MessageRefused(stream_id, is_compressed, num_bytes):
+                if is_compressed:
+                    self._finish(stream_id, Status.UNIMPLEMENTED, "compressed messages")
+                else:
+                    why = (
+                        f"Received message larger than max ({num_bytes} vs. "
+                        f"{limits.MAX_MESSAGE_BYTES})"
+                    )
+                    self._finish(stream_id, Status.RESOURCE_EXHAUSTED, why)
+            case StreamReset(stream_id, _):
+                self._forget(stream_id)
+            case PingAnswered():
+                pass
+            case _:  # GOAWAY: the peer will close when it is done
+                pass
+
+    def _start(self, stream_id: int, method: str | None) -> None:
+        self._connection.respond(stream_id, grpc_headers.RESPONSE)
+        if method not in _METHODS:
+            self._finish(stream_id, Status.UNIMPLEMENTED, "Method not found!")
+        elif self._is_leaving:
+            self._finish(stream_id, Status.UNAVAILABLE, "the node is leaving")
+        elif method.endswith("/Execute"):
+            session_id, session = self._service.start_session(
+                lambda frame, credit: self._emit(stream_id, frame, credit),
+                lambda: self._end_execute(stream_id),
+            )
+            self._executes[stream_id] = _Execute(session_id, session)
+        else:
+            self._waiting[stream_id] = method
+
+    def _on_frame(self, stream_id: int, execute: _Execute, payload: bytes) -> None:
+        try:
+            execute.session.receive(payload)
+        except StreamEnded as ended:
+            _log.warning(
+                "stream ended",
+                stream=execute.session_id,
+                status=ended.ending.name,
+                why=str(ended),
+            )
+            self._finish(stream_id, Status[ended.ending.name], str(ended))
+
+    def _emit(self, stream_id: int, frame: bytes, credit_bytes: int) -> None:
+        execute = self._executes.get(stream_id)
+        if execute is None:
+            return
+        try:
+            self._connection.send_message(stream_id, frame)
+        except Http2Error as error:
+            self._break(error)
+            return
+        execute.unsent.append(credit_bytes)
+        if not self._is_reading:
+            self._flush()
+        if execute.has_peer_ended and not execute.session.has_calls:
+            self._finish(stream_id, Status.OK)
+
+    def _answer(self, stream_id: int, method: str, payload: bytes) -> None:
+        """Answer a unary call, or begin to answer a Watch."""
+        try:
+            if method.endswith("/Describe"):
+                pb.DescribeRequest.FromString(payload)
+                reply = self._service.facts_reply().SerializeToString()
+            elif method.endswith("/Drain"):
+                request = pb.DrainRequest.FromString(payload)
+                reply = self._service.begin_drain(request).SerializeToString()
+            else:
+                service = health_pb2.HealthCheckRequest.FromString(payload).service
+                self._answer_health(stream_id, method, service)
+                return
+        except DecodeError:
+            self._finish(stream_id, Status.INTERNAL, "the request is no message of this method")
+            return
+        self._connection.send_message(stream_id, reply)
+        self._finish(stream_id, Status.OK)
+
+    def _answer_health(self, stream_id: int, method: str, service: str) -> None:
+        statuses = health_pb2.HealthCheckResponse
+        is_known = service in ("", SERVICE_NAME)
+
+        def tell() -> None:
+            status = statuses.SERVING if self._health.is_serving else statuses.NOT_SERVING
+            status = status if is_known else statuses.SERVICE_UNKNOWN
+            reply = health_pb2.HealthCheckResponse(status=status).SerializeToString()
+            self._connection.send_message(stream_id, reply)
+            if not self._is_reading:
+                self._flush()
+
+        if method.endswith("/Watch"):
+            self._watches[stream_id] = tell
+            self._health.watchers.add(tell)
+            tell()
+        elif is_known:
+            tell()
+            self._finish(stream_id, Status.OK)
+        else:
+            self._finish(stream_id, Status.NOT_FOUND)
+
+    def _on_ended(self, stream_id: int, is_torn: bool) -> None:
+        if self._waiting.pop(stream_id, None) is not None:
+            self._finish(stream_id, Status.INTERNAL, "the request has no message")
+        execute = self._executes.get(stream_id)
+        if execute is None:
+            return
+        execute.has_peer_ended = True
+        if is_torn:
+            self._finish(stream_id, Status.INTERNAL, "the last message is not complete")
+        elif not execute.session.has_calls:
+            self._finish(stream_id, Status.OK)
+
+    def _end_execute(self, stream_id: int) -> None:
+        self._finish(stream_id, Status.OK)
+
+    def _finish(self, stream_id: int, status: Status, message: str = "") -> None:
+        """End our half with that status, after what is queued."""
+        self._connection.end(stream_id, grpc_headers.trailers(status, message))
+        self._forget(stream_id)
+        if not self._is_reading:
+            self._flush()
+
+    def _forget(self, stream_id: int) -> None:
+        self._waiting.pop(stream_id, None)
+        tell = self._watches.pop(stream_id, None)
+        if tell is not None:
+            self._health.watchers.discard(tell)
+        execute = self._executes.pop(stream_id, None)
+        if execute is not None:
+            self._service.end_session(execute.session_id)
+
+    def _flush(self) -> None:
+        if self._transport is None:
+            return
+        output = self._connection.take_output()
+        if output and not self._transport.is_closing():
+            self._transport.write(output)
+        for stream_id, execute in self._executes.items():
+            if execute.unsent:
+                num_unsent = self._connection.num_unsent(stream_id)
+                while len(execute.unsent) > num_unsent:
+                    execute.session.sent(execute.unsent.popleft())
+
+    def _break(self, error: Http2Error) -> None:
+        _log.warning("connection broken", why=str(error))
+        self._flush()
+        self._close()
+
+    def _close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def _check_alive(self) -> None:
+        """Close a peer that never spoke; ask a silent one for a sign of life."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        loop = asyncio.get_running_loop()
+        if not self._heard_s:
+            self.abort()
+        elif time.monotonic() - self._heard_s < KEEPALIVE_S:
+            self._timer = loop.call_later(KEEPALIVE_S, self._check_alive)
+        else:
+            self._connection.ping()
+            self._flush()
+            heard_s = self._heard_s
+            self._timer = loop.call_later(PING_TIMEOUT_S, self._abort_if_silent, heard_s)
+
+    def _abort_if_silent(self, heard_s: float) -> None:
+        if self._heard_s == heard_s:
+            with contextlib.suppress(AttributeError):
+                self.abort()
+        else:
+            self._check_alive()

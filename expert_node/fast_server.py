@@ -1,0 +1,85 @@
+"""The transport `fast` of a node: gRPC's wire on plain sockets of the node's event loop.
+
+Speaks to unmodified gRPC clients: Describe, Drain and grpc.health.v1 as well as Execute, on one
+port. A frame is read, its call computed and its reply written within one callback of the loop.
+"""
+
+import asyncio
+import contextlib
+import socket
+
+from expert_node.config import ListenAddress
+from expert_node.fast_connection import FastConnection
+from expert_node.lifecycle import Health
+from expert_node.service import ExpertService
+from shoal.log import get_logger
+
+BACKLOG = 128
+_log = get_logger("fast_server")
+
+
+class FastServer:
+    """Accepts connections and knows those that are open (see grpc_server.Server)."""
+
+    def __init__(self, service: ExpertService, health: Health) -> None:
+        self._service = service
+        self._health = health
+        self._connections: set[FastConnection] = set()
+        self._all_gone = asyncio.Event()
+        self._all_gone.set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, listen: ListenAddress) -> int:
+        """Listen; return the port. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        if listen.socket_path is not None:
+            listen.socket_path.unlink(missing_ok=True)  # a dead node's: its caller has looked
+            self._server = await loop.create_unix_server(
+                self._accept, str(listen.socket_path), backlog=BACKLOG
+            )
+            return 0
+        bound = _bound(listen)
+        self._server = await loop.create_server(self._accept, sock=bound, backlog=BACKLOG)
+        port: int = bound.getsockname()[1]
+        return port
+
+    async def stop(self, grace_s: float) -> None:
+        """End all connections: politely, and after that time at once."""
+        if self._server is None:
+            return
+        self._server.close()
+        for connection in list(self._connections):
+            connection.leave()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._all_gone.wait()
+        for connection in list(self._connections):
+            connection.abort()
+        await self._all_gone.wait()
+        await self._server.wait_closed()
+
+    def _accept(self) -> FastConnection:
+        return FastConnection(self._service, self._health, self._joined, self._left)
+
+    def _joined(self, connection: FastConnection) -> None:
+        self._connections.add(connection)
+        self._all_gone.clear()
+
+    def _left(self, connection: FastConnection) -> None:
+        self._connections.discard(connection)
+        if not self._connections:
+            self._all_gone.set()
+
+
+def _bound(listen: ListenAddress) -> socket.socket:
+    found = socket.getaddrinfo(
+        listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    family, _, _, _, address = found[0]
+    return socket.create_server(
+        address,
+        family=family,
+        backlog=BACKLOG,
+        reuse_port=False,  # two nodes on one port would share its connections without an error
+        dualstack_ipv6=listen.host == "::" and socket.has_dualstack_ipv6(),
+    )

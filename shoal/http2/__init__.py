@@ -1,0 +1,1 @@
+"""HTTP/2 (RFC 9113) and gRPC framing without I/O, for the fast transport of both ends."""

@@ -1,0 +1,507 @@
+"""One end of an HTTP/2 connection that carries gRPC messages: bytes in, events out (core).
+
+    receive(bytes) -> events        open, respond, send_message, end, reset, ping -> take_output()
+
+Strict and small: prior knowledge only, no push, no priorities, no dynamic table in what it sends.
+What a peer does to a connection raises Http2Error, after which only `take_output` (with the GOAWAY
+for the peer) makes sense; what it does to one stream is an event. Windows are given back as
+messages are read, but not to a peer that leaves more than MAX_UNREAD_BYTES of answers unread.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import hpack
+
+from shoal import limits
+from shoal.http2 import frames
+from shoal.http2.events import (
+    Event,
+    GoneAway,
+    HeadersReceived,
+    MessageReceived,
+    MessageRefused,
+    PingAnswered,
+    RemoteEnded,
+    StreamReset,
+)
+from shoal.http2.flood import FloodGuard
+from shoal.http2.frames import Code, Http2Error, Kind, Setting
+from shoal.http2.header_blocks import HeaderBlock, HeaderBlocks
+
+PREFIX_BYTES: Final = 5  # of a gRPC message: compressed or not, length
+MAX_UNREAD_BYTES: Final = limits.MIB
+_GRANT_BYTES: Final = limits.H2_WINDOW_BYTES // 4
+Headers = Sequence[tuple[str, str]]
+
+
+@dataclass(slots=True)
+class _Stream:
+    send_window: int
+    receive_window: int = limits.H2_WINDOW_BYTES
+    consumed: int = 0
+    partial: bytearray = field(default_factory=bytearray)
+    outbox: deque[memoryview] = field(default_factory=deque)  # messages that wait for window
+    ending: bytes | None = None  # the frames that end our half, once the outbox is empty
+    has_headers: bool = False
+    is_refused: bool = False  # what it still sends is thrown away
+    is_local_open: bool = True
+    is_remote_open: bool = True
+
+
+class Connection:
+    """One end. `receive` is the only way in, `take_output` the only way out."""
+
+    def __init__(self, *, is_client: bool, max_message_bytes: int = limits.MAX_MESSAGE_BYTES):
+        self._is_client = is_client
+        self._max_message_bytes = max_message_bytes
+        self._blocks = HeaderBlocks()
+        self._encoder = hpack.Encoder()
+        self._encoder.header_table_size = 0  # stateless: legal whatever the peer's table is
+        self._streams: dict[int, _Stream] = {}
+        self._next_stream_id = 1
+        self._last_remote_id = 0
+        self._send_window = frames.DEFAULT_WINDOW
+        self._receive_window = limits.H2_WINDOW_BYTES
+        self._consumed = 0
+        self._peer_window = frames.DEFAULT_WINDOW
+        self._peer_frame_bytes = frames.DEFAULT_FRAME_BYTES
+        self._peer_streams = limits.MAX_H2_STREAMS
+        self._buffer = bytearray()
+        self._preface = b"" if is_client else frames.PREFACE
+        self._has_settings = False
+        self._flood = FloodGuard()
+        self._output: list[bytes] = []
+        self._unread_bytes = 0  # of messages in outboxes
+        self._num_queued = 0
+        self._write_start()
+
+    # What the shell asks for.
+
+    def take_output(self) -> bytes:
+        """Return the bytes to write, once."""
+        output, self._output = self._output, []
+        return output[0] if len(output) == 1 else b"".join(output)
+
+    def open(self, headers: Headers) -> int:
+        """Start a stream; returns its id."""
+        assert self._is_client
+        stream_id, self._next_stream_id = self._next_stream_id, self._next_stream_id + 2
+        self._streams[stream_id] = _Stream(self._peer_window)
+        self._write_headers(stream_id, headers, 0)
+        return stream_id
+
+    def respond(self, stream_id: int, headers: Headers) -> None:
+        """Send a response's first headers. A stream that is gone: nothing happens."""
+        if self.is_open(stream_id):
+            self._write_headers(stream_id, headers, 0)
+
+    def is_open(self, stream_id: int) -> bool:
+        """Whether this end may still send on it."""
+        stream = self._streams.get(stream_id)
+        return stream is not None and stream.is_local_open and stream.ending is None
+
+    def send_message(self, stream_id: int, payload: bytes) -> None:
+        """Send one gRPC message, or as much as the peer's windows allow; the rest follows.
+
+        A stream that is gone: nothing happens. Raises Http2Error: the peer reads nothing at all.
+        """
+        if not self.is_open(stream_id):
+            return
+        stream = self._streams[stream_id]
+        self._flood.on_message(len(payload))
+        length = len(payload)
+        size = length + PREFIX_BYTES
+        room = min(self._send_window, stream.send_window, self._peer_frame_bytes)
+        if size <= room and not stream.outbox:
+            head = frames.header(size, Kind.DATA, 0, stream_id)
+            self._output.append(b"".join((head, b"\0", length.to_bytes(4, "big"), payload)))
+            self._send_window -= size
+            stream.send_window -= size
+            return
+        if self._num_queued >= limits.MAX_H2_QUEUED_FRAMES:
+            raise self._broken(Code.ENHANCE_YOUR_CALM, "the peer does not read its answers")
+        self._num_queued += 1
+        self._unread_bytes += size
+        stream.outbox.append(memoryview(b"\0" + length.to_bytes(4, "big") + payload))
+        self._drain_outbox(stream_id, stream)
+
+    def num_unsent(self, stream_id: int) -> int:
+        """Return how many messages have not wholly become output yet."""
+        stream = self._streams.get(stream_id)
+        return 0 if stream is None else len(stream.outbox)
+
+    def end(self, stream_id: int, trailers: Headers = ()) -> None:
+        """End our half after what is queued, with trailers if there are any."""
+        if not self.is_open(stream_id):
+            return
+        if trailers:
+            flags = frames.END_STREAM | frames.END_HEADERS
+            ending = frames.pack(Kind.HEADERS, flags, stream_id, self._encode(trailers))
+        else:
+            ending = frames.pack(Kind.DATA, frames.END_STREAM, stream_id)
+        stream = self._streams[stream_id]
+        stream.ending = ending
+        self._drain_outbox(stream_id, stream)
+
+    def reset(self, stream_id: int, code: Code) -> None:
+        """Break a stream off."""
+        if stream_id in self._streams:
+            self._forget(stream_id)
+            body = int(code).to_bytes(4, "big")
+            self._output.append(frames.pack(Kind.RST_STREAM, 0, stream_id, body))
+
+    def ping(self) -> None:
+        """Ask for a PingAnswered."""
+        self._output.append(frames.pack(Kind.PING, 0, 0, bytes(8)))
+
+    def go_away(self, code: Code = Code.NO_ERROR, why: str = "") -> None:
+        """Tell the peer that this connection ends."""
+        body = self._last_remote_id.to_bytes(4, "big") + int(code).to_bytes(4, "big")
+        self._output.append(frames.pack(Kind.GOAWAY, 0, 0, body + why.encode()[:512]))
+
+    # What the peer does.
+
+    def receive(self, data: bytes | memoryview, now_s: float) -> list[Event]:
+        """Take what arrived; return what it means, in order.
+
+        Raises:
+            Http2Error: the peer broke the protocol or a limit; the GOAWAY is in the output.
+        """
+        self._flood.at(now_s)
+        events: list[Event] = []
+        source: bytes | bytearray | memoryview = data
+        if self._buffer:
+            self._buffer += data
+            source = self._buffer
+        try:
+            with memoryview(source) as view:
+                used = self._read_frames(source, view, events)
+        except Http2Error as error:
+            self.go_away(error.code, str(error))
+            raise
+        if source is self._buffer:
+            del self._buffer[:used]
+        elif used < len(data):
+            self._buffer += data[used:]
+        return events
+
+    def _read_frames(
+        self, source: bytes | bytearray | memoryview, view: memoryview, events: list[Event]
+    ) -> int:
+        start, size = 0, len(source)
+        if self._preface:
+            start = min(size, len(self._preface))
+            if source[:start] != self._preface[:start]:
+                raise Http2Error(Code.PROTOCOL_ERROR, "no HTTP/2 preface")
+            self._preface = self._preface[start:]
+        while size - start >= frames.HEADER_BYTES:
+            length, kind, flags, stream_id = frames.unpack_header(source, start)
+            if length > limits.H2_FRAME_BYTES:
+                raise Http2Error(Code.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
+            body = start + frames.HEADER_BYTES
+            if size < body + length:
+                self._check_order(kind, stream_id)
+                break
+            self._check_order(kind, stream_id)
+            start = body + length
+            if kind == Kind.DATA:
+                self._on_data(stream_id, flags, view[body:start], events)
+            else:
+                self._on_other(kind, stream_id, flags, view[body:start], events)
+        return start
+
+    def _check_order(self, kind: int, stream_id: int) -> None:
+        if not self._has_settings and kind != Kind.SETTINGS:
+            raise Http2Error(Code.PROTOCOL_ERROR, "the first frame is not SETTINGS")
+        unfinished = self._blocks.stream_id
+        if unfinished is not None and (kind != Kind.CONTINUATION or stream_id != unfinished):
+            raise Http2Error(Code.PROTOCOL_ERROR, "a header block was interrupted")
+
+    def _on_data(self, stream_id: int, flags: int, body: memoryview, events: list[Event]) -> None:
+        size = len(body)
+        self._receive_window -= size
+        self._consumed += size
+        if self._receive_window < 0:
+            raise Http2Error(Code.FLOW_CONTROL_ERROR, "more data than the connection's window")
+        stream = self._streams.get(stream_id)
+        if stream is None or not stream.is_remote_open:
+            self._check_was_open(stream_id, "DATA")
+            self._flood.on_control("DATA of a closed stream")
+            self._grant(0, None)
+            return
+        if not stream.has_headers:
+            raise Http2Error(Code.PROTOCOL_ERROR, "DATA before HEADERS")
+        stream.receive_window -= size
+        stream.consumed += size
+        if stream.receive_window < 0:
+            raise Http2Error(Code.FLOW_CONTROL_ERROR, "more data than the stream's window")
+        if not size and not flags & frames.END_STREAM:
+            self._flood.on_control("empty DATA")
+        if not stream.is_refused:
+            self._assemble(stream_id, stream, frames.without_padding(body, flags), events)
+        if flags & frames.END_STREAM:
+            self._end_remote(stream_id, stream, events)
+        self._grant(stream_id, stream)
+
+    def _assemble(
+        self, stream_id: int, stream: _Stream, body: memoryview, events: list[Event]
+    ) -> None:
+        partial = stream.partial
+        if not partial and len(body) >= PREFIX_BYTES and body[0] == 0:
+            length = int.from_bytes(body[1:PREFIX_BYTES], "big")
+            if len(body) == PREFIX_BYTES + length <= self._max_message_bytes:
+                self._flood.on_message(length)
+                events.append(MessageReceived(stream_id, bytes(body[PREFIX_BYTES:])))
+                return
+        partial += body
+        start = 0
+        while len(partial) - start >= PREFIX_BYTES:
+            length = int.from_bytes(partial[start + 1 : start + PREFIX_BYTES], "big")
+            if partial[start] or length > self._max_message_bytes:
+                is_compressed = partial[start] != 0
+                events.append(MessageRefused(stream_id, is_compressed, length))
+                stream.is_refused = True
+                start = len(partial)
+                break
+            end = start + PREFIX_BYTES + length
+            if len(partial) < end:
+                break
+            with memoryview(partial) as view:
+                payload = bytes(view[start + PREFIX_BYTES : end])
+            self._flood.on_message(length)
+            events.append(MessageReceived(stream_id, payload))
+            start = end
+        del partial[:start]
+
+    def _end_remote(self, stream_id: int, stream: _Stream, events: list[Event]) -> None:
+        stream.is_remote_open = False
+        is_torn = bool(stream.partial)  # the stream ends in the middle of a message
+        if not stream.is_local_open:
+            self._forget(stream_id)
+        events.append(RemoteEnded(stream_id, is_torn))
+
+    def _on_other(
+        self, kind: int, stream_id: int, flags: int, body: memoryview, events: list[Event]
+    ) -> None:
+        match kind:
+            case Kind.WINDOW_UPDATE:
+                self._on_window_update(stream_id, frames.unpack_u32(Kind.WINDOW_UPDATE, body))
+            case Kind.PING:
+                self._on_ping(stream_id, flags, body, events)
+            case Kind.SETTINGS:
+                self._on_settings(stream_id, flags, body)
+            case Kind.HEADERS:
+                self._on_headers(stream_id, flags, body, events)
+            case Kind.CONTINUATION:
+                self._on_continuation(flags, body, events)
+            case Kind.RST_STREAM:
+                self._flood.on_control("RST_STREAM")
+                self._check_was_open(stream_id, "RST_STREAM")
+                code = frames.unpack_u32(Kind.RST_STREAM, body)
+                if self._forget(stream_id):
+                    events.append(StreamReset(stream_id, code))
+            case Kind.GOAWAY:
+                self._flood.on_control("GOAWAY")
+                if stream_id or len(body) < 8:
+                    raise Http2Error(Code.PROTOCOL_ERROR, "a GOAWAY without its content")
+                why = bytes(body[8:520]).decode("utf-8", "replace")
+                events.append(GoneAway(int.from_bytes(body[4:8], "big"), why))
+            case Kind.PUSH_PROMISE:
+                raise Http2Error(Code.PROTOCOL_ERROR, "PUSH_PROMISE")
+            case _:  # PRIORITY, and what later standards add
+                self._flood.on_control(f"of kind {kind}")
+
+    def _on_window_update(self, stream_id: int, increment: int) -> None:
+        increment &= 0x7FFF_FFFF
+        self._flood.on_control("WINDOW_UPDATE")
+        if not increment:
+            raise Http2Error(Code.PROTOCOL_ERROR, "a WINDOW_UPDATE of 0")
+        if stream_id:
+            self._check_was_open(stream_id, "WINDOW_UPDATE")
+            stream = self._streams.get(stream_id)
+            if stream is not None:
+                stream.send_window = _grown(stream.send_window, increment)
+                self._drain_outbox(stream_id, stream)
+            return
+        self._send_window = _grown(self._send_window, increment)
+        self._drain_all()
+
+    def _on_ping(self, stream_id: int, flags: int, body: memoryview, events: list[Event]) -> None:
+        self._flood.on_control("PING")
+        if stream_id or len(body) != 8:
+            raise Http2Error(Code.FRAME_SIZE_ERROR, f"a PING of {len(body)} bytes")
+        if flags & frames.ACK:
+            events.append(PingAnswered())
+        else:
+            self._output.append(frames.pack(Kind.PING, frames.ACK, 0, bytes(body)))
+
+    def _on_settings(self, stream_id: int, flags: int, body: memoryview) -> None:
+        self._flood.on_control("SETTINGS")
+        if stream_id or (flags & frames.ACK and body):
+            raise Http2Error(Code.PROTOCOL_ERROR, "SETTINGS of a stream, or an ACK with content")
+        self._has_settings = True
+        if flags & frames.ACK:
+            return
+        for name, value in frames.unpack_settings(body):
+            if name == Setting.MAX_FRAME_SIZE:
+                self._peer_frame_bytes = value
+            elif name == Setting.INITIAL_WINDOW_SIZE:
+                change, self._peer_window = value - self._peer_window, value
+                for stream in self._streams.values():
+                    stream.send_window = _grown(stream.send_window, change)
+        self._output.append(frames.pack(Kind.SETTINGS, frames.ACK, 0))
+        self._drain_all()
+
+    def _on_headers(
+        self, stream_id: int, flags: int, body: memoryview, events: list[Event]
+    ) -> None:
+        self._flood.on_control("HEADERS")
+        if not stream_id:
+            raise Http2Error(Code.PROTOCOL_ERROR, "HEADERS of stream 0")
+        block = frames.without_padding(body, flags)
+        if flags & frames.PRIORITY_FLAG:
+            if len(block) < 5:
+                raise Http2Error(Code.FRAME_SIZE_ERROR, "HEADERS without its priority")
+            block = block[5:]
+        self._add_to_block(self._blocks.start(stream_id, flags, block), events)
+
+    def _on_continuation(self, flags: int, body: memoryview, events: list[Event]) -> None:
+        self._flood.on_control("CONTINUATION")
+        self._add_to_block(self._blocks.go_on(flags, body), events)
+
+    def _add_to_block(self, block: HeaderBlock | None, events: list[Event]) -> None:
+        if block is not None:
+            self._on_block(block.stream_id, block.ends_stream, block.fields, events)
+
+    def _on_block(
+        self, stream_id: int, ends: bool, fields: dict[bytes, bytes], events: list[Event]
+    ) -> None:
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            stream = self._accept(stream_id)
+        if stream is None or not stream.is_remote_open:
+            return  # refused, or on its way when we ended the stream
+        if stream.has_headers and not ends and b":status" not in fields:
+            raise Http2Error(Code.PROTOCOL_ERROR, "a second HEADERS that does not end the stream")
+        stream.has_headers = True
+        events.append(HeadersReceived(stream_id, fields))
+        if ends:
+            self._end_remote(stream_id, stream, events)
+
+    def _accept(self, stream_id: int) -> _Stream | None:
+        if self._is_client or stream_id <= self._last_remote_id:
+            self._check_was_open(stream_id, "HEADERS")
+            return None
+        if stream_id % 2 == 0:
+            raise Http2Error(Code.PROTOCOL_ERROR, f"a client opened stream {stream_id}")
+        self._last_remote_id = stream_id
+        if len(self._streams) >= limits.MAX_H2_STREAMS:
+            body = int(Code.REFUSED_STREAM).to_bytes(4, "big")
+            self._output.append(frames.pack(Kind.RST_STREAM, 0, stream_id, body))
+            return None
+        stream = self._streams[stream_id] = _Stream(self._peer_window)
+        return stream
+
+    def _check_was_open(self, stream_id: int, what: str) -> None:
+        if self._is_client:
+            was_open = stream_id % 2 == 1 and stream_id < self._next_stream_id
+        else:
+            was_open = stream_id % 2 == 1 and stream_id <= self._last_remote_id
+        if not was_open:
+            raise Http2Error(Code.PROTOCOL_ERROR, f"{what} of stream {stream_id}, which is idle")
+
+    # What goes out.
+
+    def _write_start(self) -> None:
+        settings = {
+            Setting.ENABLE_PUSH: 0,
+            Setting.MAX_CONCURRENT_STREAMS: 0 if self._is_client else limits.MAX_H2_STREAMS,
+            Setting.INITIAL_WINDOW_SIZE: limits.H2_WINDOW_BYTES,
+            Setting.MAX_FRAME_SIZE: limits.H2_FRAME_BYTES,
+            Setting.MAX_HEADER_LIST_SIZE: limits.H2_HEADER_BYTES,
+        }
+        more = limits.H2_WINDOW_BYTES - frames.DEFAULT_WINDOW
+        preface = frames.PREFACE if self._is_client else b""
+        self._output += [preface, frames.pack_settings(settings), frames.window_update(0, more)]
+
+    def _encode(self, headers: Headers) -> bytes:
+        block: bytes = self._encoder.encode(list(headers), huffman=False)
+        assert len(block) <= frames.DEFAULT_FRAME_BYTES, "our own headers are short"
+        return block
+
+    def _write_headers(self, stream_id: int, headers: Headers, flags: int) -> None:
+        block = self._encode(headers)
+        flags |= frames.END_HEADERS
+        self._output.append(frames.pack(Kind.HEADERS, flags, stream_id, block))
+
+    def _drain_all(self) -> None:
+        for stream_id, stream in list(self._streams.items()):
+            self._drain_outbox(stream_id, stream)
+
+    def _drain_outbox(self, stream_id: int, stream: _Stream) -> None:
+        while stream.outbox:
+            message = stream.outbox[0]
+            room = min(self._send_window, stream.send_window, self._peer_frame_bytes)
+            size = min(len(message), room)
+            if size <= 0:
+                return
+            self._output.append(frames.header(size, Kind.DATA, 0, stream_id))
+            self._output.append(bytes(message[:size]))
+            self._send_window -= size
+            stream.send_window -= size
+            self._unread_bytes -= size
+            if size == len(message):
+                stream.outbox.popleft()
+                self._num_queued -= 1
+            else:
+                stream.outbox[0] = message[size:]
+        if stream.ending is not None and stream.is_local_open:
+            self._output.append(stream.ending)
+            stream.is_local_open = False
+            if not stream.is_remote_open:
+                self._forget(stream_id)
+        if stream.is_remote_open:
+            self._grant(stream_id, stream)
+
+    def _grant(self, stream_id: int, stream: _Stream | None) -> None:
+        if self._unread_bytes > MAX_UNREAD_BYTES and not self._is_client:
+            return  # a client must read before it asks for more; both waiting would be for ever
+        if self._consumed >= _GRANT_BYTES:
+            self._output.append(frames.window_update(0, self._consumed))
+            self._receive_window += self._consumed
+            self._consumed = 0
+        if stream is not None and stream.is_remote_open and stream.consumed >= _GRANT_BYTES:
+            self._output.append(frames.window_update(stream_id, stream.consumed))
+            stream.receive_window += stream.consumed
+            stream.consumed = 0
+
+    def _forget(self, stream_id: int) -> bool:
+        stream = self._streams.pop(stream_id, None)
+        if stream is None:
+            return False
+        self._num_queued -= len(stream.outbox)
+        self._unread_bytes -= sum(map(len, stream.outbox))
+        return True
+
+    def _broken(self, code: Code, why: str) -> Http2Error:
+        self.go_away(code, why)
+        return Http2Error(code, why)
+
+    def check_integrity(self) -> None:
+        """Assert what holds between calls."""
+        queued = [message for stream in self._streams.values() for message in stream.outbox]
+        assert self._num_queued == len(queued)
+        assert self._unread_bytes == sum(map(len, queued))
+        assert self._receive_window + self._consumed == limits.H2_WINDOW_BYTES
+        for stream_id, stream in self._streams.items():
+            assert stream.is_local_open or stream.is_remote_open, f"stream {stream_id} is over"
+            assert stream.receive_window + stream.consumed == limits.H2_WINDOW_BYTES
+
+
+def _grown(window: int, change: int) -> int:
+    if window + change > frames.MAX_WINDOW:
+        raise Http2Error(Code.FLOW_CONTROL_ERROR, "a window beyond 2^31 - 1")
+    return window + change
