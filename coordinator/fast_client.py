@@ -44,9 +44,9 @@ class FastClient:
         call_timeout_s: float,
         notify: Callable[[str], None],
     ) -> None:
-        self._links = [NodeLink(endpoint) for endpoint in endpoints]
+        self._links = [NodeLink(endpoint, call_timeout_s) for endpoint in endpoints]
         self._lanes = {
-            (node, lane): FastLane(endpoint, lane)
+            (node, lane): FastLane(endpoint, lane, call_timeout_s)
             for node, endpoint in enumerate(endpoints)
             for lane in Lane
         }

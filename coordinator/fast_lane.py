@@ -37,15 +37,16 @@ from shoal.shard_map import Endpoint, EndpointKind
 from shoal.v1 import expert_pb2 as pb
 
 KEEPALIVE_S = 10.0  # of silence, then a PING
-PING_TIMEOUT_S = 2.0
+PING_TIMEOUT_S = 2.0  # beyond the call timeout, whose business a node that hangs in a call is
 RECEIVE_BYTES = 256 * 1024
 
 
 class FastLane:
     """A lane of a node, as LaneLink is on grpc.aio."""
 
-    def __init__(self, endpoint: Endpoint, lane: Lane) -> None:
+    def __init__(self, endpoint: Endpoint, lane: Lane, call_timeout_s: float) -> None:
         self.node, self.lane = str(endpoint), lane
+        self._ping_timeout_s = call_timeout_s + PING_TIMEOUT_S
         self._endpoint = endpoint
         self._connection = Connection(is_client=True)
         self._socket: socket.socket | None = None
@@ -160,7 +161,7 @@ class FastLane:
 
     def tick(self, now_s: float) -> None:
         """Ask a silent peer for a sign of life. Raises NodeUnreachable: it gave none."""
-        if self._pinged_s is not None and now_s - self._pinged_s > PING_TIMEOUT_S:
+        if self._pinged_s is not None and now_s - self._pinged_s > self._ping_timeout_s:
             raise error_of_status(self.node, "UNAVAILABLE", "no answer to a ping")
         if self._pinged_s is None and now_s - self._heard_s > KEEPALIVE_S:
             self._pinged_s = now_s

@@ -76,7 +76,7 @@ class Connection:
         self._output: list[bytes] = []
         self._unread_bytes = 0  # of messages in outboxes
         self._num_queued = 0
-        self._write_start()
+        self._output.append(frames.start_of(is_client=is_client))
 
     # What the shell asks for.
 
@@ -323,10 +323,10 @@ class Connection:
             self._check_was_open(stream_id, "WINDOW_UPDATE")
             stream = self._streams.get(stream_id)
             if stream is not None:
-                stream.send_window = _grown(stream.send_window, increment)
+                stream.send_window = frames.grown(stream.send_window, increment)
                 self._drain_outbox(stream_id, stream)
             return
-        self._send_window = _grown(self._send_window, increment)
+        self._send_window = frames.grown(self._send_window, increment)
         self._drain_all()
 
     def _on_ping(self, stream_id: int, flags: int, body: memoryview, events: list[Event]) -> None:
@@ -351,7 +351,7 @@ class Connection:
             elif name == Setting.INITIAL_WINDOW_SIZE:
                 change, self._peer_window = value - self._peer_window, value
                 for stream in self._streams.values():
-                    stream.send_window = _grown(stream.send_window, change)
+                    stream.send_window = frames.grown(stream.send_window, change)
         self._output.append(frames.pack(Kind.SETTINGS, frames.ACK, 0))
         self._drain_all()
 
@@ -414,18 +414,6 @@ class Connection:
             raise Http2Error(Code.PROTOCOL_ERROR, f"{what} of stream {stream_id}, which is idle")
 
     # What goes out.
-
-    def _write_start(self) -> None:
-        settings = {
-            Setting.ENABLE_PUSH: 0,
-            Setting.MAX_CONCURRENT_STREAMS: 0 if self._is_client else limits.MAX_H2_STREAMS,
-            Setting.INITIAL_WINDOW_SIZE: limits.H2_WINDOW_BYTES,
-            Setting.MAX_FRAME_SIZE: limits.H2_FRAME_BYTES,
-            Setting.MAX_HEADER_LIST_SIZE: limits.H2_HEADER_BYTES,
-        }
-        more = limits.H2_WINDOW_BYTES - frames.DEFAULT_WINDOW
-        preface = frames.PREFACE if self._is_client else b""
-        self._output += [preface, frames.pack_settings(settings), frames.window_update(0, more)]
 
     def _encode(self, headers: Headers) -> bytes:
         block: bytes = self._encoder.encode(list(headers), huffman=False)
@@ -499,9 +487,3 @@ class Connection:
         for stream_id, stream in self._streams.items():
             assert stream.is_local_open or stream.is_remote_open, f"stream {stream_id} is over"
             assert stream.receive_window + stream.consumed == limits.H2_WINDOW_BYTES
-
-
-def _grown(window: int, change: int) -> int:
-    if window + change > frames.MAX_WINDOW:
-        raise Http2Error(Code.FLOW_CONTROL_ERROR, "a window beyond 2^31 - 1")
-    return window + change

@@ -123,3 +123,23 @@ def unpack_u32(kind: Kind, body: memoryview) -> int:
 def window_update(stream_id: int, num_bytes: int) -> bytes:
     """Return a WINDOW_UPDATE frame."""
     return pack(Kind.WINDOW_UPDATE, 0, stream_id, num_bytes.to_bytes(4, "big"))
+
+
+def grown(window: int, change: int) -> int:
+    """Return a window after a peer's change. Raises Http2Error: beyond what one may be."""
+    if window + change > MAX_WINDOW:
+        raise Http2Error(Code.FLOW_CONTROL_ERROR, "a window beyond 2^31 - 1")
+    return window + change
+
+
+def start_of(*, is_client: bool) -> bytes:
+    """Return what an end says first: its preface, settings, and the connection's window."""
+    settings = {
+        Setting.ENABLE_PUSH: 0,
+        Setting.MAX_CONCURRENT_STREAMS: 0 if is_client else limits.MAX_H2_STREAMS,
+        Setting.INITIAL_WINDOW_SIZE: limits.H2_WINDOW_BYTES,
+        Setting.MAX_FRAME_SIZE: limits.H2_FRAME_BYTES,
+        Setting.MAX_HEADER_LIST_SIZE: limits.H2_HEADER_BYTES,
+    }
+    more = window_update(0, limits.H2_WINDOW_BYTES - DEFAULT_WINDOW)
+    return (PREFACE if is_client else b"") + pack_settings(settings) + more

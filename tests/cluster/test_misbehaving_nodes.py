@@ -1,12 +1,14 @@
 """A node that says the wrong thing: the coordinator names it, and never uses what it said.
 
-The node here is a gRPC server in the test's own process that follows a script.
+The node here is a gRPC server in the test's own process that follows a script; the coordinator
+talks to it over either transport.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import numpy as np
@@ -17,10 +19,12 @@ from coordinator.expert_dispatch import PendingSums, RemoteDispatch, open_remote
 from shoal import __version__, errors, limits, numerics, ops, wire
 from shoal.artifact import Artifact
 from shoal.router import RoutingPlan
+from shoal.transport import Transport
 from shoal.v1 import expert_pb2 as pb
 from support.tiny_model import make_tiny_artifact
 
 NUM_EXPERTS = 16
+Connect = Callable[..., RemoteDispatch]
 Answer = Callable[[pb.ExpertCall], list[pb.NodeFrame | bytes]]
 
 
@@ -28,6 +32,11 @@ Answer = Callable[[pb.ExpertCall], list[pb.NodeFrame | bytes]]
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     path = make_tiny_artifact(tmp_path_factory.mktemp("model"), "qwen3_moe", "q8_0")
     return Artifact.open(path)
+
+
+@pytest.fixture(params=[Transport.FAST, Transport.GRPCIO])
+def connect(request: pytest.FixtureRequest) -> Connect:
+    return partial(open_remote_dispatch, transport=request.param)
 
 
 def true_sums(message: pb.ExpertCall) -> NDArray[np.int64]:
@@ -116,10 +125,12 @@ def served(node: ScriptedNode) -> Iterator[str]:
 
 
 @contextmanager
-def connected(node: ScriptedNode, call_timeout_s: float = 30.0) -> Iterator[RemoteDispatch]:
+def connected(
+    connect: Connect, node: ScriptedNode, call_timeout_s: float = 30.0
+) -> Iterator[RemoteDispatch]:
     with (
         served(node) as shards,
-        closing(open_remote_dispatch(node.artifact, shards, call_timeout_s)) as dispatch,
+        closing(connect(node.artifact, shards, call_timeout_s)) as dispatch,
     ):
         yield dispatch
 
@@ -138,7 +149,7 @@ def expected(artifact: Artifact, num_rows: int = 2) -> NDArray[np.int64]:
     return true_sums(pb.ExpertCall(layer=1, num_rows=num_rows, dim=artifact.spec.model_dim))
 
 
-def test_answers_that_nobody_asked_for_change_nothing(artifact: Artifact) -> None:
+def test_answers_that_nobody_asked_for_change_nothing(connect: Connect, artifact: Artifact) -> None:
     """Unknown ids, progress, and each answer twice: the sums are right all the same."""
 
     def answer(call: pb.ExpertCall) -> list[pb.NodeFrame | bytes]:
@@ -148,7 +159,7 @@ def test_answers_that_nobody_asked_for_change_nothing(artifact: Artifact) -> Non
         return [progress, node.reply(call, call_id=999), stranger, right, right]
 
     node = ScriptedNode(artifact, answer)
-    with connected(node) as dispatch:
+    with connected(connect, node) as dispatch:
         for _ in range(3):
             assert start(dispatch, artifact).wait().tobytes() == expected(artifact).tobytes()
 
@@ -165,7 +176,7 @@ def test_answers_that_nobody_asked_for_change_nothing(artifact: Artifact) -> Non
     ],
 )
 def test_a_reply_of_the_wrong_shape_or_grid_is_refused(
-    artifact: Artifact, spoil: Callable[[pb.Reply], None], words: str
+    connect: Connect, artifact: Artifact, spoil: Callable[[pb.Reply], None], words: str
 ) -> None:
     def answer(call: pb.ExpertCall) -> list[pb.NodeFrame | bytes]:
         frame = node.reply(call)
@@ -174,25 +185,25 @@ def test_a_reply_of_the_wrong_shape_or_grid_is_refused(
 
     node = ScriptedNode(artifact, answer)
     wanted = pytest.raises(errors.MalformedMessage, match=rf"node grpc://127.*{words}")
-    with connected(node) as dispatch, wanted:
+    with connected(connect, node) as dispatch, wanted:
         start(dispatch, artifact).wait()
 
 
 @pytest.mark.parametrize("answer", [b"\xff\xff\xff", pb.NodeFrame(), pb.NodeFrame(opened={})])
 def test_bytes_that_are_no_answer_end_the_connection(
-    artifact: Artifact, answer: pb.NodeFrame | bytes
+    connect: Connect, artifact: Artifact, answer: pb.NodeFrame | bytes
 ) -> None:
     node = ScriptedNode(artifact, lambda _call: [answer])
-    with connected(node) as dispatch:
+    with connected(connect, node) as dispatch:
         for _ in range(2):  # the one that waits, and the next one
             with pytest.raises(errors.MalformedMessage, match=r"node grpc://127.* sent"):
                 start(dispatch, artifact).wait()
 
 
-def test_a_stream_that_ends_politely_is_a_lost_node(artifact: Artifact) -> None:
+def test_a_stream_that_ends_politely_is_a_lost_node(connect: Connect, artifact: Artifact) -> None:
     node = ScriptedNode(artifact, lambda _call: [b""])
     ended = pytest.raises(errors.NodeUnreachable, match="ended its stream")
-    with connected(node) as dispatch, ended:
+    with connected(connect, node) as dispatch, ended:
         start(dispatch, artifact).wait()
 
 
@@ -209,19 +220,21 @@ def test_a_stream_that_ends_politely_is_a_lost_node(artifact: Artifact) -> None:
     ],
 )
 def test_a_failure_frame_becomes_its_error(
-    artifact: Artifact, code: pb.Failure.Code, error: type[errors.ShoalError]
+    connect: Connect, artifact: Artifact, code: pb.Failure.Code, error: type[errors.ShoalError]
 ) -> None:
     def answer(call: pb.ExpertCall) -> list[pb.NodeFrame | bytes]:
         failure = pb.Failure(call_id=call.call_id, code=code, message="the reason")
         return [pb.NodeFrame(failure=failure)]
 
-    with connected(ScriptedNode(artifact, answer)) as dispatch:
+    with connected(connect, ScriptedNode(artifact, answer)) as dispatch:
         with pytest.raises(error, match=r"node grpc://127.*the reason") as caught:
             start(dispatch, artifact).wait()
         assert type(caught.value) is error
 
 
-def test_the_rows_of_a_numeric_error_are_the_layer_s_not_the_call_s(artifact: Artifact) -> None:
+def test_the_rows_of_a_numeric_error_are_the_layer_s_not_the_call_s(
+    connect: Connect, artifact: Artifact
+) -> None:
     """600 rows travel as several calls; row 3 of the call that holds row 500 is at fault."""
 
     def answer(call: pb.ExpertCall) -> list[pb.NodeFrame | bytes]:
@@ -232,7 +245,7 @@ def test_the_rows_of_a_numeric_error_are_the_layer_s_not_the_call_s(artifact: Ar
 
     node = ScriptedNode(artifact, answer)
     faulty = 3  # calls are numbered from 1
-    with connected(node) as dispatch, pytest.raises(errors.NumericError) as caught:
+    with connected(connect, node) as dispatch, pytest.raises(errors.NumericError) as caught:
         start(dispatch, artifact, num_rows=600).wait()
     assert caught.value.rows == (400 + 3,)  # 600 rows in three calls of 200
 
@@ -247,30 +260,34 @@ def test_the_rows_of_a_numeric_error_are_the_layer_s_not_the_call_s(artifact: Ar
     ],
 )
 def test_a_node_that_describes_itself_as_another_is_refused(
-    artifact: Artifact, changes: dict[str, object], error: type[Exception], words: str
+    connect: Connect,
+    artifact: Artifact,
+    changes: dict[str, object],
+    error: type[Exception],
+    words: str,
 ) -> None:
     node = ScriptedNode(artifact, lambda _call: [], changes=changes)
     with served(node) as shards, pytest.raises(error, match=words):
-        open_remote_dispatch(artifact, shards)
+        connect(artifact, shards)
 
 
-def test_a_warming_node_is_waited_for(artifact: Artifact) -> None:
+def test_a_warming_node_is_waited_for(connect: Connect, artifact: Artifact) -> None:
     node = ScriptedNode(artifact, lambda call: [node.reply(call)], not_ready=2)
     told: list[str] = []
     with (
         served(node) as shards,
-        closing(open_remote_dispatch(artifact, shards, notify=told.append)) as dispatch,
+        closing(connect(artifact, shards, notify=told.append)) as dispatch,
     ):
         assert start(dispatch, artifact).wait().tobytes() == expected(artifact).tobytes()
     [sentence] = told
     assert "is warming up" in sentence and "grpc://127.0.0.1" in sentence
 
 
-def test_a_node_that_warms_up_for_too_long_is_named(artifact: Artifact) -> None:
+def test_a_node_that_warms_up_for_too_long_is_named(connect: Connect, artifact: Artifact) -> None:
     node = ScriptedNode(artifact, lambda _call: [], not_ready=10**6)
     named = pytest.raises(errors.NodeBusy, match=r"still warming up after 0\.1 s")
     with served(node) as shards, named:
-        open_remote_dispatch(artifact, shards, ready_timeout_s=0.1)
+        connect(artifact, shards, ready_timeout_s=0.1)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +299,7 @@ def test_a_node_that_warms_up_for_too_long_is_named(artifact: Artifact) -> None:
     ],
 )
 def test_an_open_that_is_not_answered_is_named(
+    connect: Connect,
     artifact: Artifact,
     opening: list[pb.NodeFrame | bytes],
     error: type[errors.NodeError],
@@ -289,10 +307,10 @@ def test_an_open_that_is_not_answered_is_named(
 ) -> None:
     node = ScriptedNode(artifact, lambda _call: [], opening=opening)
     with served(node) as shards, pytest.raises(error, match=words):
-        open_remote_dispatch(artifact, shards)
+        connect(artifact, shards)
 
 
-def test_a_caller_that_gives_up_takes_its_call_back(artifact: Artifact) -> None:
+def test_a_caller_that_gives_up_takes_its_call_back(connect: Connect, artifact: Artifact) -> None:
     """1. Half of a row's experts are local, and fail; the node has the other half and sits on it.
     2. The node gets a Cancel, so the connection serves on."""
     calls: list[int] = []
@@ -305,7 +323,7 @@ def test_a_caller_that_gives_up_takes_its_call_back(artifact: Artifact) -> None:
     with served(node) as shards:
         endpoint = shards.partition("=")[2]
         mixed = f"0-1={endpoint},2-{NUM_EXPERTS - 1}=local"
-        with closing(open_remote_dispatch(artifact, mixed)) as dispatch:
+        with closing(connect(artifact, mixed)) as dispatch:
             rows = ops.quantise_rows(
                 artifact.scheme(0), np.ones((1, artifact.spec.model_dim), np.float32)
             )
@@ -318,9 +336,9 @@ def test_a_caller_that_gives_up_takes_its_call_back(artifact: Artifact) -> None:
 
 
 def test_a_slice_cannot_compute_locally_what_it_does_not_hold(
-    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+    connect: Connect, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = {layer: range(8) for layer in range(artifact.spec.num_layers)}
     monkeypatch.setattr(type(artifact), "owned_experts", held)
     with pytest.raises(errors.ShardMapError, match="a slice without experts 8-15 of layer 0"):
-        open_remote_dispatch(artifact, f"0-{NUM_EXPERTS - 1}=local")
+        connect(artifact, f"0-{NUM_EXPERTS - 1}=local")

@@ -1,9 +1,14 @@
-"""Nodes that die, hang, are missing or are the wrong ones: a clear error, never a wrong token."""
+"""Nodes that die, hang, are missing or are the wrong ones: a clear error, never a wrong token.
 
+Every test runs in all four pairings of transports.
+"""
+
+import itertools
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +19,13 @@ from coordinator.node_link import channel_options
 from shoal import errors, ops
 from shoal.artifact import Artifact
 from shoal.router import RoutingPlan
+from shoal.transport import Transport
 from support.cluster import Cluster, freeze, kill, thaw
 from support.tiny_model import make_tiny_artifact
 
 pytestmark = pytest.mark.processes
+KINDS = (Transport.FAST, Transport.GRPCIO)
+Connect = Callable[..., RemoteDispatch]
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +38,22 @@ def artifact(path: Path) -> Artifact:
     return Artifact.open(path)
 
 
+@pytest.fixture(params=list(itertools.product(KINDS, KINDS)), ids="-".join)
+def pairing(request: pytest.FixtureRequest) -> tuple[Transport, Transport]:
+    """Of the coordinator and of the nodes."""
+    coordinator, nodes = request.param
+    return coordinator, nodes
+
+
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    with Cluster() as cluster:
+def cluster(pairing: tuple[Transport, Transport]) -> Iterator[Cluster]:
+    with Cluster(pairing[1]) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def connect(pairing: tuple[Transport, Transport]) -> Connect:
+    return partial(open_remote_dispatch, transport=pairing[0])
 
 
 def start_layer(dispatch: RemoteDispatch, artifact: Artifact, layer: int = 0) -> PendingSums:
@@ -44,11 +64,11 @@ def start_layer(dispatch: RemoteDispatch, artifact: Artifact, layer: int = 0) ->
 
 
 def assert_refused(
-    artifact: Artifact, shards: str, error: type[errors.ShoalError], *words: str
+    connect: Connect, artifact: Artifact, shards: str, error: type[errors.ShoalError], *words: str
 ) -> None:
     """Check that connecting fails with exactly that error, whose message has those words."""
     with pytest.raises(error) as caught:
-        open_remote_dispatch(artifact, shards, ready_timeout_s=1).close()
+        connect(artifact, shards, ready_timeout_s=1).close()
     assert type(caught.value) is error
     for word in words:
         assert word in str(caught.value)
@@ -62,7 +82,7 @@ def free_port() -> int:
 
 
 def test_a_node_killed_mid_call_is_unreachable_within_two_seconds(
-    cluster: Cluster, path: Path, artifact: Artifact
+    connect: Connect, cluster: Cluster, path: Path, artifact: Artifact
 ) -> None:
     """1. Both nodes are open. 2. Node b freezes, and a call goes out to both. 3. b is killed.
     4. The call fails with NodeUnreachable; had nobody noticed for 2 s, it would be CallTimeout.
@@ -70,7 +90,7 @@ def test_a_node_killed_mid_call_is_unreachable_within_two_seconds(
     """
     a, b = cluster.node(path), cluster.node(path)
     shards = f"0-7={a.endpoint},8-15={b.endpoint}"
-    with closing(open_remote_dispatch(artifact, shards, call_timeout_s=2.0)) as dispatch:
+    with closing(connect(artifact, shards, call_timeout_s=2.0)) as dispatch:
         start_layer(dispatch, artifact).wait()
         freeze(b)
         pending = start_layer(dispatch, artifact)
@@ -81,14 +101,14 @@ def test_a_node_killed_mid_call_is_unreachable_within_two_seconds(
 
 
 def test_a_hung_node_ends_the_call_after_the_call_timeout(
-    cluster: Cluster, path: Path, artifact: Artifact
+    connect: Connect, cluster: Cluster, path: Path, artifact: Artifact
 ) -> None:
     """1. Node b freezes. 2. A call times out, naming b. 3. b goes on; its late answer is dropped.
     4. The next call gets its own answer.
     """
     a, b = cluster.node(path), cluster.node(path)
     shards = f"0-7={a.endpoint},8-15={b.endpoint}"
-    with closing(open_remote_dispatch(artifact, shards, call_timeout_s=1.0)) as dispatch:
+    with closing(connect(artifact, shards, call_timeout_s=1.0)) as dispatch:
         before = [start_layer(dispatch, artifact, layer).wait() for layer in (0, 1)]
         freeze(b)
         pending = start_layer(dispatch, artifact, 0)
@@ -109,14 +129,14 @@ def test_a_hang_is_found_by_the_call_timeout_and_not_by_grpcs_ping() -> None:
 
 
 def test_a_node_that_drains_finishes_the_call_and_takes_no_new_one(
-    cluster: Cluster, path: Path, artifact: Artifact
+    connect: Connect, cluster: Cluster, path: Path, artifact: Artifact
 ) -> None:
     """1. Node b freezes with a call on its way to it. 2. It is told to leave, and goes on.
     3. The call ends (answered, or refused as draining). 4. The next one fails by name.
     """
     a, b = cluster.node(path), cluster.node(path)
     shards = f"0-7={a.endpoint},8-15={b.endpoint}"
-    with closing(open_remote_dispatch(artifact, shards)) as dispatch:
+    with closing(connect(artifact, shards)) as dispatch:
         expected = start_layer(dispatch, artifact).wait()
         freeze(b)
         pending = start_layer(dispatch, artifact)
@@ -132,9 +152,10 @@ def test_a_node_that_drains_finishes_the_call_and_takes_no_new_one(
         assert b.exit_status == 0
 
 
-def test_a_node_down_at_start_is_named(artifact: Artifact) -> None:
+def test_a_node_down_at_start_is_named(connect: Connect, artifact: Artifact) -> None:
     port = free_port()
     assert_refused(
+        connect,
         artifact,
         f"0-15=grpc://127.0.0.1:{port}",
         errors.NodeUnreachable,
@@ -142,38 +163,56 @@ def test_a_node_down_at_start_is_named(artifact: Artifact) -> None:
         "Connection refused",
         "shoal node",
     )
-    assert_refused(artifact, "0-15=unix:///nowhere.sock", errors.NodeUnreachable, "unix:///nowhere")
-
-
-def test_every_node_that_is_down_is_named(cluster: Cluster, path: Path, artifact: Artifact) -> None:
-    up = cluster.node(path).endpoint
-    ports = free_port(), free_port()
-    shards = f"0-3={up},4-7=grpc://127.0.0.1:{ports[0]},8-15=grpc://127.0.0.1:{ports[1]}"
-    assert_refused(artifact, shards, errors.NodeUnreachable, f":{ports[0]} is", f":{ports[1]} is")
-
-
-def test_a_node_frozen_at_start_is_named(cluster: Cluster, path: Path, artifact: Artifact) -> None:
-    node = cluster.node(path)
-    freeze(node)
     assert_refused(
-        artifact, f"0-15={node.endpoint}", errors.NodeUnreachable, node.endpoint, "no answer"
+        connect, artifact, "0-15=unix:///nowhere.sock", errors.NodeUnreachable, "unix:///nowhere"
     )
 
 
-def test_something_that_is_no_node_is_named(artifact: Artifact) -> None:
+def test_every_node_that_is_down_is_named(
+    connect: Connect, cluster: Cluster, path: Path, artifact: Artifact
+) -> None:
+    up = cluster.node(path).endpoint
+    ports = free_port(), free_port()
+    shards = f"0-3={up},4-7=grpc://127.0.0.1:{ports[0]},8-15=grpc://127.0.0.1:{ports[1]}"
+    assert_refused(
+        connect, artifact, shards, errors.NodeUnreachable, f":{ports[0]} is", f":{ports[1]} is"
+    )
+
+
+def test_a_node_frozen_at_start_is_named(
+    connect: Connect, cluster: Cluster, path: Path, artifact: Artifact
+) -> None:
+    node = cluster.node(path)
+    freeze(node)
+    assert_refused(
+        connect,
+        artifact,
+        f"0-15={node.endpoint}",
+        errors.NodeUnreachable,
+        node.endpoint,
+        "no answer",
+    )
+
+
+def test_something_that_is_no_node_is_named(connect: Connect, artifact: Artifact) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         assert_refused(
-            artifact, f"0-15=grpc://127.0.0.1:{port}", errors.NodeUnreachable, f"127.0.0.1:{port}"
+            connect,
+            artifact,
+            f"0-15=grpc://127.0.0.1:{port}",
+            errors.NodeUnreachable,
+            f"127.0.0.1:{port}",
         )
 
 
 def test_a_node_of_another_model_is_refused(
-    cluster: Cluster, artifact: Artifact, tmp_path: Path
+    connect: Connect, cluster: Cluster, artifact: Artifact, tmp_path: Path
 ) -> None:
     other = make_tiny_artifact(tmp_path, "qwen3_moe", "q8_0", seed=1, name="other")
     node = cluster.node(other)
     assert_refused(
+        connect,
         artifact,
         f"0-15={node.endpoint}",
         errors.NodeMismatch,
@@ -186,10 +225,11 @@ def test_a_node_of_another_model_is_refused(
 
 
 def test_a_node_that_lacks_part_of_its_range_is_refused(
-    cluster: Cluster, path: Path, artifact: Artifact
+    connect: Connect, cluster: Cluster, path: Path, artifact: Artifact
 ) -> None:
     node = cluster.node(path, experts="0-11", layers="0-1")
     assert_refused(
+        connect,
         artifact,
         f"0-7=local,8-15={node.endpoint}",
         errors.NodeMismatch,
@@ -198,8 +238,11 @@ def test_a_node_that_lacks_part_of_its_range_is_refused(
     )
 
 
-def test_a_gapped_map_is_refused_before_any_connection(artifact: Artifact) -> None:
+def test_a_gapped_map_is_refused_before_any_connection(
+    connect: Connect, artifact: Artifact
+) -> None:
     assert_refused(
+        connect,
         artifact,
         "0-7=grpc://127.0.0.1:1,9-15=grpc://127.0.0.1:1",
         errors.ShardMapError,
@@ -207,5 +250,7 @@ def test_a_gapped_map_is_refused_before_any_connection(artifact: Artifact) -> No
     )
 
 
-def test_a_map_file_that_is_not_there_is_named(artifact: Artifact) -> None:
-    assert_refused(artifact, "@nowhere.toml", errors.ShardMapError, "nowhere.toml", "No such file")
+def test_a_map_file_that_is_not_there_is_named(connect: Connect, artifact: Artifact) -> None:
+    assert_refused(
+        connect, artifact, "@nowhere.toml", errors.ShardMapError, "nowhere.toml", "No such file"
+    )

@@ -1,4 +1,7 @@
-"""A real expert node process: what it answers, refuses, survives, and how it leaves."""
+"""A real expert node process: what it answers, refuses, survives, and how it leaves.
+
+The other end is unmodified grpcio; the node's is each transport in turn.
+"""
 
 import signal
 import socket
@@ -38,8 +41,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_artifact(tmp_path_factory.mktemp("model"), quant="q8_0")
 
 
+@pytest.fixture(scope="module", params=["fast", "grpcio"], autouse=True)
+def transport(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_TRANSPORT", request.param)  # the nodes inherit it
+        yield
+
+
 @pytest.fixture(scope="module")
-def node(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
+def node(
+    transport: None, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningNode]:
     """One node for every test that leaves it alive. It lacks the last expert."""
     last = Artifact.open(model).owned_experts[1][-1]
     log = tmp_path_factory.mktemp("node") / "log"

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from client.node_process import NodeProcess, stop_all
+from shoal.transport import Transport
 
 READY_TIMEOUT_S = 60.0  # a busy machine; a node that fails ends the wait at once
 
@@ -22,7 +23,8 @@ READY_TIMEOUT_S = 60.0  # a busy machine; a node that fails ends the wait at onc
 class Cluster:
     """Nodes of one test. Leaving the `with` block ends them, whatever state they are in."""
 
-    def __init__(self) -> None:
+    def __init__(self, transport: Transport = Transport.AUTO) -> None:
+        self._transport = transport
         # Not pytest's folder: the path of a Unix socket has at most 103 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="shoal-"))
         self._nodes: list[NodeProcess] = []
@@ -67,6 +69,7 @@ class Cluster:
         arguments = [str(model), "--listen", listen, "--warmup", "--threads", str(threads)]
         arguments += ["--experts", experts] if experts is not None else []
         arguments += ["--layers", layers] if layers is not None else []
+        arguments += ["--transport", self._transport]
         environment = {} if isa is None else {"SHOAL_ISA": isa}
         node = NodeProcess(
             f"test node {number}",
