@@ -1,6 +1,8 @@
 """What a fan-out costs per layer beyond computing: encode, two hops each way, decode, add.
 
-python bench/bench_dispatch.py [--nodes 2] [--rows 1,8,64,512]
+python bench/bench_dispatch.py [--nodes 2] [--rows 1,8,64,512] [--transports fast,grpcio]
+
+Transports take turns, ROUNDS times; the row of medians is printed.
 
 The model has Qwen3-30B-A3B's width and experts so narrow that computing them is next to nothing:
 what remains is the wire. `beyond compute` is the latency less the slowest node's own compute time.
@@ -8,7 +10,9 @@ what remains is the wire. `beyond compute` is the latency less the slowest node'
 
 import argparse
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -21,9 +25,10 @@ from coordinator.expert_dispatch import ExpertDispatch, open_remote_dispatch
 from shoal import ops
 from shoal.artifact import Artifact
 from shoal.router import RoutingPlan
+from shoal.transport import Transport
 
 NARROW = Geometry(layers=1, ffn_dim=32, experts=16, vocab=512)
-WARM_UP, FANOUTS = 50, 400
+WARM_UP, FANOUTS, ROUNDS = 50, 200, 5
 
 
 def plan_of(num_rows: int, rng: np.random.Generator) -> RoutingPlan:
@@ -57,31 +62,46 @@ def measure(dispatch: ExpertDispatch, scheme: Any, num_rows: int) -> Row:
     }
 
 
+def take_turns(dispatches: dict[str, ExpertDispatch], scheme: Any, num_rows: int) -> list[Row]:
+    """Return each transport's medians over ROUNDS turns."""
+    turns: dict[str, list[Row]] = {name: [] for name in dispatches}
+    for _ in range(ROUNDS):
+        for name, dispatch in dispatches.items():
+            turns[name].append(measure(dispatch, scheme, num_rows))
+    return [
+        {"transport": name, **{key: median(row[key] for row in rows) for key in rows[0]}}
+        for name, rows in turns.items()
+    ]
+
+
 def main() -> None:
     """Measure every number of rows asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--rows", default="1,8,64,512")
+    parser.add_argument("--transports", default="fast,grpcio", help="of both ends")
     chosen = parser.parse_args()
     _, path = make(ROOT / "build" / "bench", "narrow-experts", NARROW, "q4_0", 0)
     artifact = Artifact.open(path)
-    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch:
-        setup = start_nodes(path, artifact, chosen.nodes, Path(scratch))
-        assert setup.shard_map is not None
-        try:
-            dispatch = open_remote_dispatch(artifact, setup.shard_map)
-            try:
-                wanted = map(int, chosen.rows.split(","))
-                rows = [measure(dispatch, artifact.scheme(0), num_rows) for num_rows in wanted]
-            finally:
-                dispatch.close()
-        finally:
-            stop_all(setup.nodes)
+    dispatches: dict[str, ExpertDispatch] = {}
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch, ExitStack() as stack:
+        for name in chosen.transports.split(","):
+            transport = Transport(name)
+            setup = start_nodes(path, artifact, chosen.nodes, Path(scratch), transport)
+            stack.callback(stop_all, setup.nodes)
+            assert setup.shard_map is not None
+            dispatch = open_remote_dispatch(artifact, setup.shard_map, transport=transport)
+            stack.callback(dispatch.close)
+            dispatches[name] = dispatch
+        rows: list[Row] = []
+        for num_rows in map(int, chosen.rows.split(",")):
+            rows += take_turns(dispatches, artifact.scheme(0), num_rows)
     show(
         f"Fan-out of one layer to {chosen.nodes} nodes on loopback, D = {NARROW.dim}",
         rows,
         {
-            "rows": lambda r: str(r["rows"]),
+            "transport": lambda r: str(r["transport"]),
+            "rows": lambda r: f"{r['rows']:.0f}",
             "p50 us": lambda r: f"{r['latency_p50_us']:.0f}",
             "p99 us": lambda r: f"{r['latency_p99_us']:.0f}",
             "beyond compute p50 us": lambda r: f"{r['beyond_compute_p50_us']:.0f}",

@@ -6,6 +6,7 @@ from pathlib import Path
 from client.node_process import NodeProcess, stop_all
 from client.up import even_ranges
 from shoal.artifact import Artifact
+from shoal.transport import Transport
 
 READY_TIMEOUT_S = 600.0
 
@@ -19,7 +20,13 @@ class Setup:
     nodes: tuple[NodeProcess, ...]
 
 
-def start_nodes(model: Path, artifact: Artifact, count: int, folder: Path) -> Setup:
+def start_nodes(
+    model: Path,
+    artifact: Artifact,
+    count: int,
+    folder: Path,
+    transport: Transport = Transport.AUTO,
+) -> Setup:
     """Start nodes with even ranges of the experts, one thread each, warm."""
     router = next(layer.router for layer in artifact.spec.layers if layer.router is not None)
     ranges = even_ranges(router.num_experts, count)
@@ -27,7 +34,9 @@ def start_nodes(model: Path, artifact: Artifact, count: int, folder: Path) -> Se
     try:
         for i, experts in enumerate(ranges):
             flags = ["--experts", experts, "--listen", "127.0.0.1:0", "--threads", "1", "--warmup"]
-            nodes.append(NodeProcess(f"node {i}", [str(model), *flags], folder / f"node-{i}.log"))
+            flags += ["--transport", transport]
+            log = folder / f"node-{transport}-{i}.log"
+            nodes.append(NodeProcess(f"node {i}", [str(model), *flags], log))
         for node in nodes:
             node.wait_ready(READY_TIMEOUT_S)
     except BaseException:
