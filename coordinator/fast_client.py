@@ -278,18 +278,26 @@ class FastClient:
     def _serve(self) -> None:
         """The thread of our own: leads where nobody waits."""
         with self._lock:
-            while self._is_open:
-                self._idle.wait(TICK_S)
-                if not self._is_led and self._is_open:
-                    self._is_led = True
-                    try:
-                        self._turn(0)
-                    finally:
-                        self._is_led = False
-                    if self._has_large_work():
-                        self._lead(self._has_large_work)
-                    if self._num_following:
-                        self._led.notify_all()
+            try:
+                while self._is_open:
+                    self._idle.wait(TICK_S)
+                    if not self._is_led and self._is_open:
+                        self._take_a_turn()
+            finally:  # closed, or a bug, which must leave nobody waiting
+                self._is_open = False
+                self._in_flight.end_all()
+                self._led.notify_all()
+
+    def _take_a_turn(self) -> None:
+        self._is_led = True
+        try:
+            self._turn(0)
+        finally:
+            self._is_led = False
+        if self._has_large_work():
+            self._lead(self._has_large_work)
+        if self._num_following:
+            self._led.notify_all()
 
 
 def _on_grpc_loop(work: Coroutine[Any, Any, _T]) -> _T:

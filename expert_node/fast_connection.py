@@ -1,7 +1,6 @@
 """One connection of the fast server: bytes to calls of the service's methods, and back."""
 
 import asyncio
-import contextlib
 import socket
 import time
 from collections import deque
@@ -318,7 +317,6 @@ class FastConnection(asyncio.Protocol):
 
     def _abort_if_silent(self, heard_s: float) -> None:
         if self._heard_s == heard_s:
-            with contextlib.suppress(AttributeError):
-                self.abort()
+            self.abort()
         else:
             self._check_alive()

@@ -12,6 +12,7 @@ from expert_node.config import ListenAddress
 from expert_node.fast_connection import FastConnection
 from expert_node.lifecycle import Health
 from expert_node.service import ExpertService
+from shoal import limits
 from shoal.log import get_logger
 
 BACKLOG = 128
@@ -64,6 +65,9 @@ class FastServer:
     def _joined(self, connection: FastConnection) -> None:
         self._connections.add(connection)
         self._all_gone.clear()
+        if len(self._connections) > limits.MAX_CONNECTIONS:
+            _log.warning("too many connections", limit=limits.MAX_CONNECTIONS)
+            connection.abort()
 
     def _left(self, connection: FastConnection) -> None:
         self._connections.discard(connection)

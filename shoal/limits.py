@@ -25,6 +25,7 @@ MAX_H2_CONTINUATIONS = 16  # frames of one header block
 MAX_H2_SETTINGS = 64  # in one frame; ten are known
 MAX_H2_STREAMS = 256  # of one connection at a time
 MAX_H2_QUEUED_FRAMES = 65_536  # towards a peer that does not read: then the connection ends
+MAX_CONNECTIONS = 1024  # of a node at a time; a coordinator has two
 MAX_H2_CONTROL_FRAMES = 2000  # in one burst (shoal/http2/flood.py says what earns more)
 DRAIN_TIMEOUT_S = 25.0  # Kubernetes kills 30 s after SIGTERM by default
 PROGRESS_INTERVAL_S = 0.025  # while a node holds a call: silence then means that it is lost

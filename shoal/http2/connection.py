@@ -121,7 +121,8 @@ class Connection:
             self._send_window -= size
             stream.send_window -= size
             return
-        if self._num_queued >= limits.MAX_H2_QUEUED_FRAMES:
+        # Only a node's answers can pile up so: what a coordinator sends is bounded by its credit.
+        if self._num_queued >= limits.MAX_H2_QUEUED_FRAMES and not self._is_client:
             raise self._broken(Code.ENHANCE_YOUR_CALM, "the peer does not read its answers")
         self._num_queued += 1
         self._unread_bytes += size

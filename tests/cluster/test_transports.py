@@ -1,8 +1,10 @@
 """Both transports on both ends: the same sums, the same failures, nothing left behind."""
 
 import itertools
+import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -13,13 +15,17 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from coordinator.dispatch import Lane
 from coordinator.expert_dispatch import PendingSums, RemoteDispatch, open_remote_dispatch
-from shoal import errors, ops
+from coordinator.fast_lane import FastLane
+from coordinator.node_link import Greeting
+from shoal import errors, numerics, ops
 from shoal.artifact import Artifact
 from shoal.http2 import frames, grpc_headers
 from shoal.http2.connection import Connection
 from shoal.http2.frames import Kind
 from shoal.router import RoutingPlan
+from shoal.shard_map import Endpoint, EndpointKind
 from shoal.transport import Transport
 from support.cluster import Cluster
 from support.expert_node import connection
@@ -126,6 +132,25 @@ def test_nothing_is_left_behind(fast_node: str, artifact: Artifact) -> None:
         dispatch.close()  # again
         with pytest.raises(errors.NodeUnreachable, match="are closed"):
             start(dispatch, artifact, 0, 1).wait()
+
+
+def test_a_silent_peer_is_asked_for_a_sign_of_life_and_then_given_up(
+    fast_node: str, artifact: Artifact
+) -> None:
+    """1. The node answers a PING. 2. One whose answer is not heard within the call timeout and 2 s
+    is lost."""
+    endpoint = Endpoint(EndpointKind.GRPC, fast_node.removeprefix("grpc://"))
+    with closing(FastLane(endpoint, Lane.INTERACTIVE, call_timeout_s=30.0)) as lane:
+        lane.open(Greeting(artifact.identity, numerics.NUMERICS, bytes(16)), 0)
+        lane.tick(time.monotonic() + 11)
+        lane.flush()
+        select.select([lane], [], [], 20)
+        assert list(lane.receive(memoryview(bytearray(4096)))) == []
+        lane.tick(time.monotonic() + 9)  # heard of just now
+        lane.tick(time.monotonic() + 11)
+        lane.tick(time.monotonic() + 42)
+        with pytest.raises(errors.NodeUnreachable, match="no answer to a ping"):
+            lane.tick(time.monotonic() + 44)
 
 
 class Spoiler:
