@@ -228,7 +228,7 @@ class FastClient:
         except errors.NodeError as error:
             self._lose(node, error)
         else:
-            self._dirty.add((node, lane))  # it may have to acknowledge something
+            self._note_output((node, lane))
 
     def _tick(self, now_s: float) -> None:
         self._ticked_s = now_s
@@ -239,7 +239,11 @@ class FastClient:
             except errors.NodeError as error:
                 self._lose(node, error)
             else:
-                self._dirty.add((node, lane))
+                self._note_output((node, lane))
+
+    def _note_output(self, key: tuple[int, Lane]) -> None:
+        if self._lanes[key].has_output:  # acknowledgements, windows, a ping
+            self._dirty.add(key)
 
     def _flush_dirty(self) -> None:
         while self._dirty:  # a node that is lost frees credit, and so more frames

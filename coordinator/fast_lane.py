@@ -87,6 +87,11 @@ class FastLane:
         return self._socket.fileno()
 
     @property
+    def has_output(self) -> bool:
+        """Whether there is something to `flush` that the socket has not been offered."""
+        return self._connection.has_output
+
+    @property
     def has_unwritten(self) -> bool:
         """Whether the socket took less than there was."""
         return bool(self._unwritten)

@@ -80,6 +80,11 @@ class Connection:
 
     # What the shell asks for.
 
+    @property
+    def has_output(self) -> bool:
+        """Whether `take_output` has something to give."""
+        return bool(self._output)
+
     def take_output(self) -> bytes:
         """Return the bytes to write, once."""
         output, self._output = self._output, []

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import hpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal import limits
@@ -63,7 +63,7 @@ def payloads(events: list[Event]) -> list[bytes]:
     return [event.payload for event in events if isinstance(event, MessageReceived)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     sizes=st.lists(
         st.one_of(st.integers(0, 40), st.sampled_from([16_379, 16_380, 70_000, 1_100_000])),
@@ -298,7 +298,7 @@ frame_strategy = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     is_client=st.booleans(),
     is_started=st.booleans(),
@@ -325,6 +325,7 @@ def test_whatever_arrives_only_our_own_error_leaves(
         assert bytes([Kind.GOAWAY]) in end.take_output() and str(error)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.binary(max_size=20), st.binary(max_size=40), max_size=6), st.binary())
 def test_whatever_headers_say_they_have_a_status_or_none(
     fields: dict[bytes, bytes], value: bytes
