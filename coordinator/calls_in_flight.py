@@ -98,6 +98,7 @@ class CallsInFlight:
         self._call_timeout_s = call_timeout_s
         self._send = send
         self._dispatcher = Dispatcher()
+        self.num_ended = 0  # fan-outs, so far
         self._fanouts: dict[int, Fanout] = {}
         self._calls: dict[int, tuple[Fanout, OutgoingCall]] = {}
 
@@ -204,6 +205,7 @@ class CallsInFlight:
         fanout.bytes_down += num_bytes
 
     def _end(self, fanout_id: int, error: errors.ShoalError | None) -> None:
+        self.num_ended += 1
         self._forget(fanout_id).end(error)
 
     def _forget(self, fanout_id: int) -> Fanout:

@@ -59,6 +59,7 @@ class FastClient:
         self._led = threading.Condition(self._lock)  # the lead is free, or a fan-out has ended
         self._idle = threading.Condition(self._lock)  # the thread of our own sleeps here
         self._is_led = False
+        self._is_led_idly = False  # by the thread of our own
         self._num_following = 0
         self._is_open = False
         self._poll = select.poll()
@@ -166,8 +167,9 @@ class FastClient:
         self._is_led = True
         try:
             while is_wanted() and self._is_open:
+                num_ended = self._in_flight.num_ended
                 self._turn(TICK_S)
-                if self._num_following:
+                if self._num_following and num_ended != self._in_flight.num_ended:
                     self._led.notify_all()
         finally:
             self._is_led = False
@@ -177,6 +179,8 @@ class FastClient:
 
     def _follow(self) -> None:
         self._num_following += 1
+        if self._is_led_idly:
+            self._wake_leader()  # it leaves the lead to us
         try:
             self._led.wait()
         finally:
@@ -298,10 +302,14 @@ class FastClient:
             self._turn(0)
         finally:
             self._is_led = False
-        if self._has_large_work():
-            self._lead(self._has_large_work)
         if self._num_following:
             self._led.notify_all()
+        elif self._has_large_work():
+            self._is_led_idly = True
+            try:
+                self._lead(lambda: self._has_large_work() and not self._num_following)
+            finally:
+                self._is_led_idly = False
 
 
 def _on_grpc_loop(work: Coroutine[Any, Any, _T]) -> _T:
