@@ -25,6 +25,7 @@ from coordinator.node_client import ExpertClient, NodeClient
 from coordinator.node_link import Greeting
 from coordinator.placement import Placement
 from shoal import __version__, errors, limits, numerics, shard_map, wire
+from shoal.allocator import keep_freed_memory
 from shoal.artifact import Artifact
 from shoal.experts.call import ExpertCall
 from shoal.experts.executor import ExpertExecutor
@@ -144,6 +145,7 @@ def open_remote_dispatch(
         NodeError: a node is down, hangs, or is not what the map and the model need.
         ArtifactError: a `local` expert cannot be read.
     """
+    keep_freed_memory()
     placement = Placement(read_shard_map(moe_shards), artifact.spec)
     kinds = [endpoint.kind for endpoint in placement.endpoints]
     nodes = [i for i, kind in enumerate(kinds) if kind is not EndpointKind.LOCAL]

@@ -21,6 +21,7 @@ from expert_node.service import ExpertService
 from expert_node.session import NodeFacts
 from expert_node.worker import Worker
 from shoal import limits, numerics, ops, wire
+from shoal.allocator import keep_freed_memory
 from shoal.artifact import Artifact
 from shoal.errors import NodeError, UsageError
 from shoal.experts.executor import ExpertExecutor
@@ -61,6 +62,7 @@ class Ready:
 
 def run(config: NodeConfig, announce: Callable[[Ready], None]) -> None:
     """Serve until told to leave. Raises ShoalError where the node cannot start."""
+    keep_freed_memory()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(config, announce))
 
