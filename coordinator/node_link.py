@@ -182,8 +182,8 @@ def silent(node: str) -> errors.NodeUnreachable:
 
 def _error_of_status(node: str, error: grpc.aio.AioRpcError) -> errors.NodeError:
     if "execute_batch" in (error.debug_error_string() or ""):
-        # A write that crossed the node's end of the stream: grpc.aio reports itself (1.85.1).
-        return polite_end(node)
+        # A write met a stream that had ended, politely or not: grpc.aio reports itself (1.85.1).
+        return error_of_status(node, "UNAVAILABLE", "its stream ended during a write")
     # gRPC chains its layers' messages; of a broken connection the last one says why.
     details = error.details() or error.code().name
     if error.code() is grpc.StatusCode.UNAVAILABLE:
