@@ -69,6 +69,7 @@ class FastConnection(asyncio.Protocol):
         self._watches: dict[int, Callable[[], None]] = {}
         self._is_reading = False  # what is sent meanwhile goes out at once afterwards
         self._is_leaving = False
+        self._is_lingering = False  # our half is closed; what comes is discarded
         self._heard_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -85,6 +86,8 @@ class FastConnection(asyncio.Protocol):
         self._flush()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_lingering:
+            return
         self._heard_s = time.monotonic()
         self._is_reading = True
         try:
@@ -127,7 +130,7 @@ class FastConnection(asyncio.Protocol):
             self._finish(stream_id, Status.UNAVAILABLE, "the node is leaving")
         self._connection.go_away()
         self._flush()
-        self._close()
+        self._linger()
 
     def abort(self) -> None:
         """Close without sending what is queued."""
@@ -280,7 +283,7 @@ class FastConnection(asyncio.Protocol):
             self._service.end_session(execute.session_id)
 
     def _flush(self) -> None:
-        if self._transport is None:
+        if self._transport is None or self._is_lingering:
             return
         output = self._connection.take_output()
         if output and not self._transport.is_closing():
@@ -299,6 +302,19 @@ class FastConnection(asyncio.Protocol):
     def _close(self) -> None:
         if self._transport is not None:
             self._transport.close()
+
+    def _linger(self) -> None:
+        """Close our half; what still comes is discarded until the peer closes the other.
+
+        Closing with bytes unread resets the connection, and a reset takes answers with it that the
+        peer has not read yet. The server aborts who takes too long.
+        """
+        if self._transport is None or self._transport.is_closing():
+            return
+        self._is_lingering = True
+        if not self._transport.is_reading():
+            self._transport.resume_reading()
+        self._transport.write_eof()
 
     def _check_alive(self) -> None:
         """Close a peer that never spoke; ask a silent one for a sign of life."""
