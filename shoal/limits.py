@@ -35,6 +35,7 @@ KV_BLOCK_TOKENS = 64  # keys of a KV block: four lanes' worth, a quarter of a cu
 ATTENTION_CUT = 256  # keys: exactness rule 6
 MAX_MANIFEST_BYTES = 64 * MIB  # of an artifact; the largest model known needs 2 MiB
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
+MAX_TRACE_HEADER_BYTES = MIB  # of a routing trace: ten thousand segments
 MIN_GRID, MAX_GRID = -64, 96  # g of exactness rule 5: 2^g and 2^-g are normal float32
 
 assert ATTENTION_CUT % KV_BLOCK_TOKENS == 0, "a cut must be whole KV blocks"
