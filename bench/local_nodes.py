@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.node_process import NodeProcess, stop_all
-from client.up import even_ranges
+from client.shards import even_ranges
 from shoal.artifact import Artifact
 from shoal.transport import Transport
 

@@ -16,6 +16,7 @@ from shoal.errors import NodeError
 STOP_TIMEOUT_S = 8.0  # a node drains in less; then it is killed
 LOG_TAIL_LINES = 8
 POLL_S = 0.1
+OWNED = ("--json-ready", "--leave-with-stdin")
 
 
 class NodeProcess:
@@ -35,8 +36,8 @@ class NodeProcess:
         self._line = b""
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "expert_node", *arguments, "--json-ready"],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-P", "-m", "expert_node", *arguments, *OWNED],
+                stdin=subprocess.PIPE,  # closes when this process ends, however it ends
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, **(environment or {})},
@@ -98,8 +99,9 @@ class NodeProcess:
             except subprocess.TimeoutExpired:
                 self.send(signal.SIGKILL)
         self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
 
     def _read(self, stdout: IO[bytes]) -> None:
         data = os.read(stdout.fileno(), 65536)

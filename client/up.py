@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -19,6 +18,7 @@ import typer
 
 from client.examine import usable_cpus
 from client.node_process import NodeProcess, stop_all
+from client.shards import even_ranges, moe_shards, num_experts
 from shoal.errors import NodeError, UsageError
 
 WATCH_INTERVAL_S = 0.05
@@ -111,29 +111,13 @@ def up(
     raise typer.Exit(run_up(config, model))
 
 
-def even_ranges(num_experts: int, num_nodes: int) -> list[str]:
-    """Cut 0..num_experts-1 into consecutive ranges whose sizes differ by at most one.
-
-    Raises UsageError when there are fewer experts than nodes.
-    """
-    if num_nodes > num_experts:
-        raise UsageError(
-            f"--nodes {num_nodes}: the model has {num_experts} experts a layer, and every node "
-            "needs one at least"
-        )
-    cuts = [num_experts * node // num_nodes for node in range(num_nodes + 1)]
-    return [
-        str(first) if last == first + 1 else f"{first}-{last - 1}" for first, last in pairwise(cuts)
-    ]
-
-
 def run_up(config: UpConfig, typed_model: str) -> int:
     """Start, serve, stop; return the exit status.
 
     Raises:
         UsageError, ArtifactError: the model or a flag is wrong. NodeError: a node failed.
     """
-    ranges = even_ranges(_num_experts(config.model), config.num_nodes)
+    ranges = even_ranges(num_experts(config.model), config.num_nodes)
     if config.socket_dir is not None:
         config.socket_dir.mkdir(parents=True, exist_ok=True)
     log_folder = Path(tempfile.mkdtemp(prefix="shoal-up-"))
@@ -153,30 +137,12 @@ def _serve(config: UpConfig, typed_model: str, ranges: Sequence[str], log_folder
         for node in nodes:
             if not node.wait_ready(config.ready_timeout_s, stopping.is_set):
                 return 0
-        shards = ",".join(
-            f"{experts}={node.endpoint}" for experts, node in zip(ranges, nodes, strict=True)
-        )
+        shards = moe_shards(ranges, [node.endpoint for node in nodes])
         _announce(typed_model, shards, ranges, nodes)
         if config.command:
             return _run_command(config.command, shards, nodes, stopping)
         _watch(nodes, stopping)
     return 0
-
-
-def _num_experts(model: Path) -> int:
-    from shoal.artifact import Artifact
-
-    artifact = Artifact.open(model)
-    layers = artifact.manifest.experts
-    if not layers:
-        raise UsageError(f"{model} has no experts: `shoal run` needs no nodes for it")
-    for layer in layers:
-        if layer.num_present < layer.num_experts:
-            raise UsageError(
-                f"{model} is a slice without all experts of layer {layer.layer}: "
-                "`shoal up` needs the whole artifact"
-            )
-    return max(layer.num_experts for layer in layers)
 
 
 @contextmanager

@@ -121,6 +121,8 @@ class Node:
         node = cls(config, artifact, store, _facts(artifact, ownership))
         if handle_signals:
             node.stop_signal.install(asyncio.get_running_loop())
+        if config.leave_with_stdin:
+            node.stop_signal.install_on_stdin(asyncio.get_running_loop())
         if not config.listen.is_local:
             _log.warning(
                 "INSECURE: no TLS, no token: whoever reaches this address can use the node",

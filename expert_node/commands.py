@@ -72,6 +72,13 @@ def node(
             help="who speaks gRPC's wire to coordinators: grpcio, or our own fast server (auto)",
         ),
     ] = Transport.AUTO,
+    leave_with_stdin: Annotated[
+        bool,
+        typer.Option(
+            "--leave-with-stdin",
+            help="drain when standard input closes: with whoever started this node and holds it",
+        ),
+    ] = False,
     json_ready: Annotated[
         bool,
         typer.Option(
@@ -120,6 +127,7 @@ def node(
             insecure=insecure,
             drain_timeout_s=drain_timeout,
             transport=transport,
+            leave_with_stdin=leave_with_stdin,
             log_calls=log_level is LogLevel.DEBUG,
         ),
         announce,

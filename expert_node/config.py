@@ -56,6 +56,7 @@ class NodeConfig:
     insecure: bool = False
     drain_timeout_s: float = limits.DRAIN_TIMEOUT_S
     transport: Transport = Transport.AUTO
+    leave_with_stdin: bool = False  # drain when it closes: with the process that started this one
     log_calls: bool = False  # a debug line for every call that was answered
 
     def __post_init__(self) -> None:

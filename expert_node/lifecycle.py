@@ -6,6 +6,7 @@ A second signal ends the process at once.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -69,6 +70,18 @@ class StopSignal:
         """Let SIGTERM and SIGINT set it; the second one exits at once."""
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+
+    def install_on_stdin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let the end of standard input set it: whoever held its other end is gone."""
+
+        def read() -> None:
+            with contextlib.suppress(BlockingIOError):
+                if os.read(0, 4096):
+                    return
+                loop.remove_reader(0)
+                self.set("standard input closed")
+
+        loop.add_reader(0, read)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self.is_set:

@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from client.up import PLACEHOLDER, even_ranges
+from client.shards import even_ranges
+from client.up import PLACEHOLDER
 from shoal.errors import UsageError
 from support.tiny_model import make_tiny_artifact
 
@@ -130,3 +131,14 @@ def test_wrong_flags_are_refused(path: Path, flags: list[str], words: str) -> No
     done = run_up(str(path), *flags)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
+
+
+@pytest.mark.processes
+def test_nodes_leave_when_what_started_them_is_killed(path: Path) -> None:
+    process, line = start_up(str(path), "--nodes", "2")
+    assert line.startswith("--moe-shards 0-7=grpc://"), line
+    nodes = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate(timeout=TIMEOUT_S)
+    _, alive = psutil.wait_procs(nodes, timeout=TIMEOUT_S)
+    assert len(nodes) == 2 and not alive
