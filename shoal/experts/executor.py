@@ -119,19 +119,34 @@ class ExpertExecutor:
         """Like `compute`, and tell how long it waited for experts."""
         facts = self._layers[call.layer]
         grouped = group_pairs(call)
-        with self._store.acquire(call.layer, grouped.experts) as lease:
-            try:
-                sums = ops.expert_sums(
-                    facts.layout,
-                    lease.weights,
-                    call.rows,
-                    grouped.pair_offsets,
-                    grouped.pair_rows,
-                    grouped.pair_weights,
-                    facts.grid,
-                    None,
-                )
-            except errors.NumericError as error:
-                message = f"experts of layer {call.layer}: {error}"
-                raise errors.NumericError(message, error.rows) from error
-            return Computed(sums, lease.load_s)
+        sums = np.zeros((call.rows.num_rows, self._dim), np.int64)
+        bad_rows: set[int] = set()
+        with self._store.acquire(call.layer, grouped.experts) as acquired:
+            for wave in acquired:
+                # Integers are added, so the order in which experts come does not show.
+                pairs = grouped.take(wave.positions)
+                try:
+                    ops.expert_sums(
+                        facts.layout,
+                        wave.weights,
+                        call.rows,
+                        pairs.pair_offsets,
+                        pairs.pair_rows,
+                        pairs.pair_weights,
+                        facts.grid,
+                        sums,
+                    )
+                except errors.NumericError as error:
+                    bad_rows.update(error.rows)
+            if bad_rows:
+                raise _numeric_error(call.layer, sorted(bad_rows))
+            return Computed(sums, acquired.load_s)
+
+
+def _numeric_error(layer: int, rows: list[int]) -> errors.NumericError:
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    return errors.NumericError(
+        f"experts of layer {layer}: an expert output that is not finite or beyond 2^44 quanta "
+        f"in row {shown}",
+        tuple(rows),
+    )

@@ -5,6 +5,7 @@ computed in floating point: weights are moved, and the sums over pairs are integ
 that this file gives the pairs never shows in a result.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,23 @@ class GroupedPairs:
     pair_offsets: NDArray[np.int32]
     pair_rows: NDArray[np.int32]
     pair_weights: NDArray[np.float32]
+
+    def take(self, positions: Sequence[int]) -> "GroupedPairs":
+        """Return the pairs of the experts at these positions, ascending."""
+        if len(positions) == len(self.experts):
+            return self
+        starts = self.pair_offsets[:-1][positions]
+        counts = self.pair_offsets[1:][positions] - starts
+        offsets = np.zeros(len(positions) + 1, np.int32)
+        np.cumsum(counts, out=offsets[1:])
+        # Pair p of the result is the (p - offsets[i])-th of its expert i.
+        pairs = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)
+        return GroupedPairs(
+            [self.experts[position] for position in positions],
+            offsets,
+            self.pair_rows[pairs],
+            self.pair_weights[pairs],
+        )
 
 
 def group_pairs(call: ExpertCall) -> GroupedPairs:

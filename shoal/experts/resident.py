@@ -6,7 +6,7 @@ the manifest's hash; nothing is parsed or copied. An expert that fails its check
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,9 @@ from numpy.typing import NDArray
 from shoal import ops
 from shoal.artifact.reader import ExpertLocation, read_checked
 from shoal.experts.ownership import Ownership
+from shoal.experts.store import ExpertFiles, WarmUpProgress, Wave
 
 WARM_UP_READERS = 4  # reads in flight: enough to keep an NVMe drive busy while others are hashed
-_RELEASED: list[NDArray[np.uint8]] = []
-
-
-class ExpertFiles(Protocol):
-    """What a store asks of an artifact."""
-
-    def expert_layout(self, layer: int) -> ops.ExpertLayout: ...
-    def expert_location(self, layer: int, index: int) -> ExpertLocation: ...
 
 
 class ReadExpert(Protocol):
@@ -39,17 +32,6 @@ class ReadExpert(Protocol):
     ) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class WarmUpProgress:
-    """How far a warm-up has come."""
-
-    num_experts: int
-    total_experts: int
-    num_bytes: int
-    total_bytes: int
-    elapsed_s: float
-
-
 @dataclass(slots=True)
 class _Slot:
     location: ExpertLocation
@@ -58,14 +40,21 @@ class _Slot:
     is_loading: bool = False
 
 
-class ResidentLease:
-    """Experts of a store that never evicts: there is nothing to release."""
+class ResidentAcquisition:
+    """Experts of a store that never evicts: one wave, and nothing to release."""
 
-    __slots__ = ("load_s", "weights")
+    __slots__ = ("_weights", "is_whole", "load_s")
 
     def __init__(self, weights: list[NDArray[np.uint8]], load_s: float) -> None:
-        self.weights = weights
+        self._weights = weights
+        self.is_whole = True
         self.load_s = load_s
+
+    def abandon(self, error: BaseException) -> None:
+        """There is no wait to end."""
+
+    def __iter__(self) -> Iterator[Wave]:
+        yield Wave(range(len(self._weights)), self._weights)
 
     def __enter__(self) -> Self:
         return self
@@ -76,7 +65,7 @@ class ResidentLease:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.weights = _RELEASED
+        pass
 
 
 class ResidentStore:
@@ -112,17 +101,19 @@ class ResidentStore:
             self._slots[layer, index] = _Slot(location, memory, memory[: used[layer]])
             start += location.num_bytes
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> ResidentLease:
+    def acquire(self, layer: int, experts: Sequence[int]) -> ResidentAcquisition:
         """See `ExpertStore.acquire`."""
         try:
             ready = self._ready[layer]
-            return ResidentLease([ready[index] for index in experts], 0.0)
+            return ResidentAcquisition([ready[index] for index in experts], 0.0)
         except KeyError:
             self.ownership.check(layer, experts)
         began_s = time.perf_counter()
         self._load(layer, experts)
         ready = self._ready[layer]
-        return ResidentLease([ready[index] for index in experts], time.perf_counter() - began_s)
+        return ResidentAcquisition(
+            [ready[index] for index in experts], time.perf_counter() - began_s
+        )
 
     def is_resident(self, layer: int, experts: Sequence[int]) -> bool:
         """See `ExpertStore.is_resident`."""
@@ -153,7 +144,7 @@ class ResidentStore:
                 raise
 
     def close(self) -> None:
-        """Forget every expert; memory goes back when the last lease is gone."""
+        """Forget every expert; memory goes back when the last view is gone."""
         self._ready = {}
         self._slots = {}
         del self._arena

@@ -110,7 +110,8 @@ def test_concurrent_demands_for_one_expert_are_one_read(artifact: Artifact) -> N
         everybody_asked.wait()
         order = experts[rotation:] + experts[:rotation]
         with store.acquire(LAYER, order) as lease:
-            by_expert = dict(zip(order, lease.weights, strict=True))
+            [wave] = lease
+            by_expert = dict(zip(order, wave.weights, strict=True))
             return [by_expert[expert].tobytes() for expert in experts]
 
     with ThreadPoolExecutor(8) as threads:
@@ -135,7 +136,7 @@ def test_an_expert_is_not_resident_before_its_first_use(artifact: Artifact) -> N
 
 def test_weights_lie_aligned_where_the_kernels_want_them(artifact: Artifact) -> None:
     with whole_store(artifact).acquire(LAYER, artifact.owned_experts[LAYER]) as lease:
-        assert all(weights.ctypes.data % 4096 == 0 for weights in lease.weights)
+        assert all(weights.ctypes.data % 4096 == 0 for wave in lease for weights in wave.weights)
 
 
 def test_warm_up_reads_all_and_reports_each(artifact: Artifact) -> None:
@@ -192,7 +193,8 @@ def test_a_damaged_expert_is_never_given_out_and_is_tried_again(tmp_path: Path) 
     assert not store.is_resident(LAYER, [1])
     flip()
     with store.acquire(LAYER, [0, 1]) as lease:
-        assert lease.weights[1].any()
+        [wave] = lease
+        assert wave.weights[1].any()
 
 
 def test_a_call_that_does_not_fit_the_model_is_refused(artifact: Artifact) -> None:

@@ -1,0 +1,1 @@
+"""What an expert store keeps in memory: eviction policies and the cache that asks them."""
