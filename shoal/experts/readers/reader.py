@@ -134,7 +134,10 @@ class Reader(Protocol):
         ...
 
     def promote(self, tag: int) -> None:
-        """Turn a prefetch into a demand, behind the demands already queued; else nothing."""
+        """Turn a prefetch into a demand, behind the demands already queued; else nothing.
+
+        One that was cancelled before stays so: when its Done says ECANCELED, submit it again.
+        """
         ...
 
     def wait(self, timeout_s: float) -> list[Done]:
