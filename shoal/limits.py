@@ -36,6 +36,10 @@ ATTENTION_CUT = 256  # keys: exactness rule 6
 MAX_MANIFEST_BYTES = 64 * MIB  # of an artifact; the largest model known needs 2 MiB
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
 MAX_TRACE_HEADER_BYTES = MIB  # of a routing trace: ten thousand segments
+READ_ALIGNMENT = 4096  # of expert records and their places in memory: every known block size divides
+MAX_READ_QUEUE_DEPTH = 256  # chunks at the device: beyond, its own queue is longer than its speed
+MAX_READ_THREADS = 32  # of a reader without io_uring: more only wait for each other
+MAX_BOUNCE_BYTES = 64 * MIB  # of a reader's buffers for misaligned chunks: then reads are buffered
 MIN_GRID, MAX_GRID = -64, 96  # g of exactness rule 5: 2^g and 2^-g are normal float32
 
 assert ATTENTION_CUT % KV_BLOCK_TOKENS == 0, "a cut must be whole KV blocks"
