@@ -236,6 +236,16 @@ class ExpertStore(Protocol):
 
     def set_verify(self, verify: Verify) -> None: ...
 
+    def set_pace(
+        self, queue_depth: int | None, bytes_per_s: float | None, *, allows_prefetch: bool
+    ) -> None:
+        """Read with at most that many chunks at the device, and that many bytes a second.
+
+        None: what the store chose itself; no limit. Without `allows_prefetch`, `prefetch` starts
+        nothing. Holds for reads to come, also before the first.
+        """
+        ...
+
     def pin(self, keys: Collection[Key]) -> int:
         """Pin these and no others (see StoreOptions.pins). Returns how many can be pinned."""
         ...
