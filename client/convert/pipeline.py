@@ -1,7 +1,8 @@
 """Convert: plan every tensor, then stream them into the artifact, one expert at a time.
 
     open source -> family's spec -> formats -> FFN slices -> tensor plan -> dense.safetensors
-    -> experts/layer-NNN.safetensors (and the layer's grid) -> text files -> manifest
+    -> experts/layer-NNN.safetensors (and the layer's grid) -> pregate.safetensors -> text files
+    -> manifest
 
 Memory: one packed expert, a few MiB of rows in flight; the checkpoint is mapped, not read.
 """
@@ -15,7 +16,7 @@ import numpy as np
 from client.convert.formats import FormatChooser, down_format
 from client.convert.grid import GridProbe
 from client.convert.pack import pack_ffn, packed_rows
-from client.convert.source import U8, Source, SourceTensor, TextFiles
+from client.convert.source import F32, U8, Source, SourceTensor, TextFiles
 from client.convert.text_files import encode_generation_config
 from client.convert.transcode import Region
 from shoal import ops
@@ -32,6 +33,8 @@ from shoal.artifact import (
 from shoal.artifact.canonical import digest
 from shoal.artifact.layout import dense_header, expert_header
 from shoal.artifact.manifest import DENSE_FILE, PAGE, expert_file, slot_bytes
+from shoal.artifact.pregate import PregatePlan, plan_pregates
+from shoal.artifact.pregate_build import write_pregates
 from shoal.artifact.writer import ArtifactWriter, new_artifact
 from shoal.errors import CorruptArtifact, UnsupportedModel, UsageError
 from shoal.families import FfnRule, TensorRule, plan_tensors, slice_ffn
@@ -69,9 +72,15 @@ class ConvertPlan:
     notes: tuple[str, ...]
 
     @property
+    def pregates(self) -> tuple[PregatePlan, ...]:
+        schemes = {layer: weights.scheme for layer, weights in self.weights.items()}
+        return plan_pregates(self.spec, schemes)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of weights that will be written."""
         dense = sum(slot_bytes(slot, *self.dense_formats[slot.name]) for slot in self.slots)
+        dense += sum(plan.num_bytes for plan in self.pregates)
         return dense + sum(
             len(rules) * round_up(self.weights[layer].num_bytes, PAGE)
             for layer, rules in self.experts.items()
@@ -142,6 +151,7 @@ def convert(plan: ConvertPlan, out: Path, progress: Progress) -> tuple[Manifest,
         layers = tuple(
             _write_experts(plan, layer, writer, progress) for layer in sorted(plan.experts)
         )
+        pregates = write_pregates(plan.pregates, lambda name: _values(plan, name), writer, progress)
         files = tuple(_write_text(writer, name, data) for name, data in plan.texts.items())
         manifest = Manifest(
             spec=plan.spec,
@@ -151,6 +161,7 @@ def convert(plan: ConvertPlan, out: Path, progress: Progress) -> tuple[Manifest,
             has_dense=True,
             experts=layers,
             files=files,
+            pregates=pregates,
         )
         writer.finish(manifest)
     return manifest, writer.removed
@@ -287,6 +298,13 @@ def _write_experts(
         present=((0, len(rules) - 1),),
         offset=len(header),
     )
+
+
+def _values(plan: ConvertPlan, name: str) -> F32:
+    # A router [E, D] or a norm [1, D], as dense.safetensors has it.
+    source = plan.rules[name].source
+    region = Region(name, plan.source.tensors[source.tensor], source, Format.F32)
+    return region.values(0, region.num_rows)
 
 
 def _write_text(writer: ArtifactWriter, name: str, data: bytes) -> TextFile:

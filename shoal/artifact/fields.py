@@ -72,6 +72,10 @@ class Fields:
     def object(self, key: str) -> "Fields":
         return Fields(self.take(key), f"{self.where}.{key}")
 
+    def has(self, key: str) -> bool:
+        """Return whether a field is there that may be left out."""
+        return key in self._left
+
     def optional(self, key: str) -> bool:
         """Return whether the field holds a value; a null is taken away."""
         if key in self._left and self._left[key] is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from shoal.artifact.inventory import Kind, Slot
 from shoal.artifact.manifest import PAGE, ExpertLayer, Manifest, slot_bytes
+from shoal.artifact.pregate import PregatePlan
 from shoal.artifact.safetensors_header import build_header
 from shoal.quant import Format
 
@@ -27,6 +28,13 @@ def expert_header(indices: Iterable[int], expert_bytes: int) -> bytes:
     """Return the header of a layer's file that holds these experts."""
     return build_header(
         [(f"experts.{index}", "U8", (expert_bytes,), expert_bytes) for index in indices], PAGE
+    )
+
+
+def pregate_header(plans: Iterable[PregatePlan]) -> bytes:
+    """Return the header of pregate.safetensors."""
+    return build_header(
+        [(plan.name, "U8", (plan.num_bytes,), plan.num_bytes) for plan in plans], PAGE
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from shoal.artifact.canonical import JsonObject, MalformedJson, canonical_json, digest, parse_object
 from shoal.artifact.fields import Fields, check_hash
 from shoal.artifact.inventory import Kind, Slot, dense_slots
+from shoal.artifact.pregate import PregateEntry, pregate_to_json, pregates_from_json
 from shoal.artifact.spec_json import spec_from_json, spec_to_json
 from shoal.errors import CorruptArtifact, UnsupportedModel
 from shoal.limits import MAX_EXPERTS, MAX_GRID, MAX_LAYERS, MAX_MANIFEST_BYTES, MIN_GRID
@@ -126,6 +127,7 @@ class Manifest:
     has_dense: bool  # whether dense.safetensors is here
     experts: tuple[ExpertLayer, ...]  # ascending by layer, a layer with a router each
     files: tuple[TextFile, ...]
+    pregates: tuple[PregateEntry, ...] = ()  # empty: not here; not part of the identity
 
     @property
     def quantisation(self) -> str:
@@ -256,7 +258,7 @@ def _identity_object(manifest: Manifest) -> JsonObject:
 
 
 def _to_json(manifest: Manifest) -> JsonObject:
-    return {
+    value: JsonObject = {
         "format": "shoal",
         "format_version": FORMAT_VERSION,
         "identity": manifest.identity,
@@ -272,6 +274,9 @@ def _to_json(manifest: Manifest) -> JsonObject:
             for f in manifest.files
         ],
     }
+    if manifest.pregates:  # absent, not empty: manifests without them keep their bytes
+        value["pregate"] = [pregate_to_json(entry) for entry in manifest.pregates]
+    return value
 
 
 def _dense_to_json(tensor: DenseTensor) -> JsonObject:
@@ -327,6 +332,7 @@ def _from_json(value: JsonObject, where: str) -> Manifest:
     expected = [index for index, layer in enumerate(spec.layers) if layer.router is not None]
     if [layer.layer for layer in experts] != expected:
         raise fields.fail("experts", "must list each layer that has a router, once, in order")
+    schemes = {layer.layer: layer.weights.scheme for layer in experts}
     manifest = Manifest(
         spec=spec,
         source=fields.text("source"),
@@ -335,8 +341,11 @@ def _from_json(value: JsonObject, where: str) -> Manifest:
         has_dense=fields.boolean("has_dense"),
         experts=experts,
         files=tuple(_file(*item) for item in fields.items("files", len(TEXT_FILES))),
+        pregates=pregates_from_json(fields, spec, schemes),
     )
     fields.done()
+    if manifest.pregates and manifest.pregates[0].offset % PAGE:
+        raise fields.fail("pregate", f"the first offset is not a multiple of {PAGE}")
     if len({file.name for file in manifest.files}) != len(manifest.files):
         raise CorruptArtifact(f"{where}.files: a file is listed twice")
     return manifest

@@ -24,6 +24,7 @@ from shoal.artifact.manifest import (
     TextFile,
     decode_manifest,
 )
+from shoal.artifact.pregate import PREGATE_FILE, PregateEntry
 from shoal.errors import ArtifactError, CorruptArtifact, NotOwned
 from shoal.limits import MAX_MANIFEST_BYTES
 from shoal.model_spec import ModelSpec
@@ -105,6 +106,9 @@ class Artifact:
         for layer in self.manifest.experts:
             if layer.present:
                 sizes[layer.file] = layer.offset + layer.num_present * layer.expert_bytes
+        if self.manifest.pregates:
+            final = self.manifest.pregates[-1]
+            sizes[PREGATE_FILE] = final.offset + final.plan.num_bytes
         sizes.update({file.name: file.num_bytes for file in self.manifest.files if file.present})
         return sizes
 
@@ -138,6 +142,12 @@ class Artifact:
         tensor = self._dense[name]
         assert tensor.slot.kind is Kind.VECTOR, f"{name} is a {tensor.slot.kind}"
         return self._read_dense(tensor).view(np.float32)
+
+    def dense_values(self, name: str) -> F32:
+        """Read a vector [n], or a matrix [rows, cols] as float32. Raises as `matrix` does."""
+        if self._dense[name].slot.kind is Kind.VECTOR:
+            return self.vector(name)
+        return ops.unpack_matrix(self.matrix(name))
 
     def dense_ffn(self, name: str) -> tuple[ops.ExpertLayout, U8]:
         """Read a dense layer's FFN, packed as one expert. Raises as `matrix` does."""
@@ -181,6 +191,14 @@ class Artifact:
             where.path, where.offset, data, where.blake3, f"expert {index} of layer {layer}"
         )
         return data
+
+    def read_pregate(self, entry: PregateEntry) -> ops.Matrix:
+        """Read a pre-gate matrix, all parts in one. Raises CorruptArtifact naming it."""
+        plan = entry.plan
+        data = ops.aligned_empty(plan.num_bytes)
+        path = self.path / PREGATE_FILE
+        read_checked(path, entry.offset, data, entry.blake3, f"tensor {plan.name}")
+        return ops.Matrix(plan.format, plan.rows, plan.dim, data)
 
     @cached_property
     def tokenizer_path(self) -> Path:

@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal import ops
-from shoal.artifact.layout import manifest_dense_header, manifest_expert_header
+from shoal.artifact.layout import manifest_dense_header, manifest_expert_header, pregate_header
 from shoal.artifact.manifest import DENSE_FILE, ExpertLayer, Manifest, TextFile
+from shoal.artifact.pregate import PREGATE_FILE, PregateEntry, PregatePlan, plan_pregates
+from shoal.artifact.pregate_build import write_pregates
 from shoal.artifact.reader import Artifact, read_exact
 from shoal.artifact.writer import ArtifactWriter, FileWriter, new_artifact
 from shoal.errors import CorruptArtifact, UsageError
@@ -56,6 +58,7 @@ def node_part(
 def slice_bytes(artifact: Artifact, part: Part) -> int:
     """Return the bytes of weights that the slice will hold."""
     dense = sum(tensor.num_bytes for tensor in artifact.manifest.dense) if part.dense else 0
+    dense += sum(plan.num_bytes for plan in _pregates(artifact, part))
     return dense + sum(
         len(indices) * artifact.expert_layer(layer).expert_bytes
         for layer, indices in part.experts.items()
@@ -86,6 +89,7 @@ def write_slice(
                 _copy_experts(artifact, entry, part, writer, progress) for entry in source.experts
             ),
             files=tuple(_copy_text(artifact, file, part, writer) for file in source.files),
+            pregates=_write_pregates(artifact, part, writer, progress),
         )
         assert manifest.identity == source.identity, "a slice speaks of the same model"
         writer.finish(manifest)
@@ -141,6 +145,32 @@ def _copy_experts(
             _check(file, where.blake3, f"{where.path}: expert {index} of layer {entry.layer}")
             progress(buffer.nbytes)
     return replace(copied, offset=len(header))
+
+
+def _pregates(artifact: Artifact, part: Part) -> tuple[PregatePlan, ...]:
+    # A node's slice takes those that the source has, or can make: an older artifact has none.
+    if not part.experts or not (artifact.manifest.pregates or artifact.manifest.has_dense):
+        return ()
+    schemes = {layer.layer: layer.weights.scheme for layer in artifact.manifest.experts}
+    return plan_pregates(artifact.spec, schemes)
+
+
+def _write_pregates(
+    artifact: Artifact, part: Part, writer: ArtifactWriter, progress: Progress
+) -> tuple[PregateEntry, ...]:
+    plans = _pregates(artifact, part)
+    if not artifact.manifest.pregates:
+        return write_pregates(plans, artifact.dense_values, writer, progress)
+    if not plans:
+        return ()
+    source = artifact.manifest.pregates
+    with writer.file(PREGATE_FILE, pregate_header(plans)) as file:
+        file.take_hash()
+        for entry in source:
+            file.write(artifact.read_pregate(entry).data)
+            _check(file, entry.blake3, f"{artifact.path}: tensor {entry.plan.name}")
+            progress(entry.plan.num_bytes)
+    return source
 
 
 def _copy_text(artifact: Artifact, file: TextFile, part: Part, writer: ArtifactWriter) -> TextFile:

@@ -5,8 +5,9 @@ from functools import partial
 from pathlib import Path
 
 from shoal.artifact.canonical import digest
-from shoal.artifact.layout import manifest_dense_header, manifest_expert_header
+from shoal.artifact.layout import manifest_dense_header, manifest_expert_header, pregate_header
 from shoal.artifact.manifest import DENSE_FILE
+from shoal.artifact.pregate import PREGATE_FILE
 from shoal.artifact.reader import Artifact, check_hash, check_size
 from shoal.errors import CorruptArtifact
 
@@ -58,6 +59,11 @@ def _checks(artifact: Artifact, name: str) -> Iterator[tuple[Callable[[], None],
             where = artifact.expert_location(layer.layer, index)
             what = f"expert {index} of layer {layer.layer}"
             yield _bytes_check(path, where.offset, where.num_bytes, where.blake3, what)
+    if name == PREGATE_FILE:
+        yield _header_check(path, pregate_header(entry.plan for entry in manifest.pregates))
+        for entry in manifest.pregates:
+            size, what = entry.plan.num_bytes, f"tensor {entry.plan.name}"
+            yield _bytes_check(path, entry.offset, size, entry.blake3, what)
     for file in manifest.files:
         if file.name == name:
             yield _bytes_check(path, 0, file.num_bytes, file.blake3, "text")
