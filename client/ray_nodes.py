@@ -10,6 +10,7 @@ its standard input close and leaves.
 import logging
 import os
 import shlex
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from client.shards import moe_shards
 from shoal.errors import NodeError, UsageError
 
 NAMESPACE = "shoal"  # of the actors: they outlive the program that started them
+CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0  # of an actor that is alive; its methods return at once
 RESTART_PAUSE_S = 1.0  # a node that cannot start is not tried in a tight loop
 PLACE_TIMEOUT_S = 10.0  # a bundle that has not been placed by then has no machine
@@ -121,17 +123,32 @@ def connected(address: str) -> Iterator[Ray]:
         raise UsageError(
             "`shoal cluster` needs Ray, which is not installed: pip install 'shoal[ray]'"
         ) from None
+    _check_reachable(address)
     try:
         ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"--address {address}: no Ray cluster answers there ({_first_line(error)}); start one "
-            "with `ray start --head`, or give host:6379 or ray://host:10001"
-        ) from None
+        raise _nobody_at(address, error) from None
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    # Ray itself would try for minutes.
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        except (OSError, OverflowError) as error:
+            raise _nobody_at(address, error) from None
+
+
+def _nobody_at(address: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"--address {address}: no Ray cluster answers there ({_first_line(error)}); start one with "
+        "`ray start --head`, or give host:6379 or ray://host:10001"
+    )
 
 
 def start(ray: Ray, fleet: Fleet, ready_timeout_s: float) -> list[RayNode]:
@@ -156,8 +173,9 @@ def start(ray: Ray, fleet: Fleet, ready_timeout_s: float) -> list[RayNode]:
         return list(ray.get(pending, timeout=ready_timeout_s + ANSWER_TIMEOUT_S))
     except BaseException as error:
         stop(ray, fleet.name)
-        if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, NodeError):
-            raise error.cause from None
+        cause = getattr(error, "cause", None)  # of Ray's error: what the actor raised
+        if isinstance(cause, NodeError):
+            raise cause from None
         if isinstance(error, ray.exceptions.RayError):
             raise NodeError(f"the nodes did not come up: {_first_line(error)}") from None
         raise
