@@ -6,7 +6,6 @@ call holds is never evicted or overwritten. `open_store` makes one.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -16,21 +15,11 @@ from numpy.typing import NDArray
 
 from shoal import ops
 from shoal.artifact.reader import ExpertLocation
+from shoal.experts.options import Verify as Verify
 from shoal.experts.ownership import Ownership
 from shoal.experts.readers import Backend, ReaderFigures
 
 Key = tuple[int, int]  # (layer, index of the expert in it)
-
-
-class Verify(StrEnum):
-    """When an expert's bytes are hashed and compared with the manifest.
-
-    FIRST: the first time that it is read from a file, and again once the file has changed.
-    """
-
-    FIRST = "first"
-    ALWAYS = "always"
-    NEVER = "never"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,21 +11,11 @@ for or computed, so that its work hides behind those reads. It never blocks and 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Protocol
 
 from shoal.experts.call import ExpertCall
+from shoal.experts.options import Mode as Mode
 from shoal.experts.ownership import Ownership
-
-
-class Mode(StrEnum):
-    """What `--prefetch` takes. The named predictors run ungoverned, to be measured alone."""
-
-    OFF = "off"
-    AUTO = "auto"  # all predictors, fused; the governor switches it off where it does not win
-    PREGATE = "pregate"
-    MARKOV = "markov"
-    LOCALITY = "locality"
 
 
 class PrefetchStore(Protocol):

@@ -7,12 +7,13 @@ buffered reads where a file system knows neither.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shoal.experts.options import Backend as Backend
 
 U8 = NDArray[np.uint8]
 
@@ -21,14 +22,6 @@ LATENCY_BOUNDS_S = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
 )
-
-
-class Backend(StrEnum):
-    """How bytes are read, the fastest first; the values are those of `--io`."""
-
-    IO_URING = "io_uring"  # O_DIRECT, batches of chunks in one system call
-    PREAD = "pread"  # O_DIRECT, threads
-    BUFFERED = "buffered"  # through the page cache, threads
 
 
 @dataclass(frozen=True, slots=True)
