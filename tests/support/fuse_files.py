@@ -24,10 +24,9 @@ from typing import Any
 
 import pytest
 
-from support.fuse_server import mount_folder
+from support.fuse_server import MNT_DETACH, mount_folder
 
 SERVER = Path(__file__).with_name("fuse_server.py")
-MNT_DETACH = 2
 EXIT_TIMEOUT_S = 30.0
 END = 1 << 62  # of any file
 

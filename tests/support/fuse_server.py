@@ -25,6 +25,7 @@ ROOT_NODE = 1
 MAX_READ_BYTES = 1 << 20
 REQUEST_BYTES = MAX_READ_BYTES + 4096
 MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
+MNT_DETACH = 2
 
 IN_HEADER = struct.Struct("<IIQQIIIHH")  # len opcode unique node uid gid pid extensions padding
 OUT_HEADER = struct.Struct("<IiQ")  # len -errno unique
@@ -300,4 +301,7 @@ if __name__ == "__main__":
     except OSError as error:
         say({"error": str(error)})
     else:
-        server.serve()
+        try:
+            server.serve()
+        finally:  # a test that was killed could not do it
+            ctypes.CDLL(None).umount2(os.fsencode(sys.argv[2]), MNT_DETACH)
