@@ -1,16 +1,18 @@
 """What the executor tells a prefetcher, and what a prefetcher asks of a store (core).
 
-    executor:  with store.acquire(layer, experts) as got:     # the demand's reads are queued
-                   prefetcher.on_call(call, experts, now_s, stream)
-                   ... compute the waves ...
-               prefetcher.on_done(call.layer, load_s, now_s, stream)
+    with store.acquire(layer, experts) as got:           # the call's own reads are queued
+        prefetcher.on_call(call, experts, now_s, stream)     # guesses, while the disk works
+        for wave in got:
+            if this is the last one:
+                prefetcher.on_loaded(layer, now_s, stream)   # the disk is idle: read ahead
+            compute the wave
+    prefetcher.on_done(layer, got.load_s, now_s, stream)
 
-`on_call` comes after `acquire` has queued the call's own reads and before the first wave is waited
-for or computed, so that its work hides behind those reads. It never blocks and never raises.
+None of the three blocks or raises.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from shoal.experts.call import ExpertCall
@@ -18,46 +20,38 @@ from shoal.experts.options import Mode as Mode
 from shoal.experts.ownership import Ownership
 
 
+class StoreCounters(Protocol):
+    """The part of `StoreFigures` that a prefetcher looks at."""
+
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def prefetch_issued_bytes(self) -> int: ...
+    @property
+    def prefetch_used_bytes(self) -> int: ...
+    @property
+    def prefetch_wasted_bytes(self) -> int: ...
+
+
 class PrefetchStore(Protocol):
-    """A store that can read ahead. Thread-safe; nothing here waits."""
+    """A store that can read ahead: an `ExpertStore`, which says what each method does."""
 
     @property
     def ownership(self) -> Ownership: ...
-
-    def absent(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Return those of `experts` that are neither in memory nor being read, in that order."""
-        ...
-
-    def prefetch(self, layer: int, experts: Sequence[int]) -> int:
-        """Begin reads of absent experts, best first; return how many were begun.
-
-        Takes no room from what is pinned, in use or wanted by waiting demand; its reads yield to
-        every demand read.
-        """
-        ...
-
-    def cancel_prefetch(self, layer: int) -> None:
-        """Give up that layer's prefetch reads that no call waits for and that can still stop."""
-        ...
-
-    def num_demand_reads(self) -> int:
-        """How many demand reads are queued or in flight."""
-        ...
-
-    def prefetch_bytes(self) -> tuple[int, int, int]:
-        """Return the bytes so far (issued, used by a call, dropped without use)."""
-        ...
-
-    def read_bandwidth(self) -> float:
-        """Bytes a second that reads have lately come at; 0.0 before the first one."""
-        ...
+    def is_resident(self, layer: int, experts: Sequence[int]) -> bool: ...
+    def prefetch(self, layer: int, experts: Sequence[int]) -> int: ...
+    def cancel_prefetch(self) -> None: ...
+    def figures(self) -> StoreCounters: ...
 
 
 @dataclass(frozen=True, slots=True)
 class PredictorFigures:
-    """How one predictor's top k (k: as many as the call wanted) met the calls that came.
+    """How one predictor's guesses met the calls that came.
 
-    recall is hits / wanted; precision is right / admitted: of what it would have read ahead.
+    Its top k are as many as the row wanted: recall = hits / wanted. What it would have had read
+    ahead (all that the admission rule takes): precision = right / admitted.
     """
 
     wanted: int = 0
@@ -76,33 +70,44 @@ class PredictorFigures:
 
 @dataclass(frozen=True, slots=True)
 class PrefetchFigures:
-    """Counters since the prefetcher was made; the governor's states are words."""
+    """Counters since the prefetcher was made.
+
+    predictors: by name; "fused" is what is acted on.
+    stall_saved_s: an estimate: what windows with prefetching cost less than those around them
+        without, per call, times the calls with prefetching. May be negative.
+    decode_state, prefill_state: of the governors: trial, on, off; "forced" where there is none.
+    switches: how often a governor's verdict changed.
+    """
 
     mode: Mode
-    predictors: dict[str, PredictorFigures] = field(default_factory=dict)
-    issued_experts: int = 0
-    issued_bytes: int = 0
-    used_bytes: int = 0
-    wasted_bytes: int = 0
-    stall_saved_s: float = 0.0  # estimate: A-B-A difference of the windows it ran in
-    decode_state: str = ""  # of the governor: trial, on, off; "" where there is none
-    prefill_state: str = ""
-    switches: int = 0  # how often a governor went on or off
+    predictors: Mapping[str, PredictorFigures]
+    issued_experts: int
+    issued_bytes: int
+    used_bytes: int
+    wasted_bytes: int
+    stall_saved_s: float
+    decode_state: str
+    prefill_state: str
+    switches: int
 
 
 class Prefetcher(Protocol):
-    """Watches calls and reads ahead. Thread-safe; never raises, never blocks."""
+    """Watches calls and reads ahead. Thread-safe."""
 
     def on_call(
         self, call: ExpertCall, experts: Sequence[int], now_s: float, stream: int = 0
     ) -> None:
-        """Learn of a call whose own reads are queued; maybe begin reads for the next layer's.
+        """Learn of a call whose own reads are queued, and guess what comes next.
 
         Args:
             experts: the call's distinct experts, ascending.
-            now_s: a monotonic clock's time.
+            now_s: a monotonic clock's time, as in the other two.
             stream: whose call it is: history is kept per stream.
         """
+        ...
+
+    def on_loaded(self, layer: int, now_s: float, stream: int = 0) -> None:
+        """Learn that the call waits for no read any more; maybe begin reads for the next."""
         ...
 
     def on_done(self, layer: int, load_s: float, now_s: float, stream: int = 0) -> None:
@@ -112,5 +117,5 @@ class Prefetcher(Protocol):
     def figures(self) -> PrefetchFigures: ...
 
     def close(self) -> None:
-        """Stop; nothing is begun after this."""
+        """Stop: nothing is begun after this."""
         ...
