@@ -60,7 +60,11 @@ class Ready:
         )
 
 
-def run(config: NodeConfig, announce: Callable[[Ready], None]) -> None:
+def run(
+    config: NodeConfig,
+    announce: Callable[[Ready], None],
+    reread: Callable[[], NodeConfig] | None = None,
+) -> None:
     """Serve until told to leave. Raises ShoalError where the node cannot start."""
     keep_freed_memory()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:

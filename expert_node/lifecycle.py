@@ -16,7 +16,8 @@ from grpc_health.v1 import health, health_pb2
 
 from expert_node.service import SERVICE_NAME
 from shoal.errors import NodeDraining
-from shoal.experts.resident import ResidentStore, WarmUpProgress
+from shoal.experts.resident import ResidentStore
+from shoal.experts.store import WarmUpProgress
 from shoal.log import get_logger
 
 WARM_UP_LOG_INTERVAL_S = 1.0
