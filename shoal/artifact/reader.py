@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -257,16 +258,8 @@ def read_checked(path: Path, offset: int, out: U8, blake3: str, what: str) -> No
 
     Raises: CorruptArtifact naming file and tensor when it is missing, too short, or different.
     """
-    try:
+    with _named(path, what):
         read_exact(path, offset, out)
-    except FileNotFoundError:
-        raise CorruptArtifact(
-            f"{path} is missing ({what}); fetch or convert the model again"
-        ) from None
-    except EOFError:
-        raise CorruptArtifact(
-            f"{path}: truncated inside {what}; fetch or convert the model again"
-        ) from None
     if digest(out.data) != blake3:
         raise _differs(path, offset, out.nbytes, what)
 
@@ -275,21 +268,24 @@ def check_hash(path: Path, offset: int, num_bytes: int, blake3: str, what: str) 
     """Compare the hash of a part of a file, a piece at a time. Raises as `read_checked` does."""
     hasher = Blake3()
     buffer = np.empty(min(num_bytes, _PIECE_BYTES), np.uint8)
-    try:
+    with _named(path, what):
         for done in range(0, num_bytes, _PIECE_BYTES):
             piece = buffer[: min(_PIECE_BYTES, num_bytes - done)]
             read_exact(path, offset + done, piece)
             hasher.update(piece.data)
-    except FileNotFoundError:
-        raise CorruptArtifact(
-            f"{path} is missing ({what}); fetch or convert the model again"
-        ) from None
-    except EOFError:
-        raise CorruptArtifact(
-            f"{path}: truncated inside {what}; fetch or convert the model again"
-        ) from None
     if hasher.hexdigest() != blake3:
         raise _differs(path, offset, num_bytes, what)
+
+
+@contextmanager
+def _named(path: Path, what: str) -> Iterator[None]:
+    fix = "fetch or convert the model again"
+    try:
+        yield
+    except FileNotFoundError:
+        raise CorruptArtifact(f"{path} is missing ({what}); {fix}") from None
+    except EOFError:
+        raise CorruptArtifact(f"{path}: truncated inside {what}; {fix}") from None
 
 
 def _differs(path: Path, offset: int, num_bytes: int, what: str) -> CorruptArtifact:

@@ -3,7 +3,6 @@
 llama.cpp has read these very files and told the goldens' logits: tools/check_golden_gguf.py.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,30 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from support.checkpoints import checkpoint_tensors
+from support.gguf_names import ARCHITECTURES, gguf_tensors
 from support.vocabularies import boundary_metadata
 
 F32 = NDArray[np.float32]
-
-_ARCHITECTURES = {"llama": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe", "olmoe": "olmoe"}
-_NAMES = {
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "block_sparse_moe.gate": "ffn_gate_inp",
-}
-_EXPERT_PARTS = {"w1": "gate", "w3": "up", "w2": "down"}
 
 
 def write_gguf(
@@ -46,7 +25,7 @@ def write_gguf(
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an F32 file; `metadata` adds or replaces keys, a value of None removes one."""
-    architecture = _ARCHITECTURES[config["model_type"]]
+    architecture = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(path, architecture)
     keys = _tokenizer(config["vocab_size"]) | _hyperparameters(architecture, config)
     for key, value in (keys | dict(metadata or {})).items():
@@ -98,23 +77,12 @@ def _hyperparameters(architecture: str, config: Mapping[str, Any]) -> dict[str, 
 
 def _gguf_tensors(config: Mapping[str, Any], seed: int) -> dict[str, F32]:
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
-    found: dict[str, F32] = {}
-    experts: dict[str, list[F32]] = {}
-    for name, values in checkpoint_tensors(config, seed):
-        if match := re.fullmatch(r"(layers\.(\d+)\..*)\.experts\.\d+\.(\w+)\.weight", name):
-            part = _EXPERT_PARTS.get(match[3], match[3].removesuffix("_proj"))
-            experts.setdefault(f"blk.{match[2]}.ffn_{part}_exps.weight", []).append(values)
-            continue
-        match = re.fullmatch(r"(?:layers\.(\d+)\.)?(.*)\.(weight|bias)", name)
-        assert match is not None, name
-        theirs = f"{_NAMES[match[2]]}.{match[3]}"
-        if match[1] is not None:
-            theirs = f"blk.{match[1]}.{theirs}"
-        rotated = re.fullmatch(r"self_attn\.([qk])_proj", match[2])
-        if rotated and _ARCHITECTURES[config["model_type"]] == "llama":
-            values = _interleaved(values, heads[rotated[1]])
-        found[theirs] = values
-    return found | {name: np.stack(parts) for name, parts in experts.items()}
+
+    def interleave(values: F32, which: str) -> F32:
+        is_llama = ARCHITECTURES[config["model_type"]] == "llama"
+        return _interleaved(values, heads[which]) if is_llama else values
+
+    return gguf_tensors(checkpoint_tensors(config, seed), interleave)
 
 
 def _interleaved(values: F32, heads: int) -> F32:

@@ -12,29 +12,8 @@ from gguf.constants import GGMLQuantizationType
 from client.convert.transcode import encode
 from shoal.families import rope_row_order
 from shoal.quant import Format
+from support.gguf_names import ARCHITECTURES, Values, gguf_tensors
 from support.tiny_tokenizer import EOS_ID, MERGES, SPECIAL, tokenizer_json
-
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_OUTER_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_HEADS = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
-_ARCHITECTURES = {"llama": "llama", "qwen3_moe": "qwen3moe"}
 
 
 def write_gguf(
@@ -53,7 +32,7 @@ def write_gguf(
         architecture: to write instead of the right one.
         raw: GGUF tensor name -> type and bytes to write instead of the right ones.
     """
-    name = architecture or _ARCHITECTURES[config["model_type"]]
+    name = architecture or ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(path, name)
     _add_metadata(writer, config)
     _add_tokenizer(writer)
@@ -109,26 +88,15 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_eos_token_id(EOS_ID)
 
 
-def _tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+def _tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Values]:
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+
+    def interleave(values: Values, which: str) -> Values:
+        if config["model_type"] != "llama":
+            return values
+        order = rope_row_order(len(values), heads[which])
+        return values[np.argsort(order)]  # ours[r] = theirs[order[r]]
+
     with safetensors.safe_open(folder / "model.safetensors", "numpy") as file:
-        theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    found: dict[str, np.ndarray[Any, Any]] = {}
-    experts: dict[str, dict[int, np.ndarray[Any, Any]]] = {}
-    for name, values in theirs.items():
-        if name in _OUTER_NAMES:
-            found[_OUTER_NAMES[name]] = values
-            continue
-        layer, rest = name.removeprefix("model.layers.").split(".", 1)
-        kind, suffix = rest.rsplit(".", 1)
-        if kind.startswith("mlp.experts."):
-            index, part = kind.removeprefix("mlp.experts.").split(".")
-            fused = f"blk.{layer}.ffn_{part.removesuffix('_proj')}_exps.{suffix}"
-            experts.setdefault(fused, {})[int(index)] = values
-            continue
-        if kind in _HEADS and config["model_type"] == "llama":
-            order = rope_row_order(len(values), config[_HEADS[kind]])
-            values = values[np.argsort(order)]  # ours[r] = theirs[order[r]]
-        found[f"blk.{layer}.{_LAYER_NAMES[kind]}.{suffix}"] = values
-    for name, parts in experts.items():
-        found[name] = np.stack([parts[index] for index in range(len(parts))])
-    return found
+        theirs = [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
+    return gguf_tensors(theirs, interleave)
