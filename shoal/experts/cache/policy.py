@@ -21,10 +21,13 @@ class CachePolicy(Protocol):
         """An expert came into memory: because a call missed it, or as a prefetch (no use yet)."""
         ...
 
-    def victim(self, may_evict: Callable[[Key], bool]) -> Key | None:
+    def victim(self, newcomer: Key, may_evict: Callable[[Key], bool]) -> Key | None:
         """Return the expert to evict among those that may be; None: there is none.
 
-        It stays in memory, as far as the policy knows, until `remove`.
+        The victim stays in memory, as far as the policy knows, until `remove`.
+
+        Args:
+            newcomer: for whom room is made; not in memory.
         """
         ...
 
