@@ -114,3 +114,30 @@ def logprob_of(logits: Annotated[NDArray[numpy.float32], dict(shape=(None,), ord
 
 def compute_digests() -> list[tuple[str, str, int]]:
     """(op, format, digest) of every op on the current instruction set."""
+
+def direct_alignment(descriptor: int) -> tuple[int, int] | None:
+    """
+    Return (offset, address) alignment of direct reads, or None where it is not told.
+    """
+
+class Ring:
+    """An io_uring that reads. Raises OSError where there is none."""
+
+    def __init__(self, entries: int) -> None: ...
+
+    def submit(self, reads: Sequence[tuple[int, int, bool, bool, bool, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], int, int]]) -> int:
+        """
+        Start reads; return how many of the first were taken. Their arrays must live on.
+        """
+
+    def wait(self, timeout_s: float) -> list[tuple[int, int]]:
+        """Return (id, bytes read or -errno) of what has ended."""
+
+    def wake(self) -> None:
+        """End the wait under way, or the next."""
+
+    def register_memory(self, arrays: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]]) -> int:
+        """Pin memory in place of what was pinned; return 0 or an errno."""
+
+    def register_files(self, descriptors: Sequence[int]) -> int:
+        """Make files known in place of those known before; return 0 or an errno."""

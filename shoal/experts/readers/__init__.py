@@ -1,5 +1,6 @@
 """Readers: bytes of expert files into memory, by the fastest way that works on this machine."""
 
+from shoal.experts.readers.open_reader import open_reader
 from shoal.experts.readers.reader import (
     LATENCY_BOUNDS_S,
     Backend,
@@ -18,4 +19,5 @@ __all__ = [
     "Reader",
     "ReaderFigures",
     "Source",
+    "open_reader",
 ]

@@ -128,13 +128,17 @@ class ReadQueue:
             if read.tag in tags:
                 raise ValueError(f"tag {read.tag}: a read with it is not done")
             tags.add(read.tag)
-            address = read.out.__array_interface__["data"][0]
-            size = read.out.nbytes
-            if address % READ_ALIGNMENT or size % READ_ALIGNMENT or not size or not read.sources:
+            out = read.out
+            address = out.__array_interface__["data"][0]
+            if not (out.flags.c_contiguous and out.flags.writeable and out.dtype == "u1"):
+                raise ValueError(f"tag {read.tag}: not a contiguous, writable array of bytes")
+            if address % READ_ALIGNMENT or out.nbytes % READ_ALIGNMENT or not out.nbytes:
                 raise ValueError(
-                    f"tag {read.tag}: {size} bytes at {address:#x} from {len(read.sources)} files:"
-                    f" both must be multiples of {READ_ALIGNMENT}, with one file at least"
+                    f"tag {read.tag}: {out.nbytes} bytes at {address:#x}: both must be multiples of"
+                    f" {READ_ALIGNMENT}"
                 )
+            if not read.sources:
+                raise ValueError(f"tag {read.tag}: no file to read it from")
 
     def add(self, reads: Iterable[Read], now_s: float) -> None:
         """Queue reads that passed `check`."""

@@ -1,0 +1,95 @@
+// Reads through io_uring, by its own three system calls: no liburing.  A Ring knows nothing of
+// experts: shoal/experts/readers decides what is read, when, and what becomes of an error.
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace shoal {
+
+// What a direct read of the open file asks of its offset and length, and of its address, in bytes
+// (statx, Linux 6.1); (0, 0): it has no direct reads.  Empty where the system does not tell.
+std::optional<std::pair<uint32_t, uint32_t>> direct_alignment(int descriptor);
+
+struct RingRead {
+  uint64_t id;  // comes back in RingDone; not kWakeId
+  int file;     // a descriptor, or the place among the registered files
+  bool is_registered_file;
+  bool may_block;    // through the page cache: a kernel thread does it
+  bool is_prefetch;  // of the lowest priority, where the device's scheduler knows any
+  int64_t offset;
+  uint8_t* data;  // must live until its RingDone
+  uint32_t num_bytes;
+};
+
+struct RingDone {
+  uint64_t id;
+  int64_t result;  // bytes read, or -errno
+};
+
+struct MemoryPart {
+  uint8_t* data;
+  size_t num_bytes;
+};
+
+// One thread waits; any thread submits and wakes.
+class Ring {
+ public:
+  static constexpr uint64_t kWakeId = ~uint64_t{0};
+
+  // At most `entries` reads may be under way.  Throws std::system_error: ENOSYS where this build or
+  // kernel has no io_uring (or none new enough, Linux 5.11), EPERM where it is forbidden.
+  explicit Ring(unsigned entries);
+  // Waits for all that is under way: the memory that it fills belongs to others.
+  ~Ring();
+  Ring(const Ring&) = delete;
+  Ring& operator=(const Ring&) = delete;
+
+  // Gives the first reads of the list to the kernel and returns how many: the rest it had no
+  // resources for.
+  size_t submit(const std::vector<RingRead>& reads);
+  // Returns what has ended, after waiting for something if nothing has.  Empty after `timeout_s`, a
+  // wake, or a signal.
+  std::vector<RingDone> wait(double timeout_s);
+  // Ends the wait under way, or the next one.
+  void wake();
+
+  // Pins memory in place of what was pinned before, and makes the files known in place of those
+  // known before.  Return 0 or an errno, which leaves none registered: reads work all the same.
+  int register_memory(const std::vector<MemoryPart>& parts);
+  int register_files(const std::vector<int>& descriptors);
+
+ private:
+  struct Piece {  // of registered memory; the index is its place in the vector
+    uintptr_t begin, end;
+  };
+
+  int find_piece(const RingRead& read) const;
+  void fill_entry(const RingRead& read, unsigned slot);
+  size_t enter_all(size_t count);
+  void collect(std::vector<RingDone>& done);
+  void unmap();
+
+  int descriptor_ = -1;
+  void* ring_ = nullptr;
+  size_t ring_bytes_ = 0;
+  void* entries_ = nullptr;
+  size_t entries_bytes_ = 0;
+  unsigned num_entries_ = 0;
+  uint32_t* submit_tail_ = nullptr;
+  uint32_t submit_mask_ = 0;
+  uint32_t *complete_head_ = nullptr, *complete_tail_ = nullptr;
+  uint32_t complete_mask_ = 0;
+  void* completions_ = nullptr;
+  std::mutex submit_mutex_, complete_mutex_;
+  std::vector<Piece> pieces_;
+  bool has_files_ = false;
+  std::atomic<bool> is_wake_pending_{false};
+  std::atomic<size_t> under_way_{0};
+};
+
+}  // namespace shoal

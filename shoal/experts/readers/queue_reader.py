@@ -1,0 +1,217 @@
+"""QueueReader: what all readers share: the queue under its lock, the files, the figures."""
+
+import errno
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.experts.readers.files import BouncePool, OpenFile, OpenFiles
+from shoal.experts.readers.read_queue import Chunk, ReadQueue
+from shoal.experts.readers.reader import U8, Backend, Done, Read, ReaderFigures
+from shoal.limits import MAX_BOUNCE_BYTES
+
+MAX_WAIT_S = 60.0  # of one system call: whoever waits longer asks again
+
+
+@dataclass(slots=True, eq=False)
+class Operation:
+    """One chunk at the device: num_bytes at `offset` of the file into out[start:].
+
+    bounce_alignment: `out` is not the read's own but a buffer of that alignment; otherwise 0.
+    skip: bytes before the chunk's own that are read into it for the sake of alignment.
+    """
+
+    chunk: Chunk
+    file: OpenFile
+    is_direct: bool
+    descriptor: int
+    offset: int
+    out: U8
+    start: int
+    num_bytes: int
+    bounce_alignment: int = 0
+    skip: int = 0
+
+
+class QueueReader(ABC):
+    """A `Reader` less its device."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        why: str,
+        paths: Collection[Path],
+        *,
+        queue: ReadQueue | None = None,
+        bounce_limit_bytes: int = MAX_BOUNCE_BYTES,
+    ) -> None:
+        """Open the files. Raises OSError naming the one that cannot be opened."""
+        self.backend = backend
+        self.why = why
+        self._queue = queue if queue is not None else ReadQueue()
+        self._lock = threading.Lock()
+        self._files = OpenFiles(paths, backend)
+        self._bounce = BouncePool(bounce_limit_bytes, self._queue.chunk_bytes)
+        self._num_buffered = 0
+        self._num_bounced = 0
+        self._is_closed = False
+
+    @abstractmethod
+    def wait(self, timeout_s: float) -> list[Done]: ...
+
+    @abstractmethod
+    def wake(self) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    @abstractmethod
+    def _start_chunks(self) -> None:
+        """Start what may be started; called under the lock whenever that may have changed."""
+
+    def submit(self, reads: Sequence[Read]) -> None:
+        """See `Reader.submit`."""
+        with self._lock:
+            if self._is_closed:
+                raise ValueError("the reader is closed")
+            self._queue.check(reads)
+            self._queue.add(reads, time.perf_counter())
+            self._start_chunks()
+            needs_wake = self._needs_wake()
+        if needs_wake:
+            self.wake()
+
+    def cancel(self, tags: Collection[int]) -> None:
+        """See `Reader.cancel`."""
+        with self._lock:
+            self._queue.cancel(tags, time.perf_counter())
+            has_done = self._queue.has_done
+        if has_done:
+            self.wake()
+
+    def promote(self, tag: int) -> None:
+        """See `Reader.promote`."""
+        with self._lock:
+            self._queue.promote(tag)
+            self._start_chunks()
+            needs_wake = self._needs_wake()
+        if needs_wake:
+            self.wake()
+
+    def set_queue_depth(self, depth: int) -> None:
+        """See `Reader.set_queue_depth`."""
+        with self._lock:
+            self._queue.set_queue_depth(depth)
+        self.wake()
+
+    def set_bandwidth(self, bytes_per_s: float | None) -> None:
+        """See `Reader.set_bandwidth`."""
+        with self._lock:
+            self._queue.bucket.set_rate(bytes_per_s)
+        self.wake()
+
+    def register(self, arenas: Sequence[U8]) -> None:
+        """See `Reader.register`: only io_uring has something to gain."""
+        del arenas
+
+    def reopen(self, paths: Collection[Path]) -> None:
+        """See `Reader.reopen`."""
+        files = OpenFiles(paths, self.backend)
+        with self._lock:
+            old, self._files = self._files, files
+            self._files_changed()
+            old.close()
+
+    def figures(self) -> ReaderFigures:
+        """See `ReaderFigures`."""
+        with self._lock:
+            queue, counts = self._queue, self._queue.counts
+            return ReaderFigures(
+                backend=self.backend,
+                why=self.why,
+                num_reads=counts.num_reads,
+                num_bytes=counts.num_bytes,
+                prefetch_bytes=counts.prefetch_bytes,
+                num_errors=counts.num_errors,
+                num_retries=counts.num_retries,
+                num_cancelled=counts.num_cancelled,
+                in_flight=queue.in_flight,
+                queued=queue.num_queued,
+                queue_depth=queue.queue_depth,
+                bytes_per_s=queue.bucket.per_s,
+                num_buffered=self._num_buffered,
+                num_bounced=self._num_bounced,
+                bounce_buffers=self._bounce.num_buffers,
+                chunk_latency=tuple(counts.chunk_latency),
+                chunk_latency_sum_s=counts.chunk_latency_sum_s,
+                read_latency=tuple(counts.read_latency),
+                read_latency_sum_s=counts.read_latency_sum_s,
+                fallbacks=self._files.fallbacks(),
+            )
+
+    def _files_changed(self) -> None:
+        """The files are others now; called under the lock."""
+        return
+
+    def _needs_wake(self) -> bool:
+        # Somebody must come back for what time alone will start, and for what is already over.
+        return self._queue.has_done or self._queue.delay_s(time.perf_counter()) is not None
+
+    def _prepare(self, chunk: Chunk) -> Operation | None:
+        # How to read a chunk; None: not at all, and the queue knows. Under the lock.
+        try:
+            file = self._files.get(chunk.source.path)
+            operation = self._plan(chunk, file)
+            file.begin_use()
+            return operation
+        except OSError as error:
+            self._queue.finish(chunk, -(error.errno or errno.EIO), time.perf_counter())
+            return None
+
+    def _plan(self, chunk: Chunk, file: OpenFile) -> Operation:
+        out, start, size, offset = chunk.active.read.out, chunk.start, chunk.num_bytes, chunk.offset
+        if file.direct is None:
+            self._num_buffered += self.backend is not Backend.BUFFERED
+            return Operation(chunk, file, False, file.buffered(), offset, out, start, size)
+        address = out.__array_interface__["data"][0] + start
+        step = file.offset_alignment
+        if offset % step == size % step == address % file.memory_alignment == 0:
+            return Operation(chunk, file, True, file.direct, offset, out, start, size)
+        alignment = max(step, file.memory_alignment)
+        buffer = self._bounce.take(alignment)
+        if buffer is None:
+            self._num_buffered += 1
+            return Operation(chunk, file, False, file.buffered(), offset, out, start, size)
+        self._num_bounced += 1
+        skip = offset % step
+        whole = -(-(skip + size) // step) * step
+        begin = offset - skip
+        return Operation(chunk, file, True, file.direct, begin, buffer, 0, whole, alignment, skip)
+
+    def _finish(self, operation: Operation, result: int) -> None:
+        # Tell the queue how an operation ended. Under the lock.
+        chunk, file = operation.chunk, operation.file
+        now_s = time.perf_counter()
+        if operation.bounce_alignment:
+            if result >= 0:
+                result = min(max(result - operation.skip, 0), chunk.num_bytes)
+                got = operation.out[operation.skip : operation.skip + result]
+                chunk.active.read.out[chunk.start : chunk.start + result] = got
+            self._bounce.give_back(operation.out, operation.bounce_alignment)
+        elif not operation.is_direct and result > 0:
+            file.forget(operation.offset, result)
+        file.end_use()
+        if result != -errno.EINVAL or not operation.is_direct:
+            self._queue.finish(chunk, result, now_s)
+            return
+        # Some file systems open a file with O_DIRECT and then refuse the read.
+        try:
+            if not file.is_closing:
+                file.give_up_direct("a direct read was refused (EINVAL)")
+                self._files_changed()
+            self._queue.put_back(chunk, now_s)
+        except OSError as error:
+            self._queue.finish(chunk, -(error.errno or errno.EIO), now_s)

@@ -1,0 +1,169 @@
+"""RingReader: reads through one io_uring.
+
+Whoever submits hands its chunks to the kernel itself, so that a demand does not wait for another
+thread to run; whoever waits takes completions, and starts what then has room.
+"""
+
+import errno
+import resource
+import threading
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from shoal.experts.readers.files import OpenFile
+from shoal.experts.readers.queue_reader import MAX_WAIT_S, Operation, QueueReader
+from shoal.experts.readers.read_queue import Chunk, ReadQueue
+from shoal.experts.readers.reader import U8, Backend, Done
+from shoal.limits import MAX_BOUNCE_BYTES, MIB
+from shoal.ops.reads import Ring
+
+
+class RingReader(QueueReader):
+    """A `Reader` of registered files into registered memory."""
+
+    def __init__(
+        self,
+        ring: Ring,
+        paths: Collection[Path],
+        arenas: Sequence[U8] = (),
+        *,
+        queue: ReadQueue | None = None,
+        bounce_limit_bytes: int = MAX_BOUNCE_BYTES,
+    ) -> None:
+        """Raises OSError naming the file that cannot be opened."""
+        super().__init__(
+            Backend.IO_URING, "", paths, queue=queue, bounce_limit_bytes=bounce_limit_bytes
+        )
+        self._ring: Ring | None = ring
+        self._is_woken = False
+        self._waiting = threading.Lock()  # held by the thread that waits
+        self._operations: dict[int, Operation] = {}
+        self._next_id = 0
+        self._places: dict[OpenFile, int] = {}  # of files in the kernel's table
+        self._memory_problem = self._file_problem = ""
+        self._files_changed()
+        self.register(arenas)
+
+    def register(self, arenas: Sequence[U8]) -> None:
+        """See `Reader.register`. Where it fails, `why` tells, and reads go on without."""
+        ring = self._ring
+        if ring is None:
+            return
+        _raise_memory_lock_limit()
+        code = ring.register_memory(list(arenas))
+        with self._lock:
+            size = sum(arena.nbytes for arena in arenas)
+            self._memory_problem = _memory_problem(code, size) if code else ""
+            self._explain()
+
+    def wait(self, timeout_s: float) -> list[Done]:
+        """See `Reader.wait`."""
+        until_s = time.perf_counter() + timeout_s
+        with self._waiting:
+            ended: Sequence[tuple[int, int]] = ()
+            while True:
+                with self._lock:
+                    self._finish_all(ended)
+                    self._start_chunks()
+                    now_s = time.perf_counter()
+                    ring = self._ring
+                    if self._queue.has_done or self._is_woken or ring is None or now_s >= until_s:
+                        self._is_woken = False
+                        return self._queue.take_done()
+                    delay_s = self._queue.delay_s(now_s)
+                wait_s = min(until_s - now_s, MAX_WAIT_S)
+                ended = ring.wait(wait_s if delay_s is None else min(wait_s, delay_s))
+
+    def wake(self) -> None:
+        """See `Reader.wake`."""
+        self._is_woken = True
+        ring = self._ring
+        if ring is not None:
+            ring.wake()
+
+    def close(self) -> None:
+        """See `Reader.close`."""
+        with self._lock:
+            self._is_closed = True
+            self._queue.drop_all(time.perf_counter())
+        self.wake()
+        with self._waiting:
+            ring = self._ring
+            while ring is not None and self._operations:
+                ended = ring.wait(MAX_WAIT_S)
+                with self._lock:
+                    self._finish_all(ended)
+            with self._lock:
+                self._ring = None  # whoever still wakes it keeps it alive until then
+                self._files.close()
+
+    def _finish_all(self, ended: Sequence[tuple[int, int]]) -> None:
+        for number, result in ended:
+            self._finish(self._operations.pop(number), result)
+
+    def _start_chunks(self) -> None:
+        if self._is_closed:
+            return
+        while chunks := self._queue.next_chunks(time.perf_counter()):
+            self._start(chunks)
+
+    def _start(self, chunks: Sequence[Chunk]) -> None:
+        assert self._ring is not None
+        operations = [op for chunk in chunks if (op := self._prepare(chunk)) is not None]
+        numbers = range(self._next_id, self._next_id + len(operations))
+        self._next_id += len(operations)
+        self._operations.update(zip(numbers, operations, strict=True))
+        taken = self._ring.submit(
+            [self._entry(n, op) for n, op in zip(numbers, operations, strict=True)]
+        )
+        for number in numbers[taken:]:  # no memory in the kernel just now
+            self._finish(self._operations.pop(number), -errno.EAGAIN)
+
+    def _entry(
+        self, number: int, operation: Operation
+    ) -> tuple[int, int, bool, bool, bool, int, U8, int, int]:
+        place = self._places.get(operation.file) if operation.is_direct else None
+        return (
+            number,
+            operation.descriptor if place is None else place,
+            place is not None,
+            not operation.is_direct,
+            operation.chunk.active.is_prefetch,
+            operation.offset,
+            operation.out,
+            operation.start,
+            operation.num_bytes,
+        )
+
+    def _files_changed(self) -> None:
+        if self._ring is None:
+            return
+        direct = [file for file in self._files.all() if file.direct is not None]
+        code = self._ring.register_files(
+            [file.direct for file in direct if file.direct is not None]
+        )
+        self._places = {} if code else {file: place for place, file in enumerate(direct)}
+        name = errno.errorcode.get(code, str(code))
+        self._file_problem = f"its files are not registered ({name})" if code else ""
+        self._explain()
+
+    def _explain(self) -> None:
+        self.why = "; ".join(filter(None, (self._memory_problem, self._file_problem)))
+
+
+def _raise_memory_lock_limit() -> None:
+    # Pinned memory counts against it, unless the process may lock what it likes.
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+
+
+def _memory_problem(code: int, num_bytes: int) -> str:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    text = f"its memory is not pinned ({errno.errorcode.get(code, str(code))})"
+    if code == errno.ENOMEM and limit != resource.RLIM_INFINITY and limit < num_bytes:
+        text += (
+            f": the limit of locked memory is {limit // MIB} MiB of {num_bytes // MIB} (ulimit -l)"
+        )
+    return text
