@@ -3,15 +3,17 @@
 python peer_llama_decode.py MODEL.gguf IDS DECODE [--threads 2] [--repack] [--lazy]
     [--trace FILE] [--show-routing]
 
-Prints one JSON object: seconds of loading, and of every token; the tokens. The model is
-memory-mapped. --repack: weights rearranged for speed, in memory of the process: not for models
-beyond RAM. --lazy: llama.cpp's own reading of marked tensors on demand. --trace: experts of each
-token, replayed: the numbers that a router's top-k wrote are overwritten as soon as they are
-computed (an eval callback; its cost is in the figures). --show-routing: print what was chosen.
+Prints one JSON object: seconds of loading, and of every token; the tokens; bytes read from disk
+by the end of the prompt and of each token. The model is memory-mapped. --repack: weights rearranged
+for speed, in memory of the process: not for models beyond RAM. --lazy: llama.cpp's own reading of
+marked tensors on demand. --trace: experts of each token, replayed: the numbers that a router's
+top-k wrote are overwritten as soon as they are computed (an eval callback; its cost is in the
+figures). --show-routing: print what was chosen.
 """
 
 import argparse
 import ctypes
+import importlib
 import json
 import resource
 import sys
@@ -19,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import llama_cpp as lib
+lib: Any = importlib.import_module("llama_cpp")  # of the peer's venv: ours does not have it
 
 GRAPH_NAME = b"ffn_moe_topk-"
 
@@ -81,6 +83,7 @@ def main() -> None:
     ids = [int(word) for word in chosen.ids.split(",")]
     tokens: list[int] = []
     seconds: list[float] = []
+    num_read: list[int] = []
     next_id = ids[0]
     for position in range(len(ids) + chosen.decode - 1):
         if routing is not None:
@@ -91,6 +94,7 @@ def main() -> None:
             sys.exit(f"llama_decode: {decoded}")
         best = argmax(lib.llama_get_logits(context), model)
         seconds.append(time.perf_counter() - start_s)
+        num_read.append(read_bytes())
         if position + 1 < len(ids):
             next_id = ids[position + 1]
         else:
@@ -102,6 +106,7 @@ def main() -> None:
         "load_s": loaded_s - began_s,
         "prompt_s": seconds[: len(ids)],
         "token_s": seconds[len(ids) :],
+        "token_read_bytes": num_read[len(ids) - 1 :],
         "token_ids": tokens,
         "major_faults": usage.ru_majflt,
         "peak_rss_bytes": usage.ru_maxrss * 1024,
@@ -132,6 +137,12 @@ def load(chosen: argparse.Namespace) -> "tuple[Any, Any, Routing | None]":
         settings.cb_eval = routing.callback
     context = lib.llama_init_from_model(model, settings)
     return model, context, routing
+
+
+def read_bytes() -> int:
+    """Return the bytes that this process has had read from disk, page faults' included."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["read_bytes"])
 
 
 def batch_of(token: int) -> Any:

@@ -1,0 +1,286 @@
+"""Decoding with experts that do not fit in memory: shoal and llama.cpp under one memory cap.
+
+python bench/bench_streaming.py MODEL.shoal [--residency 25 50] [--decode 40] [--cold 8] [--warm 24]
+    [--prefetch auto off] [--trace bench/traces/FILE] [--without-peer] [--repeats 3]
+
+Each measurement is a process of its own in a memory cgroup whose limit counts page cache: dense
+weights, the share of the experts' bytes that is asked for, and OVERHEAD_BYTES. shoal's cache has
+exactly that share; llama.cpp maps MODEL.gguf, which lies beside the artifact, and has the page
+cache. Cold: the first tokens after nothing was cached; warm: the last ones. Random weights route at
+random: with --trace, both engines also follow recorded routing.
+
+The bound is the drive's bandwidth (random O_DIRECT reads without any of our code, before and after
+each measurement) over the bytes per token that had to come from it.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.disk_probe import DiskSpeed, disk_speed, files_of, forget
+from bench.measure import ROOT, Row, save, show, spread
+from bench.memory_cap import MemoryCap
+from bench.peer_llama import VERSION, decode_command
+from bench.replay import replayed_experts
+from shoal.artifact import Artifact
+from shoal.experts.routing_trace import decode_trace
+
+OVERHEAD_BYTES = 500_000_000  # DESIGN.md: coordinator 300 MB, node 200 MB beyond what they hold
+PROMPT_TOKENS = 4
+TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """An engine and its settings. routing: "own" or "trace"."""
+
+    name: str
+    routing: str
+    flags: tuple[str, ...]
+    is_peer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all measurements share."""
+
+    artifact: Artifact
+    source: Path
+    ids: tuple[int, ...]
+    num_tokens: int
+    folder: Path
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(
+            len(layer.blake3) * layer.expert_bytes for layer in self.artifact.manifest.experts
+        )
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.artifact.manifest.dense)
+
+    def cache_bytes(self, percent: float) -> int:
+        return int(self.expert_bytes * percent / 100)
+
+    def cap_bytes(self, percent: float) -> int:
+        return self.dense_bytes + self.cache_bytes(percent) + OVERHEAD_BYTES
+
+
+def subjects(chosen: argparse.Namespace) -> Iterator[Subject]:
+    """Yield what is compared, in the order of one round."""
+    for routing in ("own", "trace") if chosen.trace is not None else ("own",):
+        for prefetch in chosen.prefetch:
+            flags = ("--prefetch", prefetch, "--verify", chosen.verify, "--io", chosen.io)
+            yield Subject(f"shoal, prefetch {prefetch}", routing, flags)
+            if not chosen.without_node:
+                yield Subject(f"shoal node, prefetch {prefetch}", routing, ("--node", *flags))
+        if not chosen.without_peer:
+            yield Subject("llama.cpp, mmap", routing, ("--lazy",), is_peer=True)
+
+
+def command_of(bench: Bench, subject: Subject, percent: float) -> list[str]:
+    """Return the command that measures it."""
+    flags = list(subject.flags)
+    if subject.routing == "trace":
+        flags += ["--trace", str(bench.folder / ("trace.json" if subject.is_peer else "trace.npy"))]
+    if subject.is_peer:
+        return decode_command(bench.source, bench.ids, bench.num_tokens, *flags)
+    script = ["-P", str(ROOT / "bench" / "stream_decode.py"), str(bench.artifact.path)]
+    script += [",".join(map(str, bench.ids)), str(bench.num_tokens)]
+    return [sys.executable, *script, "--cache", str(bench.cache_bytes(percent)), *flags]
+
+
+def measure(bench: Bench, subject: Subject, percent: float, phases: dict[str, slice]) -> list[Row]:
+    """Measure once; return a row a phase."""
+    files = [*files_of(bench.artifact.path), bench.source]
+    forget(files)
+    before = disk_speed(bench.source, 1.5)
+    with MemoryCap("shoal-bench", bench.cap_bytes(percent)) as cap:
+        done = subprocess.run(
+            cap.command(command_of(bench, subject, percent)),
+            stdout=subprocess.PIPE,
+            timeout=TIMEOUT_S,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        )
+        usage = cap.usage()
+    if done.returncode != 0:
+        sys.exit(f"error: {subject.name} at {percent} % ended with {done.returncode}: {usage}")
+    after = disk_speed(bench.source, 1.5)
+    report = json.loads(done.stdout)
+    common = {
+        "subject": subject.name,
+        "routing": subject.routing,
+        "residency_percent": percent,
+        "cap_bytes": bench.cap_bytes(percent),
+        "peak_bytes": usage.peak_bytes,
+        "peak_rss_bytes": report["peak_rss_bytes"],
+        "times_limited": usage.num_limited,
+        "answer": [report["token_ids"], report.get("logits_digest")],
+        "disk": [before.gb_per_s, after.gb_per_s],
+        "disk_tool": before.tool,
+    }
+    return [
+        {"phase": name, **common, **phase_figures(report, phase, bench, before, after)}
+        for name, phase in phases.items()
+    ]
+
+
+def phase_figures(
+    report: dict[str, Any], phase: slice, bench: Bench, before: DiskSpeed, after: DiskSpeed
+) -> dict[str, Any]:
+    """Return the figures of some of the tokens."""
+    seconds = report["token_s"][phase]
+    first, last = phase.indices(len(report["token_s"]))[:2]
+    disk = (before.gb_per_s + after.gb_per_s) / 2 * 1e9
+    figures: dict[str, Any] = {
+        "tokens_per_s": len(seconds) / sum(seconds),
+        "slowest_token_s": max(seconds),
+    }
+    if "token_read_bytes" in report:
+        read = report["token_read_bytes"]
+        missed = (read[last] - read[first]) / len(seconds)
+        figures |= {"read_bytes_per_token": missed}
+    else:
+        start, end = report["figures"][first], report["figures"][last]
+        moved = {key: (end[key] - start[key]) / len(seconds) for key in end}
+        missed = moved["num_bytes"] - moved["prefetch_wasted_bytes"]
+        figures |= {
+            "hit_rate": moved["hits"] / (moved["hits"] + moved["misses"]),
+            "read_bytes_per_token": moved["num_bytes"],
+            "stall_s_per_token": moved["stall_s"],
+            "prefetch_used_bytes_per_token": moved["prefetch_used_bytes"],
+            "prefetch_wasted_bytes_per_token": moved["prefetch_wasted_bytes"],
+            "resident_bytes": end["resident_bytes"],
+        }
+    figures["missed_bytes_per_token"] = missed
+    figures["bound_tokens_per_s"] = disk / missed if missed else None
+    figures["of_bound"] = figures["tokens_per_s"] * missed / disk
+    return figures
+
+
+def write_traces(path: Path | None, bench: Bench) -> None:
+    """Write the trace as both engines read it."""
+    if path is None:
+        return
+    trace = decode_trace(path.read_bytes(), str(path))
+    routers = [layer.router for layer in bench.artifact.spec.layers if layer.router is not None]
+    num_tokens = len(bench.ids) + bench.num_tokens
+    shape = (len(routers), routers[0].num_experts, routers[0].experts_per_token)
+    experts = replayed_experts(trace, num_tokens, *shape)
+    np.save(bench.folder / "trace.npy", experts)
+    (bench.folder / "trace.json").write_text(json.dumps(experts.tolist()))
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """Return one row a subject, routing, residency and phase: the spread of its repeats."""
+    keys = ("subject", "routing", "residency_percent", "phase")
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    summary: list[Row] = []
+    for key, group in groups.items():
+        numbers = [name for name, value in group[0].items() if isinstance(value, float)]
+        spreads = {n: spread([row[n] for row in group]) for n in numbers if n not in keys}
+        fixed = {name: group[0][name] for name in ("cap_bytes", "disk_tool")}
+        peaks = {name: max(row[name] for row in group) for name in ("peak_bytes", "peak_rss_bytes")}
+        summary.append({**dict(zip(keys, key, strict=True)), **fixed, **peaks, **spreads})
+    return summary
+
+
+def check_answers(rows: Sequence[Row]) -> None:
+    """End the program unless shoal said the same in every measurement of one routing."""
+    for routing in {row["routing"] for row in rows}:
+        mine = [r for r in rows if r["routing"] == routing and r["subject"].startswith("shoal")]
+        if len({json.dumps(row["answer"]) for row in mine}) > 1:
+            sys.exit(f"error: routing {routing}: shoal gave different tokens or logits")
+
+
+def print_table(rows: Sequence[Row], model: str) -> None:
+    """Print the summary."""
+
+    def middle(key: str, digits: int, scale: float = 1.0) -> Any:
+        return lambda row: f"{row[key]['median'] * scale:.{digits}f}" if key in row else ""
+
+    show(
+        f"{model}: decode under a memory cap",
+        rows,
+        {
+            "engine": lambda r: r["subject"],
+            "routing": lambda r: r["routing"],
+            "resident": lambda r: f"{r['residency_percent']:g} %",
+            "phase": lambda r: r["phase"],
+            "tok/s": middle("tokens_per_s", 2),
+            "bound": middle("bound_tokens_per_s", 2),
+            "of bound": middle("of_bound", 2),
+            "hits": middle("hit_rate", 2),
+            "MB read": middle("read_bytes_per_token", 0, 1e-6),
+            "stall ms": middle("stall_s_per_token", 1, 1e3),
+            "peak GB": lambda r: f"{r['peak_bytes'] / 1e9:.2f}",
+        },
+    )
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--residency", type=float, nargs="+", default=[25.0, 50.0], help="percent")
+    parser.add_argument("--decode", type=int, default=40, help="tokens of one measurement")
+    parser.add_argument("--cold", type=int, default=8, help="first tokens")
+    parser.add_argument("--warm", type=int, default=24, help="last tokens")
+    parser.add_argument("--prefetch", nargs="+", default=["auto", "off"])
+    parser.add_argument("--verify", default="first")
+    parser.add_argument("--io", default="auto")
+    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--without-peer", action="store_true")
+    parser.add_argument("--without-node", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--name", default="streaming", help="of the result file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure round after round, so that a slow hour of the machine falls on everybody."""
+    chosen = arguments()
+    ids = tuple(random.Random(0).choices(range(1000), k=PROMPT_TOKENS))
+    phases = {"cold": slice(0, chosen.cold), "warm": slice(-chosen.warm, None)}
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
+        artifact = Artifact.open(chosen.model)
+        source = chosen.model.with_suffix(".gguf")
+        bench = Bench(artifact, source, ids, chosen.decode, Path(name))
+        write_traces(chosen.trace, bench)
+        for _ in range(chosen.repeats):
+            for percent in chosen.residency:
+                for subject in subjects(chosen):
+                    rows += measure(bench, subject, percent, phases)
+                    print(
+                        f"{percent:g} % {subject.name} ({subject.routing}): "
+                        + ", ".join(
+                            f"{r['phase']} {r['tokens_per_s']:.2f} tok/s" for r in rows[-2:]
+                        ),
+                        file=sys.stderr,
+                    )
+    check_answers(rows)
+    summary = summarise(rows)
+    print_table(summary, chosen.model.stem)
+    save(
+        f"{chosen.name}-{chosen.model.stem}",
+        summary,
+        peer=f"llama-cpp-python {VERSION}",
+        samples=[{k: v for k, v in row.items() if k != "answer"} for row in rows],
+    )
+
+
+if __name__ == "__main__":
+    main()

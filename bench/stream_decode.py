@@ -1,0 +1,187 @@
+"""One greedy decode with experts that stream, in a process of its own (bench/bench_streaming.py).
+
+python bench/stream_decode.py MODEL IDS DECODE [--cache BYTES] [--node] [--prefetch off] [--io auto]
+    [--verify first] [--threads 2] [--trace FILE.npy]
+
+Prints one JSON object: seconds of every token, the tokens, the digest of the logits, and what the
+store had read, hit and waited by the end of each token. --node: the experts are on a node with
+that cache, one thread, in this process's memory cgroup. --trace: experts [tokens, layers, k] in
+place of the router's.
+"""
+
+import argparse
+import json
+import resource
+import socket
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.replay import ReplayDispatch
+from client.node_process import NodeProcess, stop_all
+from coordinator.cancellation import Cancellation
+from coordinator.engine import Engine, EngineConfig
+from coordinator.expert_dispatch import ExpertDispatch, LocalDispatch, open_remote_dispatch
+from coordinator.kv_arrays import KvArrays
+from coordinator.request import Finished, GenerationRequest, TokenGenerated
+from coordinator.tokenizer import NoTokenizer
+from coordinator.transformer import Transformer
+from shoal import limits, ops
+from shoal.artifact import Artifact
+from shoal.experts.executor import ExpertExecutor
+from shoal.experts.open_store import open_store
+from shoal.experts.options import Io, Mode, Verify
+from shoal.experts.ownership import Ownership
+from shoal.experts.store import StoreOptions
+from shoal.ops import SamplingParams
+
+READY_TIMEOUT_S = 120.0
+CALL_TIMEOUT_S = 120.0
+MAX_CONTEXT = 1024  # bounds the KV cache, as the memory cap does everything
+# Of a store's figures, those that are kept, and what a node's metrics call them.
+FIGURES = {
+    "num_bytes": "shoal_read_bytes_total",
+    "hits": "shoal_cache_hits_total",
+    "misses": "shoal_cache_misses_total",
+    "stall_s": "shoal_cache_stall_seconds_total",
+    "resident_bytes": "shoal_cache_bytes",
+    "budget_bytes": "shoal_cache_budget_bytes",
+    "prefetch_issued_bytes": 'shoal_prefetch_bytes_total{result="issued"}',
+    "prefetch_used_bytes": 'shoal_prefetch_bytes_total{result="used"}',
+    "prefetch_wasted_bytes": 'shoal_prefetch_bytes_total{result="wasted"}',
+}
+Figures = dict[str, Any]
+
+
+def open_local(
+    artifact: Artifact, chosen: argparse.Namespace, stack: ExitStack
+) -> tuple[ExpertDispatch, Callable[[], Figures]]:
+    """Open a store in this process; return the dispatch and a reader of its figures."""
+    options = StoreOptions(
+        cache_bytes=chosen.cache, verify=Verify(chosen.verify), backend=Io(chosen.io).backend
+    )
+    store = open_store(artifact, Ownership(dict(artifact.owned_experts)), options)
+    stack.callback(store.close)
+    executor = ExpertExecutor(artifact, store)
+    return LocalDispatch(executor), lambda: {key: asdict(store.figures())[key] for key in FIGURES}
+
+
+def open_node(
+    artifact: Artifact, chosen: argparse.Namespace, stack: ExitStack
+) -> tuple[ExpertDispatch, Callable[[], Figures]]:
+    """Start a node; return the dispatch and a reader of the node's metrics."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-bench-")))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        metrics = f"127.0.0.1:{probe.getsockname()[1]}"
+    flags = [str(artifact.path), "--listen", "127.0.0.1:0", "--threads", "1", "--io", chosen.io]
+    flags += ["--cache", str(chosen.cache), "--verify", chosen.verify]
+    flags += ["--prefetch", chosen.prefetch, "--metrics-listen", metrics]
+    node = NodeProcess("node", flags, folder / "node.log")
+    stack.callback(stop_all, [node])
+    node.wait_ready(READY_TIMEOUT_S)
+    last = next(layer.router for layer in artifact.spec.layers if layer.router is not None)
+    shards = f"0-{last.num_experts - 1}={node.endpoint}"
+    dispatch = open_remote_dispatch(artifact, shards, CALL_TIMEOUT_S)
+    stack.callback(dispatch.close)
+    return dispatch, lambda: scrape(metrics)
+
+
+def scrape(endpoint: str) -> Figures:
+    """Return a node's FIGURES."""
+    with urllib.request.urlopen(f"http://{endpoint}/metrics", timeout=READY_TIMEOUT_S) as reply:
+        lines = reply.read().decode().splitlines()
+    samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {key: float(samples[name]) for key, name in FIGURES.items()}
+
+
+def decode(
+    artifact: Artifact,
+    dispatch: ExpertDispatch,
+    ids: list[int],
+    num_tokens: int,
+    read_figures: Callable[[], Figures],
+) -> Figures:
+    """Run one request; return its report."""
+    engine = Engine(
+        Transformer(artifact, dispatch),
+        NoTokenizer(artifact.generation_config),
+        lambda num_blocks: KvArrays(artifact.spec, artifact.kv_dtype, num_blocks),
+        EngineConfig(MAX_CONTEXT, limits.PREFILL_CHUNK),
+        time.perf_counter,
+    )
+    request = GenerationRequest(
+        prompt_ids=tuple(ids),
+        max_tokens=num_tokens,
+        sampling=SamplingParams(),
+        stop=(),
+        ignore_eos=True,
+        num_top_logprobs=None,
+    )
+    seconds: list[float] = []
+    tokens: list[int] = []
+    figures: list[Figures] = []
+    events = engine.generate(request, Cancellation())
+    began_s, digest = time.perf_counter(), None
+    for event in events:
+        match event:
+            case TokenGenerated():
+                seconds.append(time.perf_counter() - began_s)
+                tokens.append(event.token_id)
+                figures.append(read_figures())
+                began_s = time.perf_counter()
+            case Finished(error=None):
+                digest = event.logits_digest
+            case Finished():
+                raise event.error or AssertionError("no error")
+            case _:
+                continue
+    return {
+        "prompt_s": seconds[0],
+        "token_s": seconds[1:],
+        "token_ids": tokens,
+        "logits_digest": digest,
+        "figures": figures,
+    }
+
+
+def main() -> None:
+    """Open, decode, report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("ids")
+    parser.add_argument("decode", type=int)
+    parser.add_argument("--cache", type=int)
+    parser.add_argument("--node", action="store_true")
+    parser.add_argument("--prefetch", default=Mode.AUTO.value)
+    parser.add_argument("--io", default=Io.AUTO.value)
+    parser.add_argument("--verify", default=Verify.FIRST.value)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--trace", type=Path)
+    chosen = parser.parse_args()
+    ops.set_threads(chosen.threads)
+    began_s = time.perf_counter()
+    artifact = Artifact.open(chosen.model)
+    with ExitStack() as stack:
+        opener = open_node if chosen.node else open_local
+        dispatch, read_figures = opener(artifact, chosen, stack)
+        if chosen.trace is not None:
+            layers = [i for i, layer in enumerate(artifact.spec.layers) if layer.router is not None]
+            dispatch = ReplayDispatch(dispatch, np.load(chosen.trace), layers)
+        ids = [int(word) for word in chosen.ids.split(",")]
+        report = decode(artifact, dispatch, ids, chosen.decode, read_figures)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    report["peak_rss_bytes"] = usage.ru_maxrss * 1024
+    report["total_s"] = time.perf_counter() - began_s
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
