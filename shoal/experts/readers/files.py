@@ -8,14 +8,16 @@ import errno
 import mmap
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
 
-from shoal.experts.readers.reader import U8, Backend
+from shoal.experts.readers.reader import U8
 from shoal.limits import READ_ALIGNMENT
-from shoal.ops.reads import direct_alignment
+
+# descriptor -> (offset, address) alignment of direct reads, (0, 0) without them, None: not told.
+AlignmentOf = Callable[[int], tuple[int, int] | None]
 
 _F_NOCACHE = 48  # fcntl.h of macOS, whose way around the page cache asks for no alignment
 _O_DIRECT: int | None = getattr(os, "O_DIRECT", None)  # Linux
@@ -42,8 +44,8 @@ class OpenFile:
         "why_buffered",
     )
 
-    def __init__(self, path: Path, *, wants_direct: bool) -> None:
-        """Raises OSError naming the path."""
+    def __init__(self, path: Path, alignment_of: AlignmentOf | None) -> None:
+        """alignment_of: None: buffered, whatever else works. Raises OSError naming the path."""
         self.path = path
         self.direct: int | None = None
         self.offset_alignment = self.memory_alignment = READ_ALIGNMENT
@@ -53,8 +55,8 @@ class OpenFile:
         self._buffered: int | None = None
         self._open: list[int] = []  # every descriptor: others may be using one we gave up
         try:
-            if wants_direct:
-                self._open_direct()
+            if alignment_of is not None:
+                self._open_direct(alignment_of)
             if self.direct is None:
                 self.buffered()
         except OSError:
@@ -102,7 +104,7 @@ class OpenFile:
         self._open.append(descriptor)
         return descriptor
 
-    def _open_direct(self) -> None:
+    def _open_direct(self, alignment_of: AlignmentOf) -> None:
         if _O_DIRECT is not None:
             try:
                 self.direct = self._open_with(_O_DIRECT)
@@ -111,7 +113,7 @@ class OpenFile:
                     raise
                 self.why_buffered = _refused(error)
                 return
-            self._probe(self.direct)
+            self._probe(self.direct, alignment_of)
         elif sys.platform == "darwin":
             import fcntl
 
@@ -121,9 +123,9 @@ class OpenFile:
         else:
             self.why_buffered = "this system has no O_DIRECT"
 
-    def _probe(self, descriptor: int) -> None:
+    def _probe(self, descriptor: int, alignment_of: AlignmentOf) -> None:
         # What the file system says, and where it says nothing, what a read says.
-        told = direct_alignment(descriptor)
+        told = alignment_of(descriptor)
         if told is not None:
             self.offset_alignment, self.memory_alignment = told
             if self.offset_alignment == 0:
@@ -144,8 +146,8 @@ class OpenFiles:
     Raises OSError naming the path that cannot be opened; then nothing stays open.
     """
 
-    def __init__(self, paths: Collection[Path], backend: Backend) -> None:
-        self._wants_direct = backend is not Backend.BUFFERED
+    def __init__(self, paths: Collection[Path], alignment_of: AlignmentOf | None) -> None:
+        self._alignment_of = alignment_of
         self._files: dict[Path, OpenFile] = {}
         try:
             for path in paths:
@@ -158,7 +160,7 @@ class OpenFiles:
         """Return the file, opened now if it was not. Raises OSError."""
         file = self._files.get(path)
         if file is None:
-            file = self._files[path] = OpenFile(path, wants_direct=self._wants_direct)
+            file = self._files[path] = OpenFile(path, self._alignment_of)
         return file
 
     def all(self) -> list[OpenFile]:

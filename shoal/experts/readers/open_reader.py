@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shoal.errors import UsageError
 from shoal.experts.readers.files import OpenFiles
+from shoal.experts.readers.queue_reader import Tuning
 from shoal.experts.readers.reader import U8, Backend, Reader
 from shoal.experts.readers.ring_reader import RingReader
 from shoal.experts.readers.thread_reader import ThreadReader
@@ -20,6 +21,7 @@ def open_reader(
     arena: U8 | None,
     paths: Collection[Path],
     *,
+    tuning: Tuning | None = None,
     open_ring: Callable[[int], Ring] = Ring,
 ) -> Reader:
     """Return a reader of these files.
@@ -36,6 +38,7 @@ def open_reader(
         UsageError: `wanted` does not work here; says why.
         OSError: a file cannot be opened; names it.
     """
+    tuning = tuning or Tuning()
     why = ""
     if wanted in (None, Backend.IO_URING):
         try:
@@ -45,15 +48,15 @@ def open_reader(
             if wanted is not None:
                 raise UsageError(f"--io {wanted}: {why}; use --io auto") from None
         else:
-            return RingReader(ring, paths, () if arena is None else (arena,))
+            return RingReader(ring, paths, () if arena is None else (arena,), tuning)
     if wanted is not Backend.BUFFERED:
-        refusal = _no_direct_reads(paths)
+        refusal = _no_direct_reads(paths, tuning)
         if not refusal:
-            return ThreadReader(Backend.PREAD, why, paths)
+            return ThreadReader(Backend.PREAD, why, paths, tuning)
         if wanted is not None:
             raise UsageError(f"--io {wanted}: {refusal}; use --io auto")
         why = "; ".join(filter(None, (why, refusal)))
-    return ThreadReader(Backend.BUFFERED, why, paths)
+    return ThreadReader(Backend.BUFFERED, why, paths, tuning)
 
 
 def explain(error: OSError, disabled: Path = IO_URING_DISABLED) -> str:
@@ -71,9 +74,9 @@ def explain(error: OSError, disabled: Path = IO_URING_DISABLED) -> str:
             return errno.errorcode.get(code or 0, str(error))
 
 
-def _no_direct_reads(paths: Collection[Path]) -> str:
+def _no_direct_reads(paths: Collection[Path], tuning: Tuning) -> str:
     # Why none of the files can be read past the page cache; empty: one at least can.
-    files = OpenFiles(paths, Backend.PREAD)
+    files = OpenFiles(paths, tuning.alignment_of)
     try:
         if not paths or any(file.direct is not None for file in files.all()):
             return ""

@@ -8,12 +8,28 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shoal.experts.readers.files import BouncePool, OpenFile, OpenFiles
-from shoal.experts.readers.read_queue import Chunk, ReadQueue
+from shoal.experts.readers.files import AlignmentOf, BouncePool, OpenFile, OpenFiles
+from shoal.experts.readers.read_queue import CHUNK_BYTES, DEFAULT_QUEUE_DEPTH, Chunk, ReadQueue
 from shoal.experts.readers.reader import U8, Backend, Done, Read, ReaderFigures
 from shoal.limits import MAX_BOUNCE_BYTES
+from shoal.ops.reads import direct_alignment
 
 MAX_WAIT_S = 60.0  # of one system call: whoever waits longer asks again
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What rarely needs to differ from what was measured.
+
+    chunk_bytes: a multiple of 4096. queue_depth: to begin with; of all drives together.
+    bounce_limit_bytes: of buffers for chunks at misaligned places.
+    alignment_of: what the file system asks of direct reads; a test hands in a stranger one.
+    """
+
+    chunk_bytes: int = CHUNK_BYTES
+    queue_depth: int = DEFAULT_QUEUE_DEPTH
+    bounce_limit_bytes: int = MAX_BOUNCE_BYTES
+    alignment_of: AlignmentOf = direct_alignment
 
 
 @dataclass(slots=True, eq=False)
@@ -39,22 +55,15 @@ class Operation:
 class QueueReader(ABC):
     """A `Reader` less its device."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        why: str,
-        paths: Collection[Path],
-        *,
-        queue: ReadQueue | None = None,
-        bounce_limit_bytes: int = MAX_BOUNCE_BYTES,
-    ) -> None:
+    def __init__(self, backend: Backend, why: str, paths: Collection[Path], tuning: Tuning) -> None:
         """Open the files. Raises OSError naming the one that cannot be opened."""
         self.backend = backend
         self.why = why
-        self._queue = queue if queue is not None else ReadQueue()
+        self._queue = ReadQueue(chunk_bytes=tuning.chunk_bytes, queue_depth=tuning.queue_depth)
         self._lock = threading.Lock()
-        self._files = OpenFiles(paths, backend)
-        self._bounce = BouncePool(bounce_limit_bytes, self._queue.chunk_bytes)
+        self._alignment_of = None if backend is Backend.BUFFERED else tuning.alignment_of
+        self._files = OpenFiles(paths, self._alignment_of)
+        self._bounce = BouncePool(tuning.bounce_limit_bytes, tuning.chunk_bytes)
         self._num_buffered = 0
         self._num_bounced = 0
         self._is_closed = False
@@ -119,7 +128,7 @@ class QueueReader(ABC):
 
     def reopen(self, paths: Collection[Path]) -> None:
         """See `Reader.reopen`."""
-        files = OpenFiles(paths, self.backend)
+        files = OpenFiles(paths, self._alignment_of)
         with self._lock:
             old, self._files = self._files, files
             self._files_changed()

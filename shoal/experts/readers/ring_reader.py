@@ -12,10 +12,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from shoal.experts.readers.files import OpenFile
-from shoal.experts.readers.queue_reader import MAX_WAIT_S, Operation, QueueReader
-from shoal.experts.readers.read_queue import Chunk, ReadQueue
+from shoal.experts.readers.queue_reader import MAX_WAIT_S, Operation, QueueReader, Tuning
+from shoal.experts.readers.read_queue import Chunk
 from shoal.experts.readers.reader import U8, Backend, Done
-from shoal.limits import MAX_BOUNCE_BYTES, MIB
+from shoal.limits import MIB
 from shoal.ops.reads import Ring
 
 
@@ -23,18 +23,10 @@ class RingReader(QueueReader):
     """A `Reader` of registered files into registered memory."""
 
     def __init__(
-        self,
-        ring: Ring,
-        paths: Collection[Path],
-        arenas: Sequence[U8] = (),
-        *,
-        queue: ReadQueue | None = None,
-        bounce_limit_bytes: int = MAX_BOUNCE_BYTES,
+        self, ring: Ring, paths: Collection[Path], arenas: Sequence[U8], tuning: Tuning
     ) -> None:
         """Raises OSError naming the file that cannot be opened."""
-        super().__init__(
-            Backend.IO_URING, "", paths, queue=queue, bounce_limit_bytes=bounce_limit_bytes
-        )
+        super().__init__(Backend.IO_URING, "", paths, tuning)
         self._ring: Ring | None = ring
         self._is_woken = False
         self._waiting = threading.Lock()  # held by the thread that waits

@@ -7,26 +7,17 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from shoal.experts.readers.queue_reader import MAX_WAIT_S, Operation, QueueReader
-from shoal.experts.readers.read_queue import ReadQueue
+from shoal.experts.readers.queue_reader import MAX_WAIT_S, Operation, QueueReader, Tuning
 from shoal.experts.readers.reader import Backend, Done
-from shoal.limits import MAX_BOUNCE_BYTES, MAX_READ_THREADS
+from shoal.limits import MAX_READ_THREADS
 
 
 class ThreadReader(QueueReader):
     """A `Reader` with as many threads as the queue is deep, started as they are needed."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        why: str,
-        paths: Collection[Path],
-        *,
-        queue: ReadQueue | None = None,
-        bounce_limit_bytes: int = MAX_BOUNCE_BYTES,
-    ) -> None:
+    def __init__(self, backend: Backend, why: str, paths: Collection[Path], tuning: Tuning) -> None:
         """backend: PREAD or BUFFERED. Raises OSError naming the file that cannot be opened."""
-        super().__init__(backend, why, paths, queue=queue, bounce_limit_bytes=bounce_limit_bytes)
+        super().__init__(backend, why, paths, tuning)
         self._work = threading.Condition(self._lock)
         self._ended = threading.Condition(self._lock)
         self._is_woken = False

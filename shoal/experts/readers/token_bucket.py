@@ -24,7 +24,8 @@ class TokenBucket:
         if self.per_s is None:
             return 0.0
         self._fill(now_s)
-        return max(-self._tokens / self.per_s, 0.0)
+        # Less than a byte is rounding: waiting for it would be no time at all, again and again.
+        return -self._tokens / self.per_s if self._tokens <= -1.0 else 0.0
 
     def take(self, amount: int, now_s: float) -> None:
         """Spend, into debt if need be."""
