@@ -1,0 +1,74 @@
+"""Admission: which guesses are worth a read (core).
+
+The disk is idle from when a call has all its experts until the next layer's call arrives: the gap.
+A guess with probability p, whose read would fit into what is left of the gap by a share `fits`:
+
+    right:  the next call is spared  fits · read
+    wrong:  it waits for             (1 - fits) · read   of the disk (a chunk at the device is not
+            stopped), and the room was somebody's:  VICTIM_WORTH · read
+
+    admitted while   p · fits  >  (1 - p) · ((1 - fits) + VICTIM_WORTH)
+
+so a sure guess may overrun the gap, a doubtful one may not, and the budget in bytes is gap times
+bandwidth. Whether a demand read is queued is the store's to know: it then begins nothing.
+"""
+
+from collections.abc import Iterable
+
+# How likely the victim of a wrong guess would have been used before it had to go anyway, at most:
+# docs/prefetch.md replays traces with several values; 0.5 asks for p above a third.
+VICTIM_WORTH = 0.5
+MAX_GAP_S = 0.25  # a gap to count on; beyond it a user is thinking, not a coordinator computing
+_STEP = 1 / 8  # of the running means below
+
+
+def min_probability() -> float:
+    """Return the least p that is ever admitted: where the read fits the gap whole."""
+    return VICTIM_WORTH / (1 + VICTIM_WORTH)
+
+
+def admit(candidates: Iterable[tuple[int, float]], read_s: float, gap_s: float) -> list[int]:
+    """Return the experts to read ahead, in the order given.
+
+    Args:
+        candidates: absent experts and their probabilities, the most probable first.
+        read_s: seconds that one expert's read takes at the disk's bandwidth, > 0.
+        gap_s: seconds until the next call is expected.
+    """
+    admitted: list[int] = []
+    for expert, probability in candidates:
+        fits = min(1.0, max(0.0, gap_s / read_s - len(admitted)))
+        if probability * fits <= (1 - probability) * ((1 - fits) + VICTIM_WORTH):
+            break
+        admitted.append(expert)
+    return admitted
+
+
+class IdleGap:
+    """Running means: the gap before each layer's call, and the bandwidth of reads."""
+
+    def __init__(self) -> None:
+        self._gaps: dict[tuple[int, int], float] = {}
+        self._bytes = 0.0
+        self._seconds = 0.0
+
+    def observe_gap(self, layer: int, kind: int, gap_s: float) -> None:
+        """Learn how long the disk was idle before a call of `layer`."""
+        gap_s = min(max(gap_s, 0.0), MAX_GAP_S)
+        known = self._gaps.get((layer, kind), gap_s)
+        self._gaps[layer, kind] = known + _STEP * (gap_s - known)
+
+    def observe_reads(self, num_bytes: int, seconds: float) -> None:
+        """Learn that a call waited `seconds` while `num_bytes` were read."""
+        self._bytes += num_bytes - _STEP * self._bytes
+        self._seconds += seconds - _STEP * self._seconds
+
+    def gap_s(self, layer: int, kind: int) -> float:
+        """Return the expected gap; 0.0 where none was seen."""
+        return self._gaps.get((layer, kind), 0.0)
+
+    def read_s(self, num_bytes: int) -> float | None:
+        """Return the seconds that a read takes; None before any was seen."""
+        if self._bytes <= 0 or self._seconds <= 0:
+            return None
+        return num_bytes * self._seconds / self._bytes

@@ -1,0 +1,138 @@
+"""Governor: does prefetching win here? A-B-A, online, for as long as the process lives (core).
+
+    learn -> trial: off on off on off ... -> on, for some windows -> trial -> ...
+                                          -> off, longer each time -> learn -> trial -> ...
+
+Windows are counted in calls. A trial compares each window with prefetching (B) with the mean of the
+two around it without (A): drift, such as a cache that fills, falls out. In A windows and in `off`
+nothing is learned or guessed, so they are demand-only in truth. The cost of a call is what it took,
+prefetching's own work included, a wanted expert at a time. The first calls of a window belong to
+the one before (what it left in the cache) and are not counted.
+
+Prefetching goes on only if it wins by more than the noise between pairs; a clear loss ends a trial
+at once; a draw is off.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+MIN_PAIRS = 2  # before a win is believed
+MAX_PAIRS = 4  # then a draw is a draw
+CLEAR_LOSS = 0.05  # of a call's cost, in one pair: ends the trial
+MIN_GAIN = 0.01  # of a call's cost: less is not worth the reads
+ON_WINDOWS = 24  # until the verdict is tried again
+OFF_WINDOWS = 24  # likewise, at first
+MAX_OFF_WINDOWS = 24 * 64  # doubled at each trial lost, up to this
+
+
+class State(StrEnum):
+    LEARN = "learn"
+    TRIAL = "trial"
+    ON = "on"
+    OFF = "off"
+
+
+@dataclass(slots=True)
+class _Window:
+    calls: int = 0
+    cost_s: float = 0.0
+    experts: int = 0
+
+    @property
+    def mean_s(self) -> float:
+        return self.cost_s / max(1, self.experts)
+
+
+@dataclass(slots=True)
+class _Trial:
+    off: list[float] = field(default_factory=list)  # mean costs, one more than `on` when judged
+    on: list[float] = field(default_factory=list)
+
+    def gains(self) -> list[float]:
+        """Return each pair's gain, as a share of the cost without prefetching."""
+        around = [(a + b) / 2 for a, b in zip(self.off, self.off[1:], strict=False)]
+        return [(a - b) / a if a > 0 else 0.0 for a, b in zip(around, self.on, strict=False)]
+
+
+class Governor:
+    """Says whether to learn and whether to read ahead, one call at a time.
+
+    Args:
+        window_calls: calls in a window. guard_calls: of these, the first that are not counted.
+    """
+
+    def __init__(self, window_calls: int, guard_calls: int) -> None:
+        assert 0 <= guard_calls < window_calls, (window_calls, guard_calls)
+        self._window_calls, self._guard_calls = window_calls, guard_calls
+        self._state = State.LEARN
+        self._window = _Window()
+        self._trial = _Trial()
+        self._windows_left = 1
+        self._off_windows = OFF_WINDOWS
+        self._is_b = False
+        self._verdict: State | None = None
+        self._gain_s = 0.0  # an expert, by the last trial that was won
+        self.switches = 0
+        self.saved_s = 0.0
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether predictors are to be told of the call, and to guess."""
+        return self._state in (State.LEARN, State.ON) or self._is_b
+
+    @property
+    def may_issue(self) -> bool:
+        """Whether guesses are to be read ahead."""
+        return self._state is State.ON or self._is_b
+
+    def on_done(self, cost_s: float, num_experts: int) -> None:
+        """Learn what a call cost that began in the present window."""
+        window = self._window
+        window.calls += 1
+        if window.calls > self._guard_calls:
+            window.cost_s += cost_s
+            window.experts += num_experts
+        if self._state is State.ON:
+            self.saved_s += self._gain_s * num_experts
+        if window.calls == self._window_calls:
+            self._window = _Window()
+            self._end_window(window)
+
+    def _end_window(self, window: _Window) -> None:
+        if self._state is State.TRIAL:
+            (self._trial.on if self._is_b else self._trial.off).append(window.mean_s)
+            self._is_b = not self._is_b
+            if len(self._trial.off) == len(self._trial.on) + 1 and self._trial.on:
+                self._judge(window)
+            return
+        self._windows_left -= 1
+        if self._windows_left:
+            return
+        if self._state is State.OFF:
+            self._state, self._windows_left = State.LEARN, 1
+        else:
+            self._state, self._trial, self._is_b = State.TRIAL, _Trial(), False
+
+    def _judge(self, last: _Window) -> None:
+        gains = self._trial.gains()
+        mean = sum(gains) / len(gains)
+        spread = (max(gains) - min(gains)) / 2 if len(gains) > 1 else 0.0
+        noise = spread / len(gains) ** 0.5
+        is_last = len(gains) == MAX_PAIRS
+        self.saved_s += gains[-1] * self._trial.off[-1] * last.experts
+        if len(gains) >= MIN_PAIRS and mean > max(MIN_GAIN, noise):
+            self._gain_s = mean * sum(self._trial.off) / len(self._trial.off)
+            self._settle(State.ON, ON_WINDOWS)
+            self._off_windows = OFF_WINDOWS
+        elif mean < -CLEAR_LOSS or is_last:
+            self._settle(State.OFF, self._off_windows)
+            self._off_windows = min(2 * self._off_windows, MAX_OFF_WINDOWS)
+
+    def _settle(self, verdict: State, windows: int) -> None:
+        self.switches += self._verdict is not None and self._verdict is not verdict
+        self._verdict = verdict
+        self._state, self._windows_left, self._is_b = verdict, windows, False

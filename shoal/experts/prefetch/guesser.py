@@ -1,0 +1,284 @@
+"""Guesser: from the calls of every stream to probabilities for the layer that comes next (core).
+
+    settle(stream, call)   the truth has come: models and counters learn
+    guess(stream, call)    what will the next layer's call want?
+
+The unit is a call, not a row: its features are the best of its rows' and its truth the experts
+that any row wants. Calls of one row, of a few and of many have models of their own, as their rates
+differ. A call of many rows wants nearly everything: there the guess is every owned expert, in the
+order of the file, with the share that such calls have used.
+
+History is kept per stream: two conversations that take turns do not spoil each other's.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.experts.prefetch import locality, markov
+from shoal.experts.prefetch.fusion import Fusion
+from shoal.experts.prefetch.interface import PredictorFigures
+from shoal.experts.prefetch.locality import LocalityWindow
+from shoal.experts.prefetch.markov import SetMarkov
+from shoal.limits import MAX_PREFETCH_STREAMS
+from shoal.rows import Rows
+
+I64 = NDArray[np.int64]
+F64 = NDArray[np.float64]
+Truth = NDArray[np.bool_]
+
+FEW_ROWS = 16  # beyond it, rows want nearly every expert: 16 rows x 8 of 128 touch 64 % by chance
+PREGATE_BINS = 24
+FUSED = "fused"
+PREDICTORS = ("pregate", "markov", "locality")
+_BINS = {
+    "pregate": (PREGATE_BINS,),
+    "markov": (markov.BINS,),
+    "locality": (locality.RECENT_BINS, locality.LATELY_BINS),
+}
+_JUDGE_EVERY = 4  # calls of a layer: judging the single predictors costs as much as the fused one
+_RATE_STEP = 1 / 8  # of the share of experts that calls of many rows use
+_NOTHING = np.empty(0, np.int64)
+WOULD_TAKE = 0.5  # a single predictor's precision is that of the experts it gives more than this
+
+
+class Gate(Protocol):
+    """Scores a layer's experts from the rows of the layer before: a `Pregate`."""
+
+    def features(self, rows: Rows) -> I64:
+        """Return the bins [1, E], each in [0, PREGATE_BINS)."""
+        ...
+
+
+class CallKind(IntEnum):
+    ONE = 0
+    FEW = 1
+    MANY = 2
+
+
+def kind_of(num_rows: int) -> CallKind:
+    if num_rows == 1:
+        return CallKind.ONE
+    return CallKind.FEW if num_rows <= FEW_ROWS else CallKind.MANY
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedLayer:
+    """A layer with a router: its size, and which of its experts are owned."""
+
+    layer: int
+    num_experts: int
+    experts_per_token: int
+    owned: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """Owned experts of `target` by falling probability (many rows: by index), and those."""
+
+    target: int
+    kind: CallKind
+    experts: I64
+    probabilities: F64
+    features: I64  # [features, E]; of many rows: none
+
+
+@dataclass(slots=True)
+class _Count:
+    wanted: int = 0
+    hits: int = 0
+    admitted: int = 0
+    right: int = 0
+
+
+@dataclass(slots=True)
+class _Stream:
+    sets: dict[int, I64] = field(default_factory=dict)  # layer -> experts of its last call
+    windows: dict[int, LocalityWindow] = field(default_factory=dict)
+    pending: Guess | None = None
+
+
+class _Models:
+    """What is learned about one layer as a target, for calls of one kind."""
+
+    def __init__(self, layer: RoutedLayer, predictors: Sequence[str]) -> None:
+        rate = layer.experts_per_token / layer.num_experts
+        self.fused = Fusion([b for name in predictors for b in _BINS[name]], rate)
+        self.single = {name: Fusion(_BINS[name], rate) for name in predictors}
+        self.calls = 0
+
+
+class Guesser:
+    """Learns from calls and guesses the next one's experts.
+
+    Args:
+        layers: those with a router and owned experts, ascending; a pass visits them in turn.
+        pregates: by source layer; only where the next layer that the model routes is owned.
+        predictors: names out of PREDICTORS, at least one.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[RoutedLayer],
+        pregates: Mapping[int, Gate],
+        predictors: Sequence[str] = PREDICTORS,
+    ) -> None:
+        assert layers and predictors
+        self._layers = {layer.layer: layer for layer in layers}
+        order = [layer.layer for layer in layers]
+        self._next = dict(zip(order, [*order[1:], order[0]], strict=True))
+        self._before = {
+            target: (order[index - 1], order[(index - 2) % len(order)])
+            for index, target in enumerate(order)
+        }
+        self._pregates = pregates
+        self._predictors = tuple(predictors)
+        ends = [sum(len(_BINS[name]) for name in predictors[:n]) for n in range(len(predictors))]
+        self._rows = {
+            name: slice(first, first + len(_BINS[name]))
+            for name, first in zip(predictors, ends, strict=True)
+        }
+        self._owned = {layer.layer: np.array(layer.owned, np.int64) for layer in layers}
+        self._markov = {
+            target: SetMarkov(
+                self._layers[target].num_experts,
+                (self._layers[one].num_experts, self._layers[two].num_experts),
+            )
+            for target, (one, two) in self._before.items()
+        }
+        self._models = {
+            (layer.layer, kind): _Models(layer, self._predictors)
+            for layer in layers
+            for kind in (CallKind.ONE, CallKind.FEW)
+        }
+        self._rates = dict.fromkeys(order, 0.0)  # share of owned experts that many rows use
+        self._streams: OrderedDict[int, _Stream] = OrderedDict()
+        names = (FUSED, *predictors)
+        self._counts = {(layer, name): _Count() for layer in order for name in names}
+
+    def settle(self, stream: int, layer: int, num_rows: int, experts: I64) -> Guess | None:
+        """Learn what a call wants; return the guess that was made about it, if one was.
+
+        Args:
+            experts: distinct, ascending.
+        """
+        history = self._stream(stream)
+        kind = kind_of(num_rows)
+        guess, history.pending = history.pending, None
+        if guess is not None and (guess.target != layer or guess.kind is not kind):
+            guess = None
+        if kind is CallKind.MANY:
+            share = experts.size / self._owned[layer].size
+            self._rates[layer] += _RATE_STEP * (share - self._rates[layer])
+        if guess is not None:
+            self._judge(guess, experts)
+        self._remember(history, layer, kind, experts)
+        return guess
+
+    def guess(self, stream: int, layer: int, rows: Rows) -> Guess:
+        """Return what the call after this one, of the next layer, will want."""
+        history = self._stream(stream)
+        target, kind = self._next[layer], kind_of(rows.num_rows)
+        owned = self._owned[target]
+        if kind is CallKind.MANY:
+            rates = np.full(owned.size, self._rates[target])
+            guess = Guess(target, kind, owned, rates, _NOTHING[None])
+        else:
+            features = self._features(history, layer, target, rows)
+            model = self._models[target, kind]
+            p = model.fused.probabilities(features)[owned]
+            order = np.argsort(-p, kind="stable")
+            guess = Guess(target, kind, owned[order], p[order], features)
+        history.pending = guess
+        return guess
+
+    def forget(self, stream: int) -> None:
+        """The stream's pending guess will not be settled: calls were missed."""
+        if stream in self._streams:
+            self._streams[stream].pending = None
+
+    def figures(self, layer: int | None = None) -> dict[str, PredictorFigures]:
+        """Return each predictor's counters, of one target layer or of all."""
+        totals: dict[str, PredictorFigures] = {}
+        for name in (FUSED, *self._predictors):
+            counts = [
+                count
+                for (target, of), count in self._counts.items()
+                if of == name and layer in (None, target)
+            ]
+            totals[name] = PredictorFigures(
+                sum(c.wanted for c in counts),
+                sum(c.hits for c in counts),
+                sum(c.admitted for c in counts),
+                sum(c.right for c in counts),
+            )
+        return totals
+
+    def _stream(self, stream: int) -> _Stream:
+        history = self._streams.pop(stream, None) or _Stream()
+        self._streams[stream] = history  # the newest last
+        if len(self._streams) > MAX_PREFETCH_STREAMS:
+            self._streams.popitem(last=False)
+        return history
+
+    def _features(self, history: _Stream, layer: int, target: int, rows: Rows) -> I64:
+        num_experts = self._layers[target].num_experts
+        features: list[I64] = []
+        for name in self._predictors:
+            if name == "pregate":
+                gate = self._pregates.get(layer)
+                nothing = np.zeros((1, num_experts), np.int64)
+                features.append(gate.features(rows) if gate is not None else nothing)
+            elif name == "markov":
+                features.append(self._markov[target].features(self._sets(history, target)))
+            else:
+                window = history.windows.get(target) or LocalityWindow(num_experts)
+                features.append(window.features())
+        return np.concatenate(features)
+
+    def _sets(self, history: _Stream, target: int) -> tuple[I64, I64]:
+        one, two = self._before[target]
+        return history.sets.get(one, _NOTHING), history.sets.get(two, _NOTHING)
+
+    def _judge(self, guess: Guess, experts: I64) -> None:
+        truth = np.zeros(self._layers[guess.target].num_experts, np.bool_)
+        truth[experts] = True
+        self._count(FUSED, guess.target, guess.experts, guess.probabilities, truth)
+        if guess.kind is CallKind.MANY:
+            return
+        model = self._models[guess.target, guess.kind]
+        model.fused.update(guess.features, truth)
+        model.calls += 1
+        if model.calls % _JUDGE_EVERY:
+            return
+        owned = self._owned[guess.target]
+        for name, fusion in model.single.items():
+            features = guess.features[self._rows[name]]
+            p = fusion.probabilities(features)[owned]
+            order = np.argsort(-p, kind="stable")
+            self._count(name, guess.target, owned[order], p[order], truth)
+            fusion.update(features, truth)
+
+    def _count(self, name: str, target: int, ranked: I64, p: F64, truth: Truth) -> None:
+        count = self._counts[target, name]
+        is_right = truth[ranked]
+        would_take = p > WOULD_TAKE
+        num_wanted = int(truth.sum())
+        count.wanted += num_wanted
+        count.hits += int(is_right[:num_wanted].sum())
+        count.admitted += int(would_take.sum())
+        count.right += int((would_take & is_right).sum())
+
+    def _remember(self, history: _Stream, layer: int, kind: CallKind, experts: I64) -> None:
+        if "markov" in self._predictors and kind is CallKind.ONE:
+            self._markov[layer].observe(self._sets(history, layer), experts)
+        history.sets[layer] = experts
+        if "locality" in self._predictors:
+            if layer not in history.windows:
+                history.windows[layer] = LocalityWindow(self._layers[layer].num_experts)
+            history.windows[layer].observe(experts)

@@ -1,0 +1,78 @@
+"""Second-order Markov chain over expert sets: which experts follow the last two layers' (core).
+
+For expert sets S1 (the layer before) and S2 (the one before that), and an expert f:
+
+    score(f) = log pi(f) + sum over a in S1 of log(P1(f|a) / pi(f))
+                         + sum over b in S2 of log(P2(f|b) / pi(f))
+
+P1 and P2 are decayed counts of "a was used, then f", one and two layers apart; pi(f) is how often
+f is used at all. Unseen pairs fall back to pi(f), the layer's own frequencies, never to a uniform
+prior over ids: that would drown what was seen (p ~ 1/E). The sum over members stands in for counts
+of whole sets, of which no two are alike. Two sets, not one table of triples: E^2 counts, not E^3.
+Source: mixture transition distributions, Raftery 1985; the naive product in place of the mixture.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+I64 = NDArray[np.int64]
+F32 = NDArray[np.float32]
+
+BINS = 20
+_PRIOR = np.float32(4)  # uses of the layer's own frequencies that each row of counts begins with
+_HALF_LIFE_CALLS = 4096  # of a count: a text's topic passes, the model's habits stay
+_DECAY = 0.5 ** (1 / _HALF_LIFE_CALLS)
+_RESCALE_AT = 2.0**20  # newer calls weigh more; before float32 loses units, all is scaled down
+
+
+class SetMarkov:
+    """What follows what, for the experts of one layer.
+
+    Args:
+        num_experts: of this layer; num_before: of the layers one and two before it.
+    """
+
+    def __init__(self, num_experts: int, num_before: tuple[int, int]) -> None:
+        self._pairs = [np.zeros((count, num_experts), np.float32) for count in num_before]
+        self._uses = [np.zeros(count, np.float32) for count in num_before]
+        self._own = np.zeros(num_experts, np.float32)
+        self._calls = 0.0
+        self._weight = 1.0  # of the newest call: grows by 1 / _DECAY instead of decaying all counts
+
+    def observe(self, before: tuple[I64, I64], experts: I64) -> None:
+        """Learn that `experts` followed the sets `before` (one layer before, two before)."""
+        self._weight /= _DECAY
+        if self._weight > _RESCALE_AT:
+            self._rescale()
+        weight = np.float32(self._weight)
+        for pairs, uses, earlier in zip(self._pairs, self._uses, before, strict=True):
+            if earlier.size:
+                pairs[earlier[:, None], experts] += weight
+                uses[earlier] += weight
+        self._own[experts] += weight
+        self._calls += self._weight
+
+    def scores(self, before: tuple[I64, I64]) -> F32:
+        """Return the log scores [E]; experts that were never used score lowest."""
+        frequency = (self._own + np.float32(0.01)) / np.float32(max(self._calls, 1.0) + 1.0)
+        ratios = [np.log(frequency)]
+        for pairs, uses, earlier in zip(self._pairs, self._uses, before, strict=True):
+            if earlier.size:
+                prior = _PRIOR * np.float32(self._weight)
+                seen = pairs[earlier] + prior * frequency
+                expected = (uses[earlier] + prior)[:, None] * frequency
+                ratios.append(np.log(seen / expected).sum(axis=0))
+        total: F32 = sum(ratios[1:], ratios[0])
+        return total
+
+    def features(self, before: tuple[I64, I64]) -> I64:
+        """Return the bins [1, E] of the scores, a bin for each half of a factor e."""
+        bins = (self.scores(before) * 2 + (BINS - 4)).astype(np.int64)
+        return np.minimum(np.maximum(bins, 0), BINS - 1)[None]
+
+    def _rescale(self) -> None:
+        factor = np.float32(1 / self._weight)
+        for array in (*self._pairs, *self._uses, self._own):
+            array *= factor
+        self._calls /= self._weight
+        self._weight = 1.0

@@ -1,0 +1,195 @@
+"""ReadAhead: the prefetcher of a process. Asks the cores, speaks to the store.
+
+    on_call    settle the guess about this call, cancel what it did not need, guess the next one
+    on_loaded  the disk is idle: admit guesses, begin their reads
+    on_done    tell the governor what the call cost
+
+Everything happens in the calling thread, most of it while the disk works for that very call. Where
+another call is inside, a call goes by unobserved: nobody waits here.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from shoal.experts.call import ExpertCall
+from shoal.experts.prefetch.admission import IdleGap, admit, min_probability
+from shoal.experts.prefetch.governor import Governor
+from shoal.experts.prefetch.guesser import CallKind, Guess, Guesser, kind_of
+from shoal.experts.prefetch.interface import Mode, PrefetchFigures, PrefetchStore
+from shoal.limits import MAX_PREFETCH_STREAMS
+
+
+@dataclass(slots=True)
+class _Call:
+    kind: CallKind
+    began_s: float
+    num_experts: int
+    num_bytes: int  # that the store had read when the call began; -1: not looked at
+    guess: Guess | None
+    is_loaded: bool = False
+
+
+@dataclass(slots=True)
+class _Stream:
+    idle_since_s: float | None = None  # its last call waits for no read since then
+    issued: tuple[int, frozenset[int]] | None = None  # layer, experts
+
+
+class ReadAhead:
+    """A `Prefetcher`.
+
+    Args:
+        expert_bytes: by layer: of one expert's read.
+        governors: by kind of call; empty: always on.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        guesser: Guesser,
+        store: PrefetchStore,
+        expert_bytes: Mapping[int, int],
+        governors: Mapping[CallKind, Governor],
+    ) -> None:
+        self._mode = mode
+        self._guesser = guesser
+        self._store = store
+        self._expert_bytes = expert_bytes
+        self._governors = governors
+        self._idle = IdleGap()
+        self._lock = threading.Lock()
+        self._calls: OrderedDict[tuple[int, int], _Call] = OrderedDict()  # (stream, layer)
+        self._streams: OrderedDict[int, _Stream] = OrderedDict()
+        self._issued_experts = 0
+        self._is_closed = False
+
+    def on_call(
+        self, call: ExpertCall, experts: Sequence[int], now_s: float, stream: int = 0
+    ) -> None:
+        """See `Prefetcher.on_call`."""
+        if call.layer not in self._expert_bytes:
+            return
+        with self._entered() as is_in:
+            if not is_in:
+                return
+            kind = kind_of(call.rows.num_rows)
+            made = _Call(kind, now_s, len(experts), -1, None)
+            self._calls[stream, call.layer] = made
+            _keep_newest(self._calls)
+            governor = self._governors.get(kind)
+            if governor is not None and not governor.is_learning:
+                self._guesser.forget(stream)
+                self._streams.pop(stream, None)
+                return
+            self._observe(call, experts, now_s, stream)
+            made.num_bytes = self._store.figures().num_bytes
+            made.guess = self._guesser.guess(stream, call.layer, call.rows)
+
+    def on_loaded(self, layer: int, now_s: float, stream: int = 0) -> None:
+        """See `Prefetcher.on_loaded`."""
+        with self._entered() as is_in:
+            call = self._calls.get((stream, layer)) if is_in else None
+            if call is None or call.guess is None or call.is_loaded:
+                return
+            call.is_loaded = True
+            figures = self._store.figures()
+            if figures.num_bytes > call.num_bytes and now_s > call.began_s:
+                self._idle.observe_reads(figures.num_bytes - call.num_bytes, now_s - call.began_s)
+            state = self._streams.setdefault(stream, _Stream())
+            self._streams.move_to_end(stream)
+            _keep_newest(self._streams)
+            state.idle_since_s = now_s
+            governor = self._governors.get(call.kind)
+            if (governor is None or governor.may_issue) and not figures.num_waiting:
+                self._issue(state, call.guess)
+
+    def on_done(self, layer: int, load_s: float, now_s: float, stream: int = 0) -> None:
+        """See `Prefetcher.on_done`."""
+        with self._entered() as is_in:
+            call = self._calls.pop((stream, layer), None) if is_in else None
+            if call is None:
+                return
+            governor = self._governors.get(call.kind)
+            if governor is not None:
+                governor.on_done(now_s - call.began_s, call.num_experts)
+
+    def figures(self) -> PrefetchFigures:
+        """See `Prefetcher.figures`."""
+        with self._lock:
+            store = self._store.figures()
+            decode = self._governors.get(CallKind.ONE)
+            prefill = self._governors.get(CallKind.MANY)
+            governors = [governor for governor in (decode, prefill) if governor is not None]
+            return PrefetchFigures(
+                mode=self._mode,
+                predictors=self._guesser.figures(),
+                issued_experts=self._issued_experts,
+                issued_bytes=store.prefetch_issued_bytes,
+                used_bytes=store.prefetch_used_bytes,
+                wasted_bytes=store.prefetch_wasted_bytes,
+                stall_saved_s=sum(governor.saved_s for governor in governors),
+                decode_state=decode.state.value if decode is not None else "forced",
+                prefill_state=prefill.state.value if prefill is not None else "forced",
+                switches=sum(governor.switches for governor in governors),
+            )
+
+    def close(self) -> None:
+        """See `Prefetcher.close`."""
+        with self._lock:
+            self._is_closed = True
+            self._store.cancel_prefetch()
+
+    @contextmanager
+    def _entered(self) -> Iterator[bool]:
+        is_in = self._lock.acquire(blocking=False)
+        try:
+            yield is_in and not self._is_closed
+        finally:
+            if is_in:
+                self._lock.release()
+
+    def _observe(self, call: ExpertCall, experts: Sequence[int], now_s: float, stream: int) -> None:
+        kind = kind_of(call.rows.num_rows)
+        wanted = np.array(experts, np.int64)
+        self._guesser.settle(stream, call.layer, call.rows.num_rows, wanted)
+        state = self._streams.get(stream)
+        if state is None:
+            return
+        if state.idle_since_s is not None:
+            self._idle.observe_gap(call.layer, kind, now_s - state.idle_since_s)
+        if state.issued is not None:
+            layer, issued = state.issued
+            unneeded = issued if layer != call.layer else issued.difference(experts)
+            if unneeded and not self._store.is_resident(layer, sorted(unneeded)):
+                self._store.cancel_prefetch()
+        state.issued = state.idle_since_s = None
+
+    def _issue(self, state: _Stream, guess: Guess) -> None:
+        read_s = self._idle.read_s(self._expert_bytes[guess.target])
+        if read_s is None:
+            return  # nothing was ever read: all is in memory
+        gap_s = self._idle.gap_s(guess.target, guess.kind)
+        admitted = admit(self._absent(guess), read_s, gap_s)
+        if admitted:
+            self._issued_experts += self._store.prefetch(guess.target, admitted)
+            state.issued = (guess.target, frozenset(admitted))
+
+    def _absent(self, guess: Guess) -> Iterator[tuple[int, float]]:
+        least = min_probability()
+        for expert, p in zip(guess.experts.tolist(), guess.probabilities.tolist(), strict=True):
+            if p <= least:
+                return
+            if not self._store.is_resident(guess.target, (expert,)):
+                yield expert, p
+
+
+def _keep_newest(
+    entries: "OrderedDict[int, _Stream] | OrderedDict[tuple[int, int], _Call]",
+) -> None:
+    if len(entries) > MAX_PREFETCH_STREAMS:
+        entries.popitem(last=False)

@@ -1,0 +1,53 @@
+"""Pre-gating: the next layer's router on the rows that just came, before their call is computed.
+
+The matrix is router(t) · diag(norm(t) / norm(l)) (docs/formats/artifact.md): what the next router
+would say if this layer's experts and the next attention added nothing to the residual. The rows
+are multiplied as they came, in their own scheme. This only steers reads: never a token.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal import ops
+from shoal.experts.prefetch.guesser import PREGATE_BINS
+from shoal.rows import Rows
+
+I64 = NDArray[np.int64]
+F32 = NDArray[np.float32]
+
+_BINS_A_SPREAD = 5.0  # bins for each standard deviation of a row's scores
+
+
+class Pregate:
+    """Scores one layer's experts from the rows of the layer before it."""
+
+    def __init__(self, matrix: ops.Matrix, parts: int, experts_per_token: int) -> None:
+        """`matrix`: [parts * E, D], a score is the sum over parts."""
+        self._matrix = matrix
+        self._parts = parts
+        self._num_chosen = min(experts_per_token, matrix.rows // parts - 1)
+
+    def scores(self, rows: Rows) -> F32:
+        """Return [T, E]."""
+        parts = ops.matmul(self._matrix, rows).reshape(rows.num_rows, self._parts, -1)
+        total: F32 = parts.sum(axis=1)
+        return total
+
+    def features(self, rows: Rows) -> I64:
+        """Return the bins [1, E]: how far an expert is inside some row's choice, or outside all.
+
+        The unit is the spread of the row's scores, zero lies half way between the last expert
+        that would be chosen and the first that would not.
+        """
+        with np.errstate(all="ignore"):  # rows may hold anything: the call itself is refused later
+            scores = self.scores(rows)
+            chosen, num_experts = self._num_chosen, scores.shape[1]
+            kth = (num_experts - chosen - 1, num_experts - chosen)
+            parted = np.partition(scores, kth, axis=1)
+            middle = (parted[:, kth[0]] + parted[:, kth[1]]) / 2
+            spread = scores.std(axis=1) + np.float32(1e-20)
+            margins = ((scores - middle[:, None]) / spread[:, None]).max(axis=0)
+        places = margins * np.float32(_BINS_A_SPREAD) + PREGATE_BINS // 2
+        places = np.minimum(np.maximum(np.nan_to_num(places), 0), PREGATE_BINS - 1)
+        bins: I64 = places.astype(np.int64).reshape(1, -1)
+        return bins
