@@ -1,22 +1,47 @@
 """open_store: the one way to an `ExpertStore`, for nodes and for the coordinator's own process."""
 
+from functools import partial
+
 from shoal.errors import UsageError
+from shoal.experts.cache import DEFAULT_POLICY, POLICIES
+from shoal.experts.catalogue import Catalogue
+from shoal.experts.options import Backend
 from shoal.experts.ownership import Ownership
-from shoal.experts.resident import ResidentStore
-from shoal.experts.store import ExpertFiles, ExpertStore, StoreOptions
+from shoal.experts.readers.open_reader import open_reader
+from shoal.experts.store import ExpertFiles, StoreOptions
+from shoal.experts.streaming import StreamingStore
 
 
 def open_store(
     files: ExpertFiles, ownership: Ownership, options: StoreOptions | None = None
-) -> ExpertStore:
+) -> StreamingStore:
     """Return a store of what is owned; reads nothing yet. Close it.
 
     Raises:
         NotOwned: `files` lacks an owned expert.
-        UsageError: the budget is below two experts; a data directory lacks a file; the backend
-            asked for does not work here.
+        UsageError: the budget is below two experts; a data directory has no expert files; the
+            backend asked for does not work here.
+        OSError: a file cannot be opened.
     """
     options = options or StoreOptions()
-    if options.cache_bytes is not None:
-        raise UsageError("--cache: not in this build")
-    return ResidentStore(files, ownership)
+    policy = options.policy or DEFAULT_POLICY
+    if policy not in POLICIES:
+        raise UsageError(f"cache policy {policy!r}: there are {', '.join(POLICIES)}")
+    backend = options.backend
+    if backend is None and options.cache_bytes is None:
+        backend = Backend.BUFFERED  # read once: what the page cache keeps helps the next start
+    store = StreamingStore(
+        files,
+        ownership,
+        partial(_catalogue, options=options),
+        POLICIES[policy](1),
+        lambda paths: open_reader(backend, None, paths),
+        cache_bytes=options.cache_bytes,
+        verify=options.verify,
+    )
+    store.pin(options.pins)
+    return store
+
+
+def _catalogue(files: ExpertFiles, ownership: Ownership, options: StoreOptions) -> Catalogue:
+    return Catalogue(files, ownership, options.data_dirs)

@@ -60,7 +60,8 @@ class ExpertCache:
         self._ready: dict[int, dict[int, Entry]] = {}
         self._doomed: set[Entry] = set()
         self._turns: deque[Demand] = deque()
-        self._loading_bytes = 0  # of demands
+        self.loading_bytes = 0  # of demands' reads under way
+        self._num_loading = 0
         self._unused: dict[Key, Entry] = {}  # prefetches, the oldest first
         self._unused_bytes = 0
         self._wanted_pins: tuple[Key, ...] = ()
@@ -79,8 +80,10 @@ class ExpertCache:
             return None
         for entry in entries:
             entry.refs += 1
-            if entry.is_prefetch:
-                self._note_used(entry)
+        if self._unused:
+            for entry in entries:
+                if entry.is_prefetch:
+                    self._note_used(entry)
         if self._is_contended:
             touch = self._policy.touch
             for entry in entries:
@@ -131,12 +134,14 @@ class ExpertCache:
         taken, demand.granted = demand.granted, []
         return taken
 
-    def release(self, entries: Iterable[Entry]) -> None:
+    def release(self, entries: Sequence[Entry]) -> None:
         """Let go of experts that were held. If `has_queue` then, ask for `next_loads`."""
         for entry in entries:
             entry.refs -= 1
-            if entry.is_doomed and entry.refs == 0:
-                self._free(entry)
+        if self._doomed:
+            for entry in self._doomed.intersection(entries):
+                if entry.refs == 0:
+                    self._free(entry)
 
     @property
     def has_queue(self) -> bool:
@@ -167,7 +172,7 @@ class ExpertCache:
                 self._turns.popleft()
                 continue
             entry = demand.queued[0]
-            if self._loading_bytes and self._loading_bytes + entry.num_bytes > MAX_LOADING_BYTES:
+            if self.loading_bytes and self.loading_bytes + entry.num_bytes > MAX_LOADING_BYTES:
                 break
             if not self._place(entry, self._may_evict):
                 self.lacks_room = True
@@ -283,8 +288,8 @@ class ExpertCache:
 
     @property
     def num_pending(self) -> int:
-        """Experts that are QUEUED or LOADING for a demand."""
-        return sum(bool(entry.waiters) for entry in self._entries.values())
+        """Experts that are QUEUED or LOADING for a demand (or more, where several queue for it)."""
+        return self._num_loading + sum(len(demand.queued) for demand in self._turns)
 
     @property
     def num_pinned(self) -> int:
@@ -398,11 +403,13 @@ class ExpertCache:
         entry.is_loading = False
         if entry.is_demanded:
             entry.is_demanded = False
-            self._loading_bytes -= entry.num_bytes
+            self.loading_bytes -= entry.num_bytes
+            self._num_loading -= 1
 
     def _count_loading(self, entry: Entry) -> None:
         entry.is_demanded = True
-        self._loading_bytes += entry.num_bytes
+        self.loading_bytes += entry.num_bytes
+        self._num_loading += 1
 
     def _evict(self, entry: Entry) -> None:
         self.counters.evictions += 1

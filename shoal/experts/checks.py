@@ -1,0 +1,68 @@
+"""Whether the bytes that were read are an expert: hashes, and what read errors mean."""
+
+import errno
+
+from blake3 import blake3
+
+from shoal.errors import CorruptArtifact, ExpertUnavailable, ShoalError
+from shoal.experts.cache.policy import Key
+from shoal.experts.catalogue import Listing, Signature
+from shoal.experts.options import Verify
+from shoal.experts.readers.reader import U8
+
+FIX = "fetch or convert the model again"
+
+
+class Checker:
+    """Compares hashes as often as asked. One thread at a time checks."""
+
+    def __init__(self, verify: Verify) -> None:
+        self.verify = verify
+        self.num_verified = 0
+        self.num_corrupt = 0
+        self._checked: dict[Key, Signature] = {}  # the files as they were when it was right
+
+    def check(self, key: Key, listing: Listing, memory: U8) -> None:
+        """Raise CorruptArtifact if these bytes are not the expert's."""
+        if self.verify is Verify.NEVER:
+            return
+        try:
+            signature = listing.signature()
+        except OSError:  # the file is gone by now: what was read of it may still be right
+            signature = None
+        is_known = signature is not None and self._checked.get(key) == signature
+        if is_known and self.verify is Verify.FIRST:
+            return
+        self.num_verified += 1
+        if blake3(memory.data, max_threads=blake3.AUTO).hexdigest() != listing.blake3:
+            self.num_corrupt += 1
+            self._checked.pop(key, None)
+            raise CorruptArtifact(
+                f"{_paths(listing)}: {_name(key)}: its bytes are not those that were written"
+                f" ({listing.num_bytes} bytes at {listing.sources[0].offset}); {FIX}"
+            )
+        if signature is not None:
+            self._checked[key] = signature
+
+
+def read_failure(key: Key, listing: Listing, error: OSError) -> ShoalError:
+    """Return what a call learns of a read that failed for good."""
+    where = error.filename or _paths(listing)
+    match error.errno:
+        case errno.ENODATA:
+            return CorruptArtifact(f"{where}: truncated inside {_name(key)}; {FIX}")
+        case errno.ENOENT:
+            return CorruptArtifact(f"{where} is missing ({_name(key)}); {FIX}")
+        case _:
+            return ExpertUnavailable(
+                f"{_name(key)} cannot be read from {where}: {error.strerror or error}; "
+                "it is tried again at the next call: check the drive"
+            )
+
+
+def _name(key: Key) -> str:
+    return f"expert {key[1]} of layer {key[0]}"
+
+
+def _paths(listing: Listing) -> str:
+    return ", ".join(str(source.path) for source in listing.sources)
