@@ -1,0 +1,1 @@
+"""`shoal top`: what expert nodes are doing now, from their /metrics."""
