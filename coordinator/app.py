@@ -81,6 +81,11 @@ class OpenedModel:
         source = self.artifact.text("chat_template.jinja")
         return ChatTemplate(source, self.tokenizer.special_tokens, datetime.now)
 
+    def max_tokens(self, otherwise: int) -> int:
+        """Return how long the model's own generation_config.json lets an answer become."""
+        longest = self.artifact.generation_config.get("max_new_tokens")
+        return longest if type(longest) is int and longest > 0 else otherwise
+
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError for a request that this model cannot serve."""
         request.check(self.artifact.spec.vocab_size, self.engine_config.max_context)

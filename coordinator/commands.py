@@ -10,6 +10,7 @@ import typer
 
 from shoal import limits
 from shoal.errors import UsageError
+from shoal.paths import SUFFIX, default_model, is_artifact
 from shoal.transport import Transport
 
 if TYPE_CHECKING:
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 
 LOAD_SILENCE_S = 0.5
 
-Model = Annotated[str, typer.Argument(help="name or path of an artifact", show_default=False)]
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="name or path of an artifact; default: the small one that comes with shoal",
+        show_default=False,
+    ),
+]
 MoeShards = Annotated[
     str | None,
     typer.Option(
@@ -53,12 +60,20 @@ CallTimeout = Annotated[float, typer.Option(help="seconds that a node may take f
 
 
 def run(
-    model: Model,
-    prompt: Annotated[
-        str | None, typer.Argument(help="text to complete; - reads it from stdin")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [PROMPT]",
+            help="name or path of an artifact (default: the small one that comes with shoal), "
+            "text to complete (- reads it from stdin)",
+            show_default=False,
+        ),
     ] = None,
     moe_shards: MoeShards = None,
-    max_tokens: Annotated[int, typer.Option(help="tokens to generate at most")] = 128,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="tokens to generate at most; default: the model's own, or 128"),
+    ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -94,13 +109,14 @@ def run(
         raise UsageError("--top-logprobs needs --json: there is nowhere else to show them")
     if system is not None and not chat:
         raise UsageError("--system needs --chat: a raw completion has no system prompt")
+    model, prompt = _model_and_prompt(words or [], prompt_ids is not None)
     config = _config(
         model, moe_shards, threads, max_context, prefill_chunk, call_timeout, transport
     )
     run_once(
         config,
         RunRequest(
-            prompt=None if prompt_ids is not None and prompt is None else _prompt(prompt),
+            prompt=prompt,
             prompt_ids=None if prompt_ids is None else _parse_ids(prompt_ids),
             is_chat=chat,
             system=system,
@@ -115,7 +131,7 @@ def run(
 
 
 def chat(
-    model: Model,
+    model: Model = None,
     moe_shards: MoeShards = None,
     system: System = None,
     max_tokens: Annotated[int, typer.Option(help="tokens of one answer at most")] = 1024,
@@ -146,8 +162,29 @@ def chat(
     )
 
 
+def _model_and_prompt(words: list[str], has_ids: bool) -> tuple[str | None, str | None]:
+    """Return what the words of `shoal run` mean: a single one is the prompt, with ids the model."""
+    match words:
+        case [] if has_ids:
+            return None, None
+        case [model] if has_ids:
+            return model, None
+        case [word] if word != "-" and (word.endswith(SUFFIX) or is_artifact(word)):
+            return word, _prompt(None)
+        case [prompt]:
+            return None, _prompt(prompt)
+        case [model, prompt]:
+            return model, _prompt(prompt)
+        case []:
+            return None, _prompt(None)
+    raise UsageError(
+        f"{len(words)} words, {words[2]!r} after the prompt: put the prompt in quotes, "
+        'as in `shoal run MODEL "Once upon a time"`'
+    )
+
+
 def _config(
-    model: str,
+    model: str | None,
     moe_shards: str | None,
     threads: int | None,
     max_context: int | None,
@@ -158,7 +195,13 @@ def _config(
     from coordinator.app import CoordinatorConfig
 
     return CoordinatorConfig(
-        model, moe_shards, threads, max_context, prefill_chunk, call_timeout, transport
+        str(default_model()) if model is None else model,
+        moe_shards,
+        threads,
+        max_context,
+        prefill_chunk,
+        call_timeout,
+        transport,
     )
 
 

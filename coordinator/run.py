@@ -11,6 +11,8 @@ from coordinator.tokenizer import NoTokenizer
 from shoal.errors import UsageError
 from shoal.ops import SamplingParams
 
+MAX_TOKENS = 128  # where neither the command line nor the model says
+
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
@@ -20,7 +22,7 @@ class RunRequest:
     prompt_ids: tuple[int, ...] | None
     is_chat: bool
     system: str | None
-    max_tokens: int
+    max_tokens: int | None  # None: the model's own
     sampling: SamplingParams
     stop: tuple[str, ...]
     ignore_eos: bool
@@ -45,7 +47,7 @@ def run_once(
     model = OpenedModel(config)
     request = GenerationRequest(
         prompt_ids=_prompt_ids(model, asked),
-        max_tokens=asked.max_tokens,
+        max_tokens=model.max_tokens(MAX_TOKENS) if asked.max_tokens is None else asked.max_tokens,
         sampling=asked.sampling,
         stop=asked.stop,
         ignore_eos=asked.ignore_eos,

@@ -1,4 +1,4 @@
-"""Where models and their sources live: `$SHOAL_HOME`, or the platform's cache folder."""
+"""Where models and sources live: `$SHOAL_HOME`, the platform's cache folder, this package."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,7 @@ import platformdirs
 from shoal.errors import UsageError
 
 SUFFIX = ".shoal"  # of an artifact's folder
+BUNDLED = "fables"  # the model that comes with this package, and runs where none is named
 
 
 def shoal_home() -> Path:
@@ -34,10 +35,28 @@ def sources_dir() -> Path:
     return shoal_home() / "sources"
 
 
-def resolve_model(name_or_path: str | Path) -> Path:
-    """Return the artifact's folder: a path as it is, else a name under `models_dir()`.
+def default_model() -> Path:
+    """Return the folder of the model that comes with this package."""
+    return _bundled_dir() / (BUNDLED + SUFFIX)
 
-    The suffix `.shoal` may be left out. A path in the current folder wins over a name.
+
+def is_artifact(name_or_path: str) -> bool:
+    """Return whether somebody who types this means a model: an artifact of that name is there."""
+    try:
+        return (resolve_model(name_or_path) / "manifest.json").is_file()
+    except (UsageError, OSError, ValueError):  # a prompt: too long for a name, or with a zero byte
+        return False
+
+
+def _bundled_dir() -> Path:
+    return Path(__file__).parent / "models"
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """Return the artifact's folder: a path as it is, else a name.
+
+    A name is looked for under `models_dir()`, then among what comes with this package. The suffix
+    `.shoal` may be left out. A path in the current folder wins over a name.
 
     Raises:
         UsageError: nothing is there; the message lists the names that are.
@@ -47,7 +66,8 @@ def resolve_model(name_or_path: str | Path) -> Path:
     typed = user_path(name_or_path)
     tries = [typed, typed.with_name(typed.name + SUFFIX)] if typed.name else [typed]
     if len(typed.parts) == 1:
-        tries += [models_dir() / typed.name, models_dir() / (typed.name + SUFFIX)]
+        for folder in (models_dir(), _bundled_dir()):
+            tries += [folder / typed.name, folder / (typed.name + SUFFIX)]
     for candidate in tries:
         if candidate.is_dir():
             return candidate
@@ -62,4 +82,4 @@ def resolve_model(name_or_path: str | Path) -> Path:
         if known
         else (f"{models_dir()} holds no model yet: `shoal pull` and `shoal convert` make one")
     )
-    raise UsageError(f"no model {str(name_or_path)!r}: {listing}")
+    raise UsageError(f"no model {str(name_or_path)!r}: {listing}; with shoal comes: {BUNDLED}")

@@ -1,0 +1,73 @@
+"""A checkpoint as a Hugging Face folder, compared with transformers' own model.
+
+    python -m tools.train_fables.export OUT [--checkpoint final]
+
+Writes OUT/hub: what `shoal convert` reads. Fails where the logits of transformers differ by more
+than 1e-4 from those of the model that was trained.
+"""
+
+# pyright: reportMissingImports=false
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tools.train_fables.chat import CHAT_TEMPLATE
+from tools.train_fables.model import Fables, Geometry
+from tools.train_fables.train import Rows
+
+TOLERANCE = 1e-4  # on logits of either implementation in float32
+GENERATION = {"eos_token_id": 0, "max_new_tokens": 400}
+
+
+def load(path: Path) -> Fables:
+    """Return the model of a checkpoint."""
+    state: dict[str, Any] = torch.load(path, weights_only=False)
+    model = Fables(Geometry(**state["geometry"]))
+    model.load_state_dict(state["model"])
+    return model.eval()
+
+
+def write_hub(model: Fables, out: Path, hub: Path) -> None:
+    """Write the folder."""
+    hub.mkdir(exist_ok=True)
+    save_file(model.hub_weights(), hub / "model.safetensors", metadata={"format": "pt"})
+    (hub / "config.json").write_text(json.dumps(model.g.config(), indent=1) + "\n")
+    (hub / "generation_config.json").write_text(json.dumps(GENERATION, indent=1) + "\n")
+    (hub / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(out / name, hub / name)
+
+
+@torch.no_grad()
+def largest_difference(model: Fables, hub: Path, ids: torch.Tensor) -> float:
+    """Return the largest difference of transformers' logits on ids [B, T]."""
+    from transformers import Qwen3MoeForCausalLM
+
+    theirs = Qwen3MoeForCausalLM.from_pretrained(hub, dtype=torch.float32).eval()
+    return float((theirs(ids).logits - model(ids)).abs().max())
+
+
+def main() -> None:
+    """Export and compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--checkpoint", default="final")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load(args.out / f"{args.checkpoint}.pt")
+    write_hub(model, args.out, args.out / "hub")
+    ids = Rows(args.out / "seed.npz", 0).take(4, 256)
+    difference = largest_difference(model, args.out / "hub", ids)
+    print(f"{args.out / 'hub'}: logits differ by at most {difference:.2g} from transformers'")
+    if not difference <= TOLERANCE:
+        raise SystemExit(f"more than {TOLERANCE}: the export is wrong")
+
+
+if __name__ == "__main__":
+    main()
