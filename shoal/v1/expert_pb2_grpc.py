@@ -49,6 +49,11 @@ class ExpertServiceStub:
                 request_serializer=shoal_dot_v1_dot_expert__pb2.DrainRequest.SerializeToString,
                 response_deserializer=shoal_dot_v1_dot_expert__pb2.DrainReply.FromString,
                 _registered_method=True)
+        self.Reload = channel.unary_unary(
+                '/shoal.v1.ExpertService/Reload',
+                request_serializer=shoal_dot_v1_dot_expert__pb2.ReloadRequest.SerializeToString,
+                response_deserializer=shoal_dot_v1_dot_expert__pb2.ReloadReply.FromString,
+                _registered_method=True)
 
 
 class ExpertServiceServicer:
@@ -81,6 +86,14 @@ class ExpertServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reload(self, request, context):
+        """Read the configuration and the artifact again, as SIGHUP does. Answers when that is done; calls
+        go on meanwhile. Carries no configuration: only what lies on the node's own disk is read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -98,6 +111,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=shoal_dot_v1_dot_expert__pb2.DrainRequest.FromString,
                     response_serializer=shoal_dot_v1_dot_expert__pb2.DrainReply.SerializeToString,
+            ),
+            'Reload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reload,
+                    request_deserializer=shoal_dot_v1_dot_expert__pb2.ReloadRequest.FromString,
+                    response_serializer=shoal_dot_v1_dot_expert__pb2.ReloadReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +199,33 @@ class ExpertService:
             '/shoal.v1.ExpertService/Drain',
             shoal_dot_v1_dot_expert__pb2.DrainRequest.SerializeToString,
             shoal_dot_v1_dot_expert__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.ExpertService/Reload',
+            shoal_dot_v1_dot_expert__pb2.ReloadRequest.SerializeToString,
+            shoal_dot_v1_dot_expert__pb2.ReloadReply.FromString,
             options,
             channel_credentials,
             insecure,
