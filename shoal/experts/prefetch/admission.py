@@ -19,7 +19,7 @@ from collections.abc import Iterable
 # docs/prefetch.md replays traces with several values; 0.5 asks for p above a third.
 VICTIM_WORTH = 0.5
 MAX_GAP_S = 0.25  # a gap to count on; beyond it a user is thinking, not a coordinator computing
-_STEP = 1 / 8  # of the running means below
+_STEP = 1 / 8  # of the running means
 
 
 def min_probability() -> float:
@@ -45,30 +45,17 @@ def admit(candidates: Iterable[tuple[int, float]], read_s: float, gap_s: float) 
 
 
 class IdleGap:
-    """Running means: the gap before each layer's call, and the bandwidth of reads."""
+    """Running means of the gap before each layer's call, a kind of call apart."""
 
     def __init__(self) -> None:
         self._gaps: dict[tuple[int, int], float] = {}
-        self._bytes = 0.0
-        self._seconds = 0.0
 
-    def observe_gap(self, layer: int, kind: int, gap_s: float) -> None:
+    def observe(self, layer: int, kind: int, gap_s: float) -> None:
         """Learn how long the disk was idle before a call of `layer`."""
         gap_s = min(max(gap_s, 0.0), MAX_GAP_S)
         known = self._gaps.get((layer, kind), gap_s)
         self._gaps[layer, kind] = known + _STEP * (gap_s - known)
 
-    def observe_reads(self, num_bytes: int, seconds: float) -> None:
-        """Learn that a call waited `seconds` while `num_bytes` were read."""
-        self._bytes += num_bytes - _STEP * self._bytes
-        self._seconds += seconds - _STEP * self._seconds
-
     def gap_s(self, layer: int, kind: int) -> float:
         """Return the expected gap; 0.0 where none was seen."""
         return self._gaps.get((layer, kind), 0.0)
-
-    def read_s(self, num_bytes: int) -> float | None:
-        """Return the seconds that a read takes; None before any was seen."""
-        if self._bytes <= 0 or self._seconds <= 0:
-            return None
-        return num_bytes * self._seconds / self._bytes

@@ -17,33 +17,48 @@ from typing import Protocol
 
 from shoal.experts.call import ExpertCall
 from shoal.experts.options import Mode as Mode
-from shoal.experts.ownership import Ownership
 
 
-class StoreCounters(Protocol):
+class StoreBudget(Protocol):
     """The part of `StoreFigures` that a prefetcher looks at."""
 
     @property
-    def num_bytes(self) -> int: ...
-    @property
-    def num_waiting(self) -> int: ...
-    @property
-    def prefetch_issued_bytes(self) -> int: ...
-    @property
-    def prefetch_used_bytes(self) -> int: ...
-    @property
-    def prefetch_wasted_bytes(self) -> int: ...
+    def budget_bytes(self) -> int: ...
 
 
 class PrefetchStore(Protocol):
-    """A store that can read ahead: an `ExpertStore`, which says what each method does."""
+    """A store that can read ahead: a `StreamingStore`. Thread-safe; nothing here waits."""
 
     @property
-    def ownership(self) -> Ownership: ...
-    def is_resident(self, layer: int, experts: Sequence[int]) -> bool: ...
-    def prefetch(self, layer: int, experts: Sequence[int]) -> int: ...
-    def cancel_prefetch(self) -> None: ...
-    def figures(self) -> StoreCounters: ...
+    def num_bytes(self) -> int:
+        """Bytes of everything owned."""
+        ...
+
+    def absent(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Return those of `experts` that are neither in memory nor being read, in that order."""
+        ...
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> int:
+        """Begin reads of absent experts, best first; return how many were begun."""
+        ...
+
+    def cancel_prefetch(self, layer: int | None = None) -> None:
+        """Give up that layer's prefetch reads that no call waits for and that can still stop."""
+        ...
+
+    def num_demand_reads(self) -> int:
+        """How many demand reads are queued or in flight."""
+        ...
+
+    def prefetch_bytes(self) -> tuple[int, int, int]:
+        """Return the bytes so far (issued, used by a call, dropped without use)."""
+        ...
+
+    def read_bandwidth(self) -> float:
+        """Bytes a second that reads have lately come at; 0.0 before the first one."""
+        ...
+
+    def figures(self) -> StoreBudget: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +90,8 @@ class PrefetchFigures:
     predictors: by name; "fused" is what is acted on.
     stall_saved_s: an estimate: what windows with prefetching cost less than those around them
         without, per call, times the calls with prefetching. May be negative.
-    decode_state, prefill_state: of the governors: trial, on, off; "forced" where there is none.
+    decode_state, prefill_state: of the governors: learn, trial, on, off; "forced" where there is
+        none.
     switches: how often a governor's verdict changed.
     """
 

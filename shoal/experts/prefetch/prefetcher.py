@@ -23,14 +23,15 @@ from shoal.experts.prefetch.guesser import CallKind, Guess, Guesser, kind_of
 from shoal.experts.prefetch.interface import Mode, PrefetchFigures, PrefetchStore
 from shoal.limits import MAX_PREFETCH_STREAMS
 
+_LOOK_EVERY = 256  # calls: between two looks at the budget
+
 
 @dataclass(slots=True)
 class _Call:
     kind: CallKind
     began_s: float
     num_experts: int
-    num_bytes: int  # that the store had read when the call began; -1: not looked at
-    guess: Guess | None
+    guess: Guess | None = None
     is_loaded: bool = False
 
 
@@ -66,19 +67,19 @@ class ReadAhead:
         self._calls: OrderedDict[tuple[int, int], _Call] = OrderedDict()  # (stream, layer)
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
         self._issued_experts = 0
+        self._calls_seen = 0
+        self._is_needed = True
         self._is_closed = False
 
     def on_call(
         self, call: ExpertCall, experts: Sequence[int], now_s: float, stream: int = 0
     ) -> None:
         """See `Prefetcher.on_call`."""
-        if call.layer not in self._expert_bytes:
-            return
         with self._entered() as is_in:
-            if not is_in:
+            if not is_in or call.layer not in self._expert_bytes or self._holds_everything():
                 return
             kind = kind_of(call.rows.num_rows)
-            made = _Call(kind, now_s, len(experts), -1, None)
+            made = _Call(kind, now_s, len(experts))
             self._calls[stream, call.layer] = made
             _keep_newest(self._calls)
             governor = self._governors.get(kind)
@@ -87,7 +88,6 @@ class ReadAhead:
                 self._streams.pop(stream, None)
                 return
             self._observe(call, experts, now_s, stream)
-            made.num_bytes = self._store.figures().num_bytes
             made.guess = self._guesser.guess(stream, call.layer, call.rows)
 
     def on_loaded(self, layer: int, now_s: float, stream: int = 0) -> None:
@@ -97,15 +97,13 @@ class ReadAhead:
             if call is None or call.guess is None or call.is_loaded:
                 return
             call.is_loaded = True
-            figures = self._store.figures()
-            if figures.num_bytes > call.num_bytes and now_s > call.began_s:
-                self._idle.observe_reads(figures.num_bytes - call.num_bytes, now_s - call.began_s)
             state = self._streams.setdefault(stream, _Stream())
             self._streams.move_to_end(stream)
             _keep_newest(self._streams)
             state.idle_since_s = now_s
             governor = self._governors.get(call.kind)
-            if (governor is None or governor.may_issue) and not figures.num_waiting:
+            may_issue = governor is None or governor.may_issue
+            if may_issue and not self._store.num_demand_reads():
                 self._issue(state, call.guess)
 
     def on_done(self, layer: int, load_s: float, now_s: float, stream: int = 0) -> None:
@@ -121,7 +119,7 @@ class ReadAhead:
     def figures(self) -> PrefetchFigures:
         """See `Prefetcher.figures`."""
         with self._lock:
-            store = self._store.figures()
+            issued_bytes, used_bytes, wasted_bytes = self._store.prefetch_bytes()
             decode = self._governors.get(CallKind.ONE)
             prefill = self._governors.get(CallKind.MANY)
             governors = [governor for governor in (decode, prefill) if governor is not None]
@@ -129,9 +127,9 @@ class ReadAhead:
                 mode=self._mode,
                 predictors=self._guesser.figures(),
                 issued_experts=self._issued_experts,
-                issued_bytes=store.prefetch_issued_bytes,
-                used_bytes=store.prefetch_used_bytes,
-                wasted_bytes=store.prefetch_wasted_bytes,
+                issued_bytes=issued_bytes,
+                used_bytes=used_bytes,
+                wasted_bytes=wasted_bytes,
                 stall_saved_s=sum(governor.saved_s for governor in governors),
                 decode_state=decode.state.value if decode is not None else "forced",
                 prefill_state=prefill.state.value if prefill is not None else "forced",
@@ -153,6 +151,13 @@ class ReadAhead:
             if is_in:
                 self._lock.release()
 
+    def _holds_everything(self) -> bool:
+        # Asked anew now and then: a budget may change while serving.
+        if self._calls_seen % _LOOK_EVERY == 0:
+            self._is_needed = self._store.figures().budget_bytes < self._store.num_bytes
+        self._calls_seen += 1
+        return not self._is_needed
+
     def _observe(self, call: ExpertCall, experts: Sequence[int], now_s: float, stream: int) -> None:
         kind = kind_of(call.rows.num_rows)
         wanted = np.array(experts, np.int64)
@@ -161,18 +166,19 @@ class ReadAhead:
         if state is None:
             return
         if state.idle_since_s is not None:
-            self._idle.observe_gap(call.layer, kind, now_s - state.idle_since_s)
+            self._idle.observe(call.layer, kind, now_s - state.idle_since_s)
         if state.issued is not None:
             layer, issued = state.issued
             unneeded = issued if layer != call.layer else issued.difference(experts)
-            if unneeded and not self._store.is_resident(layer, sorted(unneeded)):
-                self._store.cancel_prefetch()
+            if unneeded:
+                self._store.cancel_prefetch(layer)
         state.issued = state.idle_since_s = None
 
     def _issue(self, state: _Stream, guess: Guess) -> None:
-        read_s = self._idle.read_s(self._expert_bytes[guess.target])
-        if read_s is None:
-            return  # nothing was ever read: all is in memory
+        bandwidth = self._store.read_bandwidth()
+        if bandwidth <= 0:
+            return  # nothing was ever read
+        read_s = self._expert_bytes[guess.target] / bandwidth
         gap_s = self._idle.gap_s(guess.target, guess.kind)
         admitted = admit(self._absent(guess), read_s, gap_s)
         if admitted:
@@ -180,12 +186,11 @@ class ReadAhead:
             state.issued = (guess.target, frozenset(admitted))
 
     def _absent(self, guess: Guess) -> Iterator[tuple[int, float]]:
-        least = min_probability()
-        for expert, p in zip(guess.experts.tolist(), guess.probabilities.tolist(), strict=True):
-            if p <= least:
-                return
-            if not self._store.is_resident(guess.target, (expert,)):
-                yield expert, p
+        is_likely = guess.probabilities > min_probability()
+        likely = guess.experts[is_likely].tolist()
+        probability = dict(zip(likely, guess.probabilities[is_likely].tolist(), strict=True))
+        for expert in self._store.absent(guess.target, likely):
+            yield expert, probability[expert]
 
 
 def _keep_newest(
