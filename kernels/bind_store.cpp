@@ -87,7 +87,10 @@ void bind_store(nb::module_& m) {
             nb::gil_scoped_release release;
             return ring.register_memory(parts);
           },
-          "arrays"_a, "Pin memory in place of what was pinned; return 0 or an errno.")
+          "arrays"_a,
+          "Name memory to be pinned as it is used, in place of what was; return 0 or an errno.")
+      .def_prop_ro("pinned_bytes", &Ring::pinned_bytes)
+      .def_prop_ro("pin_error", &Ring::pin_error, "Why memory could not be pinned: errno, or 0.")
       .def("register_files", &Ring::register_files, "descriptors"_a, Guard(),
            "Make files known in place of those known before; return 0 or an errno.");
 }

@@ -46,8 +46,9 @@ std::optional<std::pair<uint32_t, uint32_t>> direct_alignment(int) { return {}; 
 #if defined(SHOAL_HAS_IO_URING)
 namespace {
 
-constexpr size_t kMaxPieceBytes = size_t{1} << 30;  // the kernel's limit for one registered buffer
-constexpr uint16_t kLowestPriority = 2 << 13 | 7;   // IOPRIO_CLASS_BE, its last level
+constexpr size_t kPieceBytes = size_t{32} << 20;   // of pinned memory; the kernel's limit is 1 GiB
+constexpr size_t kMaxPieces = size_t{1} << 14;     // the kernel's limit, too
+constexpr uint16_t kLowestPriority = 2 << 13 | 7;  // IOPRIO_CLASS_BE, its last level
 
 int enter(int ring, unsigned to_submit, unsigned min_complete, unsigned flags, const void* argument,
           size_t argument_bytes) {
@@ -124,12 +125,37 @@ void Ring::unmap() {
   close(descriptor_);
 }
 
-int Ring::find_piece(const RingRead& read) const {
+// The pinned piece that holds all of a read, or -1.
+int Ring::find_piece(const RingRead& read) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(read.data);
-  for (size_t i = 0; i < pieces_.size(); ++i) {
-    if (pieces_[i].begin <= begin && begin + read.num_bytes <= pieces_[i].end) return int(i);
-  }
-  return -1;
+  const auto after =
+      std::upper_bound(pieces_.begin(), pieces_.end(), begin,
+                       [](uintptr_t address, const Piece& piece) { return address < piece.begin; });
+  if (after == pieces_.begin()) return -1;
+  Piece& piece = *(after - 1);
+  if (begin + read.num_bytes > piece.end) return -1;
+  const size_t index = size_t(&piece - pieces_.data());
+  piece.bytes_read += read.num_bytes;
+  if (!piece.is_pinned && piece.bytes_read >= piece.end - piece.begin) pin(index);
+  return piece.is_pinned ? int(index) : -1;
+}
+
+void Ring::pin(size_t index) {
+#if defined(IORING_RSRC_REGISTER_SPARSE)
+  if (pin_error_ != 0) return;
+  Piece& piece = pieces_[index];
+  iovec buffer = {reinterpret_cast<void*>(piece.begin), piece.end - piece.begin};
+  io_uring_rsrc_update2 update = {};
+  update.offset = uint32_t(index);
+  update.data = reinterpret_cast<uintptr_t>(&buffer);
+  update.nr = 1;
+  const int result = int(syscall(__NR_io_uring_register, descriptor_,
+                                 IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof update));
+  piece.is_pinned = result == 1;
+  if (!piece.is_pinned) pin_error_ = result < 0 ? errno : EAGAIN;
+#else
+  (void)index;
+#endif
 }
 
 void Ring::fill_entry(const RingRead& read, unsigned slot) {
@@ -221,21 +247,41 @@ int Ring::register_memory(const std::vector<MemoryPart>& parts) {
   std::lock_guard<std::mutex> lock(submit_mutex_);
   if (!pieces_.empty()) change_registration(descriptor_, IORING_UNREGISTER_BUFFERS, nullptr, 0);
   pieces_.clear();
+  pin_error_ = 0;
   std::vector<Piece> pieces;
-  std::vector<iovec> buffers;
   for (const MemoryPart& part : parts) {
-    for (size_t start = 0; start < part.num_bytes; start += kMaxPieceBytes) {
-      const size_t size = std::min(kMaxPieceBytes, part.num_bytes - start);
+    for (size_t start = 0; start < part.num_bytes; start += kPieceBytes) {
       const uintptr_t begin = reinterpret_cast<uintptr_t>(part.data + start);
-      pieces.push_back({begin, begin + size});
-      buffers.push_back({part.data + start, size});
+      pieces.push_back({begin, begin + std::min(kPieceBytes, part.num_bytes - start), 0, false});
     }
   }
   if (pieces.empty()) return 0;
-  const int error = change_registration(descriptor_, IORING_REGISTER_BUFFERS, buffers.data(),
-                                        unsigned(buffers.size()));
+  std::sort(pieces.begin(), pieces.end(),
+            [](const Piece& a, const Piece& b) { return a.begin < b.begin; });
+  pieces.resize(std::min(pieces.size(), kMaxPieces));
+#if defined(IORING_RSRC_REGISTER_SPARSE)
+  io_uring_rsrc_register table = {};
+  table.nr = uint32_t(pieces.size());
+  table.flags = IORING_RSRC_REGISTER_SPARSE;
+  const int error =
+      change_registration(descriptor_, IORING_REGISTER_BUFFERS2, &table, sizeof table);
+#else
+  const int error = ENOSYS;
+#endif
   if (error == 0) pieces_ = std::move(pieces);
   return error;
+}
+
+size_t Ring::pinned_bytes() {
+  std::lock_guard<std::mutex> lock(submit_mutex_);
+  size_t sum = 0;
+  for (const Piece& piece : pieces_) sum += piece.is_pinned ? piece.end - piece.begin : 0;
+  return sum;
+}
+
+int Ring::pin_error() {
+  std::lock_guard<std::mutex> lock(submit_mutex_);
+  return pin_error_;
 }
 
 int Ring::register_files(const std::vector<int>& descriptors) {
@@ -260,6 +306,8 @@ std::vector<RingDone> Ring::wait(double) { return {}; }
 void Ring::wake() {}
 int Ring::register_memory(const std::vector<MemoryPart>&) { return ENOSYS; }
 int Ring::register_files(const std::vector<int>&) { return ENOSYS; }
+size_t Ring::pinned_bytes() { return 0; }
+int Ring::pin_error() { return 0; }
 
 #endif
 

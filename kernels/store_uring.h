@@ -58,17 +58,26 @@ class Ring {
   // Ends the wait under way, or the next one.
   void wake();
 
-  // Pins memory in place of what was pinned before, and makes the files known in place of those
-  // known before.  Return 0 or an errno, which leaves none registered: reads work all the same.
+  // Names memory that many reads will go into, in place of what was named before.  A piece of it is
+  // pinned once it has been read into as often as it has bytes: pinning touches what was not.
+  // Returns 0, or an errno: then none will be pinned, and reads work all the same.
   int register_memory(const std::vector<MemoryPart>& parts);
+  // Makes files known in place of those known before.  Returns as above.
   int register_files(const std::vector<int>& descriptors);
+  size_t pinned_bytes();
+  // Why a piece could not be pinned, an errno; 0: all could that were due.
+  int pin_error();
 
  private:
-  struct Piece {  // of registered memory; the index is its place in the vector
+  struct Piece {  // of registered memory; its place in the vector is its place in the kernel's
+                  // table
     uintptr_t begin, end;
+    size_t bytes_read;  // asked for
+    bool is_pinned;
   };
 
-  int find_piece(const RingRead& read) const;
+  int find_piece(const RingRead& read);
+  void pin(size_t index);
   void fill_entry(const RingRead& read, unsigned slot);
   size_t enter_all(size_t count);
   void collect(std::vector<RingDone>& done);
@@ -86,7 +95,8 @@ class Ring {
   uint32_t complete_mask_ = 0;
   void* completions_ = nullptr;
   std::mutex submit_mutex_, complete_mutex_;
-  std::vector<Piece> pieces_;
+  std::vector<Piece> pieces_;  // ascending
+  int pin_error_ = 0;
   bool has_files_ = false;
   std::atomic<bool> is_wake_pending_{false};
   std::atomic<size_t> under_way_{0};

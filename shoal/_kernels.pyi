@@ -137,7 +137,16 @@ class Ring:
         """End the wait under way, or the next."""
 
     def register_memory(self, arrays: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]]) -> int:
-        """Pin memory in place of what was pinned; return 0 or an errno."""
+        """
+        Name memory to be pinned as it is used, in place of what was; return 0 or an errno.
+        """
+
+    @property
+    def pinned_bytes(self) -> int: ...
+
+    @property
+    def pin_error(self) -> int:
+        """Why memory could not be pinned: errno, or 0."""
 
     def register_files(self, descriptors: Sequence[int]) -> int:
         """Make files known in place of those known before; return 0 or an errno."""

@@ -55,10 +55,9 @@ class Operation:
 class QueueReader(ABC):
     """A `Reader` less its device."""
 
-    def __init__(self, backend: Backend, why: str, paths: Collection[Path], tuning: Tuning) -> None:
+    def __init__(self, backend: Backend, paths: Collection[Path], tuning: Tuning) -> None:
         """Open the files. Raises OSError naming the one that cannot be opened."""
         self.backend = backend
-        self.why = why
         self._queue = ReadQueue(chunk_bytes=tuning.chunk_bytes, queue_depth=tuning.queue_depth)
         self._lock = threading.Lock()
         self._alignment_of = None if backend is Backend.BUFFERED else tuning.alignment_of
@@ -67,6 +66,10 @@ class QueueReader(ABC):
         self._num_buffered = 0
         self._num_bounced = 0
         self._is_closed = False
+
+    @property
+    @abstractmethod
+    def why(self) -> str: ...
 
     @abstractmethod
     def wait(self, timeout_s: float) -> list[Done]: ...

@@ -75,6 +75,7 @@ class ReaderFigures:
     bounce_buffers: how many there are now.
     chunk_latency, read_latency: completions by LATENCY_BOUNDS_S, one more for what is beyond.
     fallbacks: file -> why it is read in a lesser way than `backend`.
+    pinned_bytes: of registered memory that the kernel has pinned.
     """
 
     backend: Backend
@@ -97,6 +98,7 @@ class ReaderFigures:
     read_latency: tuple[int, ...]
     read_latency_sum_s: float
     fallbacks: Mapping[str, str]
+    pinned_bytes: int = 0
 
 
 class Reader(Protocol):
@@ -147,9 +149,9 @@ class Reader(Protocol):
     def register(self, arenas: Sequence[U8]) -> None:
         """Tell the kernel where most reads will go, in place of what was registered before.
 
-        Only speed depends on it: other memory can be read into at any time. io_uring pins these
-        pages: memory that was registered must be registered anew (or no more) after its pages
-        were given back by madvise and before it is read into again.
+        Only speed depends on it: other memory can be read into at any time. io_uring pins pages
+        of it, each 32 MiB once it has been filled: memory whose pages are to be given back
+        (madvise) must first be left out of what is registered.
         """
         ...
 

@@ -9,12 +9,13 @@ import resource
 import threading
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from shoal.experts.readers.files import OpenFile
 from shoal.experts.readers.queue_reader import MAX_WAIT_S, Operation, QueueReader, Tuning
 from shoal.experts.readers.read_queue import Chunk
-from shoal.experts.readers.reader import U8, Backend, Done
+from shoal.experts.readers.reader import U8, Backend, Done, ReaderFigures
 from shoal.limits import MIB
 from shoal.ops.reads import Ring
 
@@ -26,28 +27,40 @@ class RingReader(QueueReader):
         self, ring: Ring, paths: Collection[Path], arenas: Sequence[U8], tuning: Tuning
     ) -> None:
         """Raises OSError naming the file that cannot be opened."""
-        super().__init__(Backend.IO_URING, "", paths, tuning)
+        super().__init__(Backend.IO_URING, paths, tuning)
         self._ring: Ring | None = ring
         self._is_woken = False
         self._waiting = threading.Lock()  # held by the thread that waits
         self._operations: dict[int, Operation] = {}
         self._next_id = 0
         self._places: dict[OpenFile, int] = {}  # of files in the kernel's table
-        self._memory_problem = self._file_problem = ""
+        self._memory_error = self._file_error = 0  # errnos
         self._files_changed()
         self.register(arenas)
+
+    @property
+    def why(self) -> str:
+        """See `Reader.why`."""
+        ring = self._ring
+        pin_error = ring.pin_error if ring is not None else 0
+        code = self._memory_error or pin_error
+        problems = [_memory_problem(code)] if code else []
+        if self._file_error:
+            name = errno.errorcode.get(self._file_error, str(self._file_error))
+            problems.append(f"its files are not registered ({name})")
+        return "; ".join(problems)
 
     def register(self, arenas: Sequence[U8]) -> None:
         """See `Reader.register`. Where it fails, `why` tells, and reads go on without."""
         ring = self._ring
-        if ring is None:
-            return
-        _raise_memory_lock_limit()
-        code = ring.register_memory(list(arenas))
-        with self._lock:
-            size = sum(arena.nbytes for arena in arenas)
-            self._memory_problem = _memory_problem(code, size) if code else ""
-            self._explain()
+        if ring is not None:
+            _raise_memory_lock_limit()
+            self._memory_error = ring.register_memory(list(arenas))
+
+    def figures(self) -> ReaderFigures:
+        """See `ReaderFigures`."""
+        ring = self._ring
+        return replace(super().figures(), pinned_bytes=0 if ring is None else ring.pinned_bytes)
 
     def wait(self, timeout_s: float) -> list[Done]:
         """See `Reader.wait`."""
@@ -136,12 +149,6 @@ class RingReader(QueueReader):
             [file.direct for file in direct if file.direct is not None]
         )
         self._places = {} if code else {file: place for place, file in enumerate(direct)}
-        name = errno.errorcode.get(code, str(code))
-        self._file_problem = f"its files are not registered ({name})" if code else ""
-        self._explain()
-
-    def _explain(self) -> None:
-        self.why = "; ".join(filter(None, (self._memory_problem, self._file_problem)))
 
 
 def _raise_memory_lock_limit() -> None:
@@ -151,11 +158,9 @@ def _raise_memory_lock_limit() -> None:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
 
 
-def _memory_problem(code: int, num_bytes: int) -> str:
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+def _memory_problem(code: int) -> str:
     text = f"its memory is not pinned ({errno.errorcode.get(code, str(code))})"
-    if code == errno.ENOMEM and limit != resource.RLIM_INFINITY and limit < num_bytes:
-        text += (
-            f": the limit of locked memory is {limit // MIB} MiB of {num_bytes // MIB} (ulimit -l)"
-        )
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if code == errno.ENOMEM and limit != resource.RLIM_INFINITY:
+        text += f": the limit of locked memory is {limit // MIB} MiB (ulimit -l)"
     return text

@@ -17,11 +17,17 @@ class ThreadReader(QueueReader):
 
     def __init__(self, backend: Backend, why: str, paths: Collection[Path], tuning: Tuning) -> None:
         """backend: PREAD or BUFFERED. Raises OSError naming the file that cannot be opened."""
-        super().__init__(backend, why, paths, tuning)
+        super().__init__(backend, paths, tuning)
+        self._why = why
         self._work = threading.Condition(self._lock)
         self._ended = threading.Condition(self._lock)
         self._is_woken = False
         self._threads: list[threading.Thread] = []
+
+    @property
+    def why(self) -> str:
+        """See `Reader.why`."""
+        return self._why
 
     def wait(self, timeout_s: float) -> list[Done]:
         """See `Reader.wait`."""
