@@ -26,7 +26,7 @@ from tools.train_fables.muon import Muon
 
 BATCH_TOKENS = 5120
 LENGTHS = (320,) * 9 + (1024,)  # of rows, in turn: long ones so that all positions are met
-BALANCE_WEIGHT = 0.01
+BALANCE_WEIGHTS = ((0.15, 0.01), (1.0, 0.04))  # until that share of the budget: free, then fair
 MUON_LR, ADAM_LR = 0.02, 3e-3
 WARMUP = 0.01  # of the budget
 STABLE = 0.35  # of the budget: then the rate falls to zero
@@ -76,6 +76,11 @@ def learning_rate(done: float) -> float:
         return 1.0
     left = (1 - done) / (1 - STABLE)
     return max(left, 0.0) * (0.5 + 0.5 * max(left, 0.0))
+
+
+def balance_weight(done: float) -> float:
+    """Return the weight of the balance loss at a fraction of the budget."""
+    return next(weight for until, weight in BALANCE_WEIGHTS if done <= until)
 
 
 @torch.no_grad()
@@ -149,13 +154,14 @@ class Run:
 
     def one_step(self) -> dict[str, float]:
         """Train on one batch. Returns its losses."""
-        factor = learning_rate(self.elapsed / self.budget_s)
+        done = min(self.elapsed / self.budget_s, 1.0)
+        factor = learning_rate(done)
         length = LENGTHS[self.step % len(LENGTHS)]
         ids = self.rows.take(BATCH_TOKENS // length, length)
         logits = self.model(ids[:, :-1]).flatten(0, 1)
         loss = F.cross_entropy(logits, ids[:, 1:].flatten())
         balance = self.model.balance_loss()
-        (loss + BALANCE_WEIGHT * balance).backward()
+        (loss + balance_weight(done) * balance).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
