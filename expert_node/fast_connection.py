@@ -11,7 +11,8 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
 from expert_node.lifecycle import Health
-from expert_node.service import SERVICE_NAME, ExpertService
+from expert_node.reload import Outcome
+from expert_node.service import SERVICE_NAME, ExpertService, reload_reply
 from expert_node.session import Session, StreamEnded
 from shoal import limits
 from shoal.http2 import grpc_headers
@@ -35,7 +36,7 @@ PING_TIMEOUT_S = 2.0
 HANDSHAKE_TIMEOUT_S = 5.0  # for the first HTTP/2 bytes
 _HEALTH = "/grpc.health.v1.Health/"
 _METHODS = frozenset(
-    {f"/{SERVICE_NAME}/{name}" for name in ("Describe", "Drain", "Execute")}
+    {f"/{SERVICE_NAME}/{name}" for name in ("Describe", "Drain", "Reload", "Execute")}
     | {_HEALTH + "Check", _HEALTH + "Watch"}
 )
 _log = get_logger("fast_server")
@@ -66,6 +67,7 @@ class FastConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._executes: dict[int, _Execute] = {}
         self._waiting: dict[int, str] = {}  # unary: methods whose message has not come
+        self._reloads: set[int] = set()  # unary: streams whose answer takes a while
         self._watches: dict[int, Callable[[], None]] = {}
         self._is_reading = False  # what is sent meanwhile goes out at once afterwards
         self._is_leaving = False
@@ -115,7 +117,7 @@ class FastConnection(asyncio.Protocol):
         self._transport = None
         if self._timer is not None:
             self._timer.cancel()
-        for stream_id in [*self._executes, *self._watches]:
+        for stream_id in [*self._executes, *self._watches, *self._reloads]:
             self._forget(stream_id)
         self._left(self)
 
@@ -219,6 +221,13 @@ class FastConnection(asyncio.Protocol):
             elif method.endswith("/Drain"):
                 request = pb.DrainRequest.FromString(payload)
                 reply = self._service.begin_drain(request).SerializeToString()
+            elif method.endswith("/Reload"):
+                pb.ReloadRequest.FromString(payload)
+                self._reloads.add(stream_id)
+                self._service.begin_reload().add_done_callback(
+                    lambda done: self._answer_reload(stream_id, done.result())
+                )
+                return
             else:
                 service = health_pb2.HealthCheckRequest.FromString(payload).service
                 self._answer_health(stream_id, method, service)
@@ -228,6 +237,11 @@ class FastConnection(asyncio.Protocol):
             return
         self._connection.send_message(stream_id, reply)
         self._finish(stream_id, Status.OK)
+
+    def _answer_reload(self, stream_id: int, outcome: Outcome) -> None:
+        if stream_id in self._reloads:  # else its asker is gone
+            self._connection.send_message(stream_id, reload_reply(outcome).SerializeToString())
+            self._finish(stream_id, Status.OK)
 
     def _answer_health(self, stream_id: int, method: str, service: str) -> None:
         statuses = health_pb2.HealthCheckResponse
@@ -275,6 +289,7 @@ class FastConnection(asyncio.Protocol):
 
     def _forget(self, stream_id: int) -> None:
         self._waiting.pop(stream_id, None)
+        self._reloads.discard(stream_id)
         tell = self._watches.pop(stream_id, None)
         if tell is not None:
             self._health.watchers.discard(tell)

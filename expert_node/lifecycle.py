@@ -10,14 +10,13 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from grpc_health.v1 import health, health_pb2
 
 from expert_node.service import SERVICE_NAME
 from shoal.errors import NodeDraining
-from shoal.experts.resident import ResidentStore
-from shoal.experts.store import WarmUpProgress
+from shoal.experts.store import ExpertStore, Key, WarmUpProgress
 from shoal.log import get_logger
 
 WARM_UP_LOG_INTERVAL_S = 1.0
@@ -72,6 +71,18 @@ class StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
 
+    def install_reload(self, loop: asyncio.AbstractEventLoop, reload: Callable[[], object]) -> None:
+        """Let SIGHUP call `reload`; if it came because the terminal is gone, leave instead."""
+        had_terminal = os.isatty(0)
+
+        def on_signal() -> None:
+            if had_terminal and not os.isatty(0):
+                self.set("the terminal is gone")
+            else:
+                reload()
+
+        loop.add_signal_handler(signal.SIGHUP, on_signal)
+
     def install_on_stdin(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let the end of standard input set it: whoever held its other end is gone."""
 
@@ -90,12 +101,15 @@ class StopSignal:
         self.set(number.name)
 
 
-async def warm_up(store: ResidentStore, stop: StopSignal) -> None:
-    """Read every owned expert, logging how far it is.
+async def warm_up(store: ExpertStore, stop: StopSignal, order: Sequence[Key] | None = None) -> None:
+    """Read the owned experts that fit, logging how far it is.
+
+    Args:
+        order: which, the first first; None: layer by layer.
 
     Raises:
         WarmUpStopped: `stop` was set meanwhile.
-        CorruptArtifact, OSError: an expert cannot be served; so neither can the node.
+        CorruptArtifact, ExpertUnavailable: an expert cannot be served; so neither can the node.
     """
     last_s = time.monotonic()
 
@@ -113,7 +127,7 @@ async def warm_up(store: ResidentStore, stop: StopSignal) -> None:
                 gib_per_s=round(progress.num_bytes / 2**30 / max(progress.elapsed_s, 1e-9), 2),
             )
 
-    await asyncio.to_thread(store.warm_up, report)
+    await asyncio.to_thread(store.warm_up, report, order)
 
 
 def drained_too_late(drain_timeout_s: float) -> NodeDraining:

@@ -1,4 +1,5 @@
-"""The gRPC face of a node: moves frames between streams and sessions, answers Describe and Drain.
+"""The gRPC face of a node: moves frames between streams and sessions, answers Describe, Drain and
+Reload.
 
 No decisions here: what a frame means is the session's business. Execute is registered on raw
 bytes, so that bytes that are no message reach the session instead of dying inside gRPC.
@@ -8,14 +9,16 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from itertools import count
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 import grpc.aio
 
+from expert_node.reload import Outcome
 from expert_node.session import Ending, NodeFacts, Session, StreamEnded
 from expert_node.worker import Worker
 from shoal import __version__, limits
+from shoal.experts.call import ExpertCall
 from shoal.log import get_logger
 from shoal.v1 import expert_pb2 as pb
 
@@ -97,21 +100,40 @@ class _Stream:
         self._woken.set()
 
 
+class Host(Protocol):
+    """The node that a service belongs to."""
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    def start_drain(self, reason: str) -> None:
+        """Begin to leave."""
+        ...
+
+    def start_reload(self) -> "asyncio.Future[Outcome]":
+        """Read the configuration again."""
+        ...
+
+    def on_stream(self, stream_id: int) -> None:
+        """Learn of a new stream."""
+        ...
+
+    def on_stream_end(self, stream_id: int) -> None:
+        """Learn that it is over."""
+        ...
+
+    def on_call(self, stream_id: int, call: ExpertCall) -> None:
+        """Learn of a call that was taken in."""
+        ...
+
+
 class ExpertService:
     """Serves the streams of one node. Lives on the event loop's thread."""
 
-    def __init__(
-        self,
-        facts: NodeFacts,
-        worker: Worker,
-        *,
-        is_ready: Callable[[], bool],
-        start_drain: Callable[[str], None],
-    ) -> None:
-        self._facts = facts
+    def __init__(self, facts: NodeFacts, worker: Worker, host: Host) -> None:
+        self.facts = facts  # of the streams that open from now on
         self._worker = worker
-        self._is_ready = is_ready
-        self._start_drain = start_drain
+        self._host = host
         self._stream_ids = count(1)
         self._streams: dict[int, tuple[Session, Callable[[], None]]] = {}
 
@@ -126,6 +148,9 @@ class ExpertService:
                 "Drain": grpc.unary_unary_rpc_method_handler(
                     self.drain, pb.DrainRequest.FromString, _serialise
                 ),
+                "Reload": grpc.unary_unary_rpc_method_handler(
+                    self.reload, pb.ReloadRequest.FromString, _serialise
+                ),
                 "Execute": grpc.stream_stream_rpc_method_handler(self.execute),
             },
         )
@@ -138,9 +163,18 @@ class ExpertService:
         """Answer Drain, at once."""
         return self.begin_drain(request)
 
+    async def reload(self, request: pb.ReloadRequest, context: Context) -> pb.ReloadReply:
+        """Answer Reload, once it is done."""
+        return reload_reply(await self.begin_reload())
+
+    @property
+    def stream_ids(self) -> frozenset[int]:
+        """The streams that are open."""
+        return frozenset(self._streams)
+
     def facts_reply(self) -> pb.DescribeReply:
         """Say who this node is."""
-        facts = self._facts
+        facts = self.facts
         return pb.DescribeReply(
             protocol_version=limits.PROTOCOL_VERSION,
             shoal_version=__version__,
@@ -162,7 +196,7 @@ class ExpertService:
             max_rows_per_call=facts.max_rows_per_call,
             max_message_bytes=limits.MAX_MESSAGE_BYTES,
             credit_bytes=facts.credit_bytes,
-            ready=self._is_ready(),
+            ready=self._host.is_ready,
             draining=self._worker.is_draining,
             model_name=facts.model_name,
         )
@@ -170,8 +204,12 @@ class ExpertService:
     def begin_drain(self, request: pb.DrainRequest) -> pb.DrainReply:
         """Begin to leave; say how many calls are held."""
         num_held = self._worker.num_held
-        self._start_drain(request.reason or "asked by a peer")
+        self._host.start_drain(request.reason or "asked by a peer")
         return pb.DrainReply(calls_in_flight=num_held)
+
+    def begin_reload(self) -> "asyncio.Future[Outcome]":
+        """Ask for a reload; the future never fails."""
+        return self._host.start_reload()
 
     async def execute(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """Carry one stream from its Open to its end."""
@@ -202,14 +240,16 @@ class ExpertService:
             end: ends the stream once it has sent what is queued: the node leaves.
         """
         stream_id = next(self._stream_ids)
-        session = Session(stream_id, self._facts, self._worker, emit)
+        session = Session(stream_id, self.facts, self._worker, emit, observe=self._host.on_call)
         self._streams[stream_id] = (session, end)
+        self._host.on_stream(stream_id)
         return stream_id, session
 
     def end_session(self, stream_id: int) -> None:
         """Forget a stream that is over; its calls are dropped."""
         session, _ = self._streams.pop(stream_id)
         session.close()
+        self._host.on_stream_end(stream_id)
 
     def announce_drain(self, reason: str) -> None:
         """Tell every stream that the node is leaving."""
@@ -220,6 +260,11 @@ class ExpertService:
         """Let every stream send what it has queued, and end."""
         for _, end in list(self._streams.values()):
             end()
+
+
+def reload_reply(outcome: Outcome) -> pb.ReloadReply:
+    """Return the answer to Reload."""
+    return pb.ReloadReply(error=outcome.error, changed=outcome.changed, kept=outcome.kept)
 
 
 async def _read_frames(

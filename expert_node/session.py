@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from expert_node.admission import Lane, Ticket
 from expert_node.worker import Job, Worker, failure_frame
 from shoal import errors, limits, wire
+from shoal.experts.call import ExpertCall
 from shoal.experts.ownership import OwnedRange
 from shoal.log import get_logger
 from shoal.v1 import expert_pb2 as pb
@@ -45,7 +46,7 @@ class StreamEnded(errors.ShoalError):
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """Who a node is: constant from start to end of its process."""
+    """Who a node is, and what it owned when this was made: a reload makes a new one."""
 
     model_name: str
     identity: str
@@ -65,6 +66,7 @@ class Session:
     Args:
         emit: takes a serialised NodeFrame to send, and the credit to give back (`sent`) once it
             has gone out.
+        observe: told of every call that was checked, with the stream's id.
     """
 
     def __init__(
@@ -74,12 +76,14 @@ class Session:
         worker: Worker,
         emit: Callable[[bytes, int], None],
         clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[int, ExpertCall], None] = lambda _stream_id, _call: None,
     ) -> None:
         self._stream_id = stream_id
         self._facts = facts
         self._worker = worker
         self._emit = emit
         self._clock = clock
+        self._observe = observe
         self._lane: Lane | None = None
         self._held: dict[int, int] = {}  # call id -> request bytes
         self._used_bytes = 0
@@ -192,6 +196,7 @@ class Session:
         ticket = Ticket(self._stream_id, call_id, self._lane, received_s, deadline_s)
         self._held[call_id] = num_bytes
         self._used_bytes += num_bytes
+        self._observe(self._stream_id, call)
         self._worker.submit(Job(ticket, call, self))
 
     def _check_size(self, num_bytes: int) -> None:

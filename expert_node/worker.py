@@ -1,9 +1,10 @@
-"""Worker: computes admitted calls, one at a time, and answers each with one terminal frame.
+"""Worker: computes admitted calls and answers each with one terminal frame.
 
 A small call whose experts are in memory is computed right where it arrived, on the event loop: a
 hand-over to another thread costs 90-200 us (measured), more than its compute. Larger calls run on
 one compute thread, so that the loop goes on reading frames, sending progress and answering health
-checks. Knows nothing of how frames travel.
+checks. A call whose experts must be read first gets a loading thread: it computes what comes as it
+comes, and nobody waits behind it. Knows nothing of how frames travel.
 """
 
 import asyncio
@@ -24,6 +25,13 @@ from shoal.v1 import expert_pb2 as pb
 _log = get_logger("worker")
 
 
+class Opened(Protocol):
+    """A call that holds its experts or waits for them: an `OpenCall`."""
+
+    def compute(self) -> Computed: ...
+    def abandon(self, error: BaseException) -> None: ...
+
+
 class Executor(Protocol):
     """What a worker computes with: an `ExpertExecutor`."""
 
@@ -31,7 +39,8 @@ class Executor(Protocol):
     def pair_bytes(self, call: ExpertCall) -> int: ...
     def is_resident(self, call: ExpertCall) -> bool: ...
     def grid(self, layer: int) -> int: ...
-    def compute_timed(self, call: ExpertCall) -> Computed: ...
+    def open(self, call: ExpertCall, stream: int) -> Opened: ...
+    def try_open(self, call: ExpertCall, stream: int) -> Opened | None: ...
 
 
 class Caller(Protocol):
@@ -48,11 +57,12 @@ class Caller(Protocol):
 
 @dataclass(slots=True)
 class Job:
-    """A decoded and checked call, and who waits for it."""
+    """A decoded and checked call, and who waits for it; opened: once it is computed or loads."""
 
     ticket: Ticket
     call: ExpertCall
     caller: Caller
+    opened: Opened | None = None
     is_cancelled: bool = False
     is_answered: bool = False
 
@@ -67,17 +77,19 @@ class Worker:
         *,
         clock: Callable[[], float] = time.monotonic,
         max_waiting: int = limits.MAX_QUEUED_CALLS,
+        max_loading: int = limits.MAX_LOADING_CALLS,
         inline_pair_bytes: int = limits.INLINE_PAIR_BYTES,
         log_calls: bool = False,
     ) -> None:
         self._executor = executor
         self._loop = loop
         self._clock = clock
-        self._admission = Admission(max_waiting)
+        self._admission = Admission(max_waiting, max_loading)
         self._inline_pair_bytes = inline_pair_bytes
         self._log_calls = log_calls
         self._jobs: dict[tuple[int, int], Job] = {}
         self._thread = ThreadPoolExecutor(1, "shoal-compute")
+        self._loaders = ThreadPoolExecutor(max_loading, "shoal-load")
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_ticking = False
@@ -85,12 +97,22 @@ class Worker:
 
     @property
     def num_held(self) -> int:
-        """Calls waiting or running."""
+        """Calls waiting, loading or running."""
         return self._admission.num_held
+
+    @property
+    def num_loading(self) -> int:
+        """Calls that wait for reads."""
+        return self._admission.num_loading
 
     @property
     def is_draining(self) -> bool:
         return self._admission.is_draining
+
+    def configure(self, *, max_waiting: int, log_calls: bool) -> None:
+        """Take other settings (see `__init__`) from now on."""
+        self._admission.set_max_waiting(max_waiting)
+        self._log_calls = log_calls
 
     def check(self, call: ExpertCall) -> None:
         """Refuse a call that does not fit the model or the ownership (see `ExpertExecutor`)."""
@@ -98,7 +120,9 @@ class Worker:
 
     def submit(self, job: Job) -> None:
         """Take a checked job; its caller gets its terminal frame now or later."""
-        refusal = self._admission.admit(job.ticket)
+        # Only a call that cannot start at once is asked: its reads need not wait for its turn.
+        must_load = self._admission.running is not None and not self._executor.is_resident(job.call)
+        refusal = self._admission.admit(job.ticket, must_load=must_load)
         if refusal is not None:
             self._fail(job, _refused(refusal, self._admission.num_waiting))
             return
@@ -114,7 +138,7 @@ class Worker:
         if ticket is not None:
             self._drop(ticket, errors.CallCancelled("cancelled while it waited"))
         elif key in self._jobs:
-            self._jobs[key].is_cancelled = True
+            self._give_up(self._jobs[key])
 
     def drop_stream(self, stream_id: int) -> None:
         """Forget the calls of a stream that is gone; a running one ends unheard."""
@@ -122,7 +146,7 @@ class Worker:
             del self._jobs[ticket.key]
         for job in self._jobs.values():
             if job.ticket.stream_id == stream_id:
-                job.is_cancelled = True
+                self._give_up(job)
         self._note_idle()
 
     def drain(self) -> None:
@@ -138,33 +162,73 @@ class Worker:
         for ticket in self._admission.expire(float("inf")):
             self._drop(ticket, error)
         for job in self._jobs.values():
+            self._give_up(job)
             job.is_answered = True
             self._fail(job, error)
 
     def close(self) -> None:
-        """Let the compute thread go. Waits for the call that it runs."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Let the threads go. Waits for the calls that they compute; no call waits for reads."""
+        for job in self._jobs.values():
+            self._give_up(job)
+        self._thread.shutdown(wait=True)
+        self._loaders.shutdown(wait=True)
 
     def _pump(self) -> None:
-        # Starts the next call. At most one is computed inline per turn of the loop: a queue of
-        # small calls must not keep the loop from its streams.
+        # Starts what can start. At most one call is computed inline per turn of the loop: a queue
+        # of small calls must not keep the loop from its streams.
         self._is_pump_due = False
-        chosen = self._admission.start_next(self._clock())
-        for ticket in chosen.expired:
-            self._drop(ticket, errors.CallTimeout("its deadline passed before it could start"))
-        if chosen.start is None:
+        job = self._next_to_run()
+        self._start_loading()
+        if job is None:
             return
-        job = self._jobs[chosen.start.key]
-        if self._is_small(job.call):
+        if self._executor.pair_bytes(job.call) <= self._inline_pair_bytes:
             self._end(job, self._terminal_frame(job))
         else:
-            self._thread.submit(self._terminal_frame, job).add_done_callback(
-                lambda future: self._loop.call_soon_threadsafe(self._end, job, future.result())
-            )
+            self._compute_on(self._thread, job)
 
-    def _is_small(self, call: ExpertCall) -> bool:
-        is_short = self._executor.pair_bytes(call) <= self._inline_pair_bytes
-        return is_short and self._executor.is_resident(call)
+    def _next_to_run(self) -> Job | None:
+        # The next call that has all its experts; those that lack some go to load.
+        while True:
+            chosen = self._admission.start_next(self._clock())
+            for ticket in chosen.expired:
+                self._drop(ticket, errors.CallTimeout("its deadline passed before it could start"))
+            if chosen.start is None:
+                return None
+            job = self._jobs[chosen.start.key]
+            if self._open(job, self._executor.try_open):
+                if job.opened is not None:
+                    return job
+                self._admission.must_load()
+
+    def _start_loading(self) -> None:
+        while True:
+            chosen = self._admission.start_loading(self._clock())
+            for ticket in chosen.expired:
+                self._drop(ticket, errors.CallTimeout("its deadline passed before it could load"))
+            if chosen.start is None:
+                return
+            job = self._jobs[chosen.start.key]
+            if self._open(job, self._executor.open):
+                self._compute_on(self._loaders, job)
+
+    def _open(self, job: Job, way: Callable[[ExpertCall, int], Opened | None]) -> bool:
+        # False: it failed, and is answered.
+        try:
+            job.opened = way(job.call, job.ticket.stream_id)
+            return True
+        except Exception as error:  # noqa: BLE001  the top of a call, as in _terminal_frame
+            self._end(job, self._failure(job, error))
+            return False
+
+    def _compute_on(self, threads: ThreadPoolExecutor, job: Job) -> None:
+        threads.submit(self._terminal_frame, job).add_done_callback(
+            lambda future: self._loop.call_soon_threadsafe(self._end, job, future.result())
+        )
+
+    def _give_up(self, job: Job) -> None:
+        job.is_cancelled = True
+        if job.opened is not None:
+            job.opened.abandon(errors.CallCancelled("cancelled while it waited for its experts"))
 
     def _end(self, job: Job, frame: bytes) -> None:
         self._admission.finish(job.ticket.key)
@@ -195,11 +259,12 @@ class Worker:
         )
 
     def _terminal_frame(self, job: Job) -> bytes:
-        # The top of a call, on either thread: whatever goes wrong becomes its terminal frame.
+        # The top of a call, on any thread: whatever goes wrong becomes its terminal frame.
         call_id = job.ticket.call_id
         began_s = self._clock()
         try:
-            computed = self._executor.compute_timed(job.call)
+            assert job.opened is not None, "computed before it was opened"
+            computed = job.opened.compute()
             ended_s = self._clock()
             return wire.encode_reply(
                 call_id,
@@ -209,15 +274,19 @@ class Worker:
                 compute_us=_microseconds(ended_s - began_s),
                 load_us=_microseconds(computed.load_s),
             ).SerializeToString()
-        except (errors.ShoalError, OSError, MemoryError) as error:
-            _log.warning("call failed", call_id=call_id, layer=job.call.layer, error=str(error))
+        except Exception as error:  # noqa: BLE001  the top of a call
+            return self._failure(job, error)
+
+    def _failure(self, job: Job, error: Exception) -> bytes:
+        call_id, layer = job.ticket.call_id, job.call.layer
+        if isinstance(error, errors.ShoalError | OSError | MemoryError):
+            _log.warning("call failed", call_id=call_id, layer=layer, error=str(error))
             return failure_frame(call_id, error)
-        except Exception:  # noqa: BLE001  the top of a call: what gets here is our bug
-            error_id = secrets.token_hex(4)
-            _log.exception("bug", call_id=call_id, layer=job.call.layer, error_id=error_id)
-            return failure_frame(
-                call_id, errors.NodeError(f"internal error {error_id}: see the node's log")
-            )
+        error_id = secrets.token_hex(4)  # what else gets here is our bug
+        _log.error("bug", call_id=call_id, layer=layer, error_id=error_id, exc_info=error)
+        return failure_frame(
+            call_id, errors.NodeError(f"internal error {error_id}: see the node's log")
+        )
 
     def _drop(self, ticket: Ticket, error: errors.ShoalError) -> None:
         self._fail(self._jobs.pop(ticket.key), error)
@@ -241,6 +310,11 @@ class Worker:
         now_s = self._clock()
         for ticket in self._admission.expire(now_s):
             self._drop(ticket, errors.CallTimeout("its deadline passed while it waited"))
+        for ticket in self._admission.overdue(now_s):
+            opened = self._jobs[ticket.key].opened
+            if opened is not None:
+                error = errors.CallTimeout("its deadline passed while it waited for its experts")
+                opened.abandon(error)
         held: dict[int, tuple[Caller, list[int]]] = {}
         for ticket in self._admission.held_since(now_s - limits.PROGRESS_INTERVAL_S / 2):
             job = self._jobs[ticket.key]

@@ -3,6 +3,8 @@
 The same object serves a node and the coordinator's own process (`local`), so both run one code.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,8 +13,9 @@ from numpy.typing import NDArray
 
 from shoal import errors, ops
 from shoal.experts.call import ExpertCall
-from shoal.experts.grouping import group_pairs
-from shoal.experts.store import ExpertStore
+from shoal.experts.grouping import GroupedPairs, group_pairs
+from shoal.experts.prefetch.interface import Prefetcher
+from shoal.experts.store import Acquisition, ExpertStore
 from shoal.model_spec import ModelSpec
 from shoal.quant import Scheme
 
@@ -50,8 +53,18 @@ class ExpertExecutor:
     its caller's thread, with the same bits.
     """
 
-    def __init__(self, model: ExpertModel, store: ExpertStore) -> None:
+    def __init__(
+        self,
+        model: ExpertModel,
+        store: ExpertStore,
+        *,
+        prefetcher: Prefetcher | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Args: prefetcher: told of every call; clock: whose time it is told."""
         self._store = store
+        self._prefetcher = prefetcher
+        self._clock = clock
         self._dim = model.spec.model_dim
         self._layers = {
             index: _LayerFacts(
@@ -67,6 +80,10 @@ class ExpertExecutor:
     @property
     def store(self) -> ExpertStore:
         return self._store
+
+    def use_prefetcher(self, prefetcher: Prefetcher | None) -> None:
+        """Tell another one of the calls from now on; it may hear of the end of older calls."""
+        self._prefetcher = prefetcher
 
     def grid(self, layer: int) -> int:
         """Return g of that layer's sums: an integer stands for itself times 2^-g."""
@@ -102,27 +119,61 @@ class ExpertExecutor:
         return int(call.experts.size) * self._layers[call.layer].layout.num_bytes
 
     def is_resident(self, call: ExpertCall) -> bool:
-        """Whether computing a checked call would not wait for a read."""
+        """Whether computing a checked call now would not wait for a read."""
         return self._store.is_resident(call.layer, call.experts.tolist())
+
+    def open(self, call: ExpertCall, stream: int = 0) -> "OpenCall":
+        """Hold a checked call's experts that are in memory, and start to read the others.
+
+        Never waits. Compute it (or close it) soon: what it holds is not evicted.
+
+        Args:
+            stream: whose call it is; a prefetcher tells streams apart.
+
+        Raises:
+            NotOwned: an expert that the store does not own. There are no zeros in its place.
+        """
+        grouped = group_pairs(call)
+        return self._opened(call, grouped, self._store.acquire(call.layer, grouped.experts), stream)
+
+    def try_open(self, call: ExpertCall, stream: int = 0) -> "OpenCall | None":
+        """Like `open`, if all its experts are in memory; else do nothing and return None."""
+        grouped = group_pairs(call)
+        acquisition = self._store.try_acquire(call.layer, grouped.experts)
+        if acquisition is None:
+            return None
+        return self._opened(call, grouped, acquisition, stream)
 
     def compute(self, call: ExpertCall) -> NDArray[np.int64]:
         """Return [T, D]: per row, the sum over its pairs of rne(weight * expert(row) * 2^grid).
 
         Raises:
-            NotOwned: an expert that the store does not own. There are no zeros in its place.
+            NotOwned: as `open`.
             NumericError: naming layer and rows that are not finite or beyond the grid.
-            CorruptArtifact, OSError: an expert could not be read.
+            CorruptArtifact, ExpertUnavailable: an expert could not be read.
         """
-        return self.compute_timed(call).sums
+        return self.open(call).compute().sums
 
-    def compute_timed(self, call: ExpertCall) -> Computed:
-        """Like `compute`, and tell how long it waited for experts."""
+    def _opened(
+        self, call: ExpertCall, grouped: GroupedPairs, acquisition: Acquisition, stream: int
+    ) -> "OpenCall":
+        if self._prefetcher is not None:
+            self._prefetcher.on_call(call, grouped.experts, self._clock(), stream)
+        return OpenCall(self, call, grouped, acquisition, stream)
+
+    def compute_opened(
+        self, call: ExpertCall, grouped: GroupedPairs, acquisition: Acquisition, stream: int
+    ) -> Computed:
+        """See `OpenCall.compute`."""
         facts = self._layers[call.layer]
-        grouped = group_pairs(call)
         sums = np.zeros((call.rows.num_rows, self._dim), np.int64)
         bad_rows: set[int] = set()
-        with self._store.acquire(call.layer, grouped.experts) as acquired:
-            for wave in acquired:
+        num_missing = len(grouped.experts)
+        with acquisition:
+            for wave in acquisition:
+                num_missing -= len(wave.positions)
+                if num_missing == 0 and self._prefetcher is not None:
+                    self._prefetcher.on_loaded(call.layer, self._clock(), stream)
                 # Integers are added, so the order in which experts come does not show.
                 pairs = grouped.take(wave.positions)
                 try:
@@ -138,9 +189,51 @@ class ExpertExecutor:
                     )
                 except errors.NumericError as error:
                     bad_rows.update(error.rows)
-            if bad_rows:
-                raise _numeric_error(call.layer, sorted(bad_rows))
-            return Computed(sums, acquired.load_s)
+        if self._prefetcher is not None:
+            self._prefetcher.on_done(call.layer, acquisition.load_s, self._clock(), stream)
+        if bad_rows:
+            raise _numeric_error(call.layer, sorted(bad_rows))
+        return Computed(sums, acquisition.load_s)
+
+
+class OpenCall:
+    """A call whose experts are held or on their way. Compute it once, or close it."""
+
+    __slots__ = ("_acquisition", "_call", "_executor", "_grouped", "_stream")
+
+    def __init__(
+        self,
+        executor: ExpertExecutor,
+        call: ExpertCall,
+        grouped: GroupedPairs,
+        acquisition: Acquisition,
+        stream: int,
+    ) -> None:
+        self._executor = executor
+        self._call = call
+        self._grouped = grouped
+        self._acquisition = acquisition
+        self._stream = stream
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it will compute without waiting for a read."""
+        return self._acquisition.is_whole
+
+    def compute(self) -> Computed:
+        """Compute what has come, wait for more, until the call is whole. Raises as `compute`."""
+        return self._executor.compute_opened(
+            self._call, self._grouped, self._acquisition, self._stream
+        )
+
+    def abandon(self, error: BaseException) -> None:
+        """End its wait for reads, now or later, by raising `error` from `compute`."""
+        self._acquisition.abandon(error)
+
+    def close(self) -> None:
+        """Let go of its experts: it will not be computed."""
+        with self._acquisition:
+            pass
 
 
 def _numeric_error(layer: int, rows: list[int]) -> errors.NumericError:

@@ -184,12 +184,16 @@ def _num_rows(pieces: Sequence[U16]) -> int:
 
 
 def geometry_of(
-    identity: str, num_experts: Mapping[int, int], top_k: int, owned: Mapping[int, Sequence[int]]
+    identity: str,
+    num_experts: Mapping[int, int],
+    top_k: int | None,
+    owned: Mapping[int, Sequence[int]],
 ) -> Geometry:
     """Return what a node with those experts records.
 
     Args:
-        num_experts: of each layer with experts. owned: layer -> experts of this node.
+        num_experts: of each layer with experts. top_k: experts a row visits; None: it depends on
+            the layer. owned: layer -> experts of this node.
     """
     is_whole = all(len(owned[layer]) == num_experts[layer] for layer in owned)
     kept = {layer: num_experts[layer] for layer in owned}

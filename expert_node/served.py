@@ -1,0 +1,364 @@
+"""What a node serves: artifact, owned experts, store, prefetcher; and how they change meanwhile.
+
+A change is planned first: what can be wrong is found before anything is touched. Then it is carried
+out; what still fails is undone.
+
+    plan (checks, reads) --> carry_out (rebind, resize, verify, pins, prefetch) --> settle
+
+Streams that were open before a change of ownership may still call what is no longer owned: their
+coordinators learned of the old ranges; so may those that open just after it. So these experts are
+served on until such streams have ended; Describe names the new ranges at once. `settle` then lets
+go of them.
+"""
+
+import secrets
+import threading
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from expert_node.config import NodeConfig
+from expert_node.pins import pins_of
+from expert_node.session import NodeFacts
+from shoal import numerics, ops, wire
+from shoal.artifact import Artifact
+from shoal.artifact.reader import ExpertLocation
+from shoal.errors import NotOwned, UsageError
+from shoal.experts.executor import ExpertExecutor
+from shoal.experts.heat import HeatMap
+from shoal.experts.open_store import open_store
+from shoal.experts.options import Mode
+from shoal.experts.ownership import Ownership, format_spans, parse_spans
+from shoal.experts.prefetch.interface import Prefetcher, PrefetchFigures
+from shoal.experts.prefetch.open_prefetcher import open_prefetcher
+from shoal.experts.store import ExpertFiles, Key, StoreOptions
+from shoal.experts.streaming import StreamingStore
+from shoal.limits import MIB
+from shoal.log import get_logger
+from shoal.memory_limit import MemoryLimit, memory_limit
+from shoal.sizes import format_size
+
+OVERHEAD_BYTES = 200 * MIB  # of a process beside its experts: 150-190 MiB seen under load
+_log = get_logger("served")
+Signature = tuple[tuple[str, int, int, int], ...]
+Former = tuple[ExpertFiles, Ownership]
+GRACE = -1  # no stream's id: whoever asked Describe before the change and opens a stream after it
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked change: what will be served, and how."""
+
+    config: NodeConfig
+    artifact: Artifact
+    signature: Signature
+    ownership: Ownership
+    pins: tuple[Key, ...]
+    prefetcher: Prefetcher | None  # new; None with `keeps_prefetcher`: the one there is
+    keeps_prefetcher: bool
+
+    def close(self) -> None:
+        """Drop a plan that is not carried out."""
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+
+
+class Served:
+    """See the module. `plan`, `carry_out` and `settle`: one at a time, from any thread."""
+
+    def __init__(
+        self, config: NodeConfig, artifact: Artifact, ownership: Ownership, heat: HeatMap | None
+    ) -> None:
+        """Open the store; reads nothing yet. Raises UsageError, OSError."""
+        self.artifact, self.ownership = artifact, ownership
+        self.memory = check_memory(artifact, ownership, config.cache_bytes)
+        check_cache(artifact, ownership, config.cache_bytes)
+        self._config = config
+        self._signature = signature_of(artifact)
+        self._epoch = secrets.token_hex(8)
+        self._lingering: dict[int, tuple[Former, ...]] = {}  # by open stream
+        self._lock = threading.Lock()  # of what lingers: streams come and go on the event loop
+        self.store: StreamingStore = open_store(
+            artifact,
+            ownership,
+            StoreOptions(
+                cache_bytes=config.cache_bytes,
+                verify=config.verify,
+                backend=config.io,
+                data_dirs=config.data_dirs,
+                pins=pins_of(config.pin_experts, artifact, ownership, heat, config.cache_bytes),
+            ),
+        )
+        try:
+            self.prefetcher = open_prefetcher(config.prefetch, artifact, ownership, self.store)
+        except BaseException:
+            self.store.close()
+            raise
+        self.executor = ExpertExecutor(artifact, self.store, prefetcher=self.prefetcher)
+
+    @property
+    def facts(self) -> NodeFacts:
+        """Who this node is, with what it owns now."""
+        artifact, ownership = self.artifact, self.ownership
+        formats = {artifact.expert_layout(layer).gate_up.label for layer in ownership.layers}
+        return NodeFacts(
+            model_name=artifact.name,
+            identity=artifact.identity,
+            numerics=numerics.NUMERICS,
+            instance_epoch=self._epoch,
+            owned=ownership.ranges,
+            quantisation="+".join(sorted(formats)),
+            isa=ops.isa(),
+            num_threads=ops.num_threads(),
+            max_rows_per_call=wire.max_rows_per_call(artifact.spec.model_dim),
+        )
+
+    def prefetch_figures(self) -> PrefetchFigures:
+        """Return the prefetcher's figures; of none: all zero."""
+        prefetcher = self.prefetcher
+        if prefetcher is None:
+            return PrefetchFigures(Mode.OFF, {}, 0, 0, 0, 0, 0.0, "", "", 0)
+        return prefetcher.figures()
+
+    @property
+    def owned_bytes(self) -> int:
+        """Bytes of everything owned, in memory or not."""
+        return sum(expert_sizes(self.artifact, self.ownership).values())
+
+    def plan(self, config: NodeConfig, heat: HeatMap | None) -> Plan:
+        """Check a new configuration against the model, the machine and what is served.
+
+        Raises:
+            UsageError: another model, a wrong range, too much memory, a list that is none.
+            ArtifactError: the artifact cannot be opened. Nothing has changed in any case.
+        """
+        artifact = Artifact.open(config.model)
+        if artifact.identity != self.artifact.identity:
+            raise UsageError(
+                f"{artifact.path} is another model ({artifact.name}, identity "
+                f"{artifact.identity[:12]}) than the one served ({self.artifact.name}, "
+                f"{self.artifact.identity[:12]}): start another node for it"
+            )
+        ownership = owned_by(artifact, config)
+        check_memory(artifact, ownership, config.cache_bytes)
+        check_cache(artifact, ownership, config.cache_bytes)
+        signature = signature_of(artifact)
+        is_same = ownership.ranges == self.ownership.ranges and signature == self._signature
+        keeps = is_same and config.prefetch is self._config.prefetch
+        pins = pins_of(config.pin_experts, artifact, ownership, heat, config.cache_bytes)
+        prefetcher = (
+            None if keeps else open_prefetcher(config.prefetch, artifact, ownership, self.store)
+        )
+        return Plan(config, artifact, signature, ownership, pins, prefetcher, keeps)
+
+    def carry_out(self, plan: Plan, open_streams: Collection[int]) -> list[str]:
+        """Put a plan in force; return what changed beside settings.
+
+        Args:
+            open_streams: those that know of the ownership before.
+
+        Raises: UsageError, NotOwned, OSError; then what was is in force again.
+        """
+        old = (self.artifact, self.ownership, self._signature)
+        changed: list[str] = []
+        try:
+            if plan.ownership.ranges != self.ownership.ranges or plan.signature != self._signature:
+                changed = self._rebind(plan, open_streams)
+            self.store.resize(_budget(plan.config.cache_bytes, plan.artifact, plan.ownership))
+        except BaseException:
+            plan.close()
+            if self.artifact is not old[0]:
+                self.artifact, self.ownership, self._signature = old
+                self._serve_all()
+            raise
+        self.store.set_verify(plan.config.verify)
+        self.store.pin(plan.pins)
+        if not plan.keeps_prefetcher:
+            before, self.prefetcher = self.prefetcher, plan.prefetcher
+            self.executor.use_prefetcher(plan.prefetcher)
+            if before is not None:
+                before.close()
+        self._config = plan.config
+        return changed
+
+    def on_stream(self, stream_id: int) -> None:
+        """Learn of a new stream."""
+        with self._lock:
+            if GRACE in self._lingering:
+                self._lingering[stream_id] = self._lingering[GRACE]
+
+    def on_stream_end(self, stream_id: int) -> bool:
+        """Learn that a stream (or GRACE) is over. True: `settle` has something to let go of."""
+        with self._lock:
+            return self._lingering.pop(stream_id, None) is not None and not self._lingering
+
+    @property
+    def lingers(self) -> bool:
+        """Whether more is served than owned."""
+        return bool(self._lingering)
+
+    def settle(self) -> None:
+        """Stop to serve what only streams that have ended could call."""
+        if not self._lingering and self.store.ownership.ranges != self.ownership.ranges:
+            self._serve_all()
+            _log.info("former experts are let go: no stream is left that knew of them")
+
+    def close(self) -> None:
+        """Let go of everything. No call may be under way."""
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+        self.store.close()
+
+    def _rebind(self, plan: Plan, open_streams: Collection[int]) -> list[str]:
+        changed = []
+        if plan.signature != self._signature:
+            changed.append(f"artifact: read again from {plan.artifact.path}")
+        if plan.ownership.ranges != self.ownership.ranges:
+            changed.append(f"owned: {self.ownership} -> {plan.ownership}")
+            former = (self.artifact, self.ownership)
+            with self._lock:
+                for stream_id in (*open_streams, GRACE):
+                    self._lingering[stream_id] = (*self._lingering.get(stream_id, ()), former)
+        self.artifact, self.ownership = plan.artifact, plan.ownership
+        self._signature = plan.signature
+        self._serve_all()
+        return changed
+
+    def _serve_all(self) -> None:
+        # What is owned, and what streams from before may still call.
+        files: ExpertFiles = self.artifact
+        owned = {layer: set(self.ownership.experts(layer)) for layer in self.ownership.layers}
+        with self._lock:
+            formers = {id(former): former for each in self._lingering.values() for former in each}
+        for former_files, former in formers.values():
+            for layer in former.layers:
+                owned.setdefault(layer, set()).update(former.experts(layer))
+            if former_files is not self.artifact:
+                files = EitherFiles(files, former_files)
+        self.store.rebind(files, Ownership(owned))
+
+
+class EitherFiles:
+    """The experts of one artifact, and from another of the same identity those that it lacks."""
+
+    def __init__(self, first: ExpertFiles, second: ExpertFiles) -> None:
+        self._first, self._second = first, second
+
+    @property
+    def path(self) -> Path:
+        return self._first.path
+
+    @property
+    def identity(self) -> str:
+        return self._first.identity
+
+    def expert_layout(self, layer: int) -> ops.ExpertLayout:
+        """See `Artifact.expert_layout`: the manifest of a slice has every layer."""
+        return self._first.expert_layout(layer)
+
+    def expert_location(self, layer: int, index: int) -> ExpertLocation:
+        """See `Artifact.expert_location`."""
+        try:
+            return self._first.expert_location(layer, index)
+        except NotOwned:
+            return self._second.expert_location(layer, index)
+
+
+def owned_by(artifact: Artifact, config: NodeConfig) -> Ownership:
+    """Return what the node owns: all that the artifact holds, or what --experts and --layers say.
+
+    Raises:
+        UsageError: a flag is wrong, or names experts that this slice does not hold.
+    """
+    held = artifact.owned_experts
+    if not held:
+        raise UsageError(f"{artifact.path} holds no experts: it is a coordinator's slice")
+    num_experts = max(
+        layer.router.num_experts for layer in artifact.spec.layers if layer.router is not None
+    )
+    layers: tuple[int, ...] = tuple(held)
+    if config.layers is not None:
+        layers = parse_spans(config.layers, name="--layers", limit=artifact.spec.num_layers)
+    experts: tuple[int, ...] | None = None
+    if config.experts is not None:
+        experts = parse_spans(config.experts, name="--experts", limit=num_experts)
+    wanted: dict[int, tuple[int, ...]] = {}
+    for layer in layers:
+        router = artifact.spec.layers[layer].router
+        if router is None:  # a dense layer within the span: it is the coordinator's
+            continue
+        wanted[layer] = tuple(
+            index for index in (experts or held.get(layer, ())) if index < router.num_experts
+        )
+        if missing := sorted(set(wanted[layer]) - set(held.get(layer, ()))):
+            raise UsageError(
+                f"{artifact.path} does not hold expert {format_spans(missing)} of layer {layer}, "
+                f"which --experts and --layers name: it has {Ownership(held)}"
+            )
+    return Ownership(wanted)
+
+
+def expert_sizes(artifact: Artifact, ownership: Ownership) -> dict[Key, int]:
+    """Return the bytes of every owned expert, layer by layer."""
+    return {
+        (layer, index): artifact.expert_location(layer, index).num_bytes
+        for layer in ownership.layers
+        for index in ownership.experts(layer)
+    }
+
+
+def check_memory(
+    artifact: Artifact,
+    ownership: Ownership,
+    cache_bytes: int | None,
+    limit: MemoryLimit | None = None,
+) -> MemoryLimit:
+    """Refuse what cannot fit; return the limit.
+
+    Args:
+        limit: None: this process's own.
+
+    Raises: UsageError naming what is needed and what there is.
+    """
+    limit = limit or memory_limit()
+    owned = sum(expert_sizes(artifact, ownership).values())
+    arena = owned if cache_bytes is None else min(cache_bytes, owned)
+    if arena + OVERHEAD_BYTES <= limit.num_bytes:
+        return limit
+    what = (
+        f"the {ownership.num_experts} experts take {format_size(owned)}"
+        if cache_bytes is None
+        else f"--cache takes {format_size(arena)}"
+    )
+    room = max(0, limit.num_bytes - OVERHEAD_BYTES)
+    raise UsageError(
+        f"{what}, and about {format_size(OVERHEAD_BYTES)} are needed beside: {limit.source} is "
+        f"{format_size(limit.num_bytes)}; keep fewer in memory with --cache (at most "
+        f"{format_size(room)}), or own fewer with --experts or --layers"
+    )
+
+
+def check_cache(artifact: Artifact, ownership: Ownership, cache_bytes: int | None) -> None:
+    """Refuse a cache below two experts. Raises UsageError naming both numbers."""
+    largest = max(expert_sizes(artifact, ownership).values())
+    if cache_bytes is not None and cache_bytes < 2 * largest:
+        raise UsageError(
+            f"--cache {format_size(cache_bytes)}: two experts take {format_size(2 * largest)}, and "
+            "less cannot serve"
+        )
+
+
+def signature_of(artifact: Artifact) -> Signature:
+    """Return what tells whether a file of the artifact was written or replaced. Raises OSError."""
+    names = ["manifest.json", *artifact.file_sizes()]
+    stats = [(name, (artifact.path / name).stat()) for name in names]
+    found = [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return ((str(artifact.path), 0, 0, 0), *found)
+
+
+def _budget(cache_bytes: int | None, artifact: Artifact, ownership: Ownership) -> int:
+    # Without --cache: what is owned, also while former experts linger: they find room among these.
+    if cache_bytes is not None:
+        return cache_bytes
+    sizes = expert_sizes(artifact, ownership).values()
+    return max(sum(sizes), 2 * max(sizes))
