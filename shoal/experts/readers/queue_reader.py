@@ -84,6 +84,10 @@ class QueueReader(ABC):
     def _start_chunks(self) -> None:
         """Start what may be started; called under the lock whenever that may have changed."""
 
+    @abstractmethod
+    def _nudge(self) -> None:
+        """Make the thread that waits look again; called without the lock."""
+
     def submit(self, reads: Sequence[Read]) -> None:
         """See `Reader.submit`."""
         with self._lock:
@@ -94,7 +98,7 @@ class QueueReader(ABC):
             self._start_chunks()
             needs_wake = self._needs_wake()
         if needs_wake:
-            self.wake()
+            self._nudge()
 
     def cancel(self, tags: Collection[int]) -> None:
         """See `Reader.cancel`."""
@@ -102,7 +106,7 @@ class QueueReader(ABC):
             self._queue.cancel(tags, time.perf_counter())
             has_done = self._queue.has_done
         if has_done:
-            self.wake()
+            self._nudge()
 
     def promote(self, tag: int) -> None:
         """See `Reader.promote`."""
@@ -111,19 +115,19 @@ class QueueReader(ABC):
             self._start_chunks()
             needs_wake = self._needs_wake()
         if needs_wake:
-            self.wake()
+            self._nudge()
 
     def set_queue_depth(self, depth: int) -> None:
         """See `Reader.set_queue_depth`."""
         with self._lock:
             self._queue.set_queue_depth(depth)
-        self.wake()
+        self._nudge()
 
     def set_bandwidth(self, bytes_per_s: float | None) -> None:
         """See `Reader.set_bandwidth`."""
         with self._lock:
             self._queue.bucket.set_rate(bytes_per_s)
-        self.wake()
+        self._nudge()
 
     def register(self, arenas: Sequence[U8]) -> None:
         """See `Reader.register`: only io_uring has something to gain."""

@@ -83,9 +83,7 @@ class RingReader(QueueReader):
     def wake(self) -> None:
         """See `Reader.wake`."""
         self._is_woken = True
-        ring = self._ring
-        if ring is not None:
-            ring.wake()
+        self._nudge()
 
     def close(self) -> None:
         """See `Reader.close`."""
@@ -102,6 +100,11 @@ class RingReader(QueueReader):
             with self._lock:
                 self._ring = None  # whoever still wakes it keeps it alive until then
                 self._files.close()
+
+    def _nudge(self) -> None:
+        ring = self._ring
+        if ring is not None:
+            ring.wake()
 
     def _finish_all(self, ended: Sequence[tuple[int, int]]) -> None:
         for number, result in ended:

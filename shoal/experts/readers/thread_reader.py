@@ -57,6 +57,10 @@ class ThreadReader(QueueReader):
         with self._lock:
             self._files.close()
 
+    def _nudge(self) -> None:
+        with self._lock:
+            self._ended.notify_all()
+
     def _needs_wake(self) -> bool:
         return False  # the threads look after what time alone starts
 
