@@ -15,6 +15,7 @@ MAX_MESSAGE_BYTES = 16 * MIB  # on the bulk connection; larger calls are split b
 CREDIT_BYTES = 64 * MIB  # request bytes one stream may have in flight at a node
 MAX_THREADS = 256  # of the kernels: kMaxPoolThreads of kernels/thread_pool.h
 MAX_QUEUED_CALLS = 256  # per node: more are refused as OVERLOADED
+MAX_LOADING_CALLS = 8  # per node, waiting for reads together: a thread each; they take turns
 MAX_SHARD_MAP_CHARS = 64 * KIB  # of --moe-shards: a thousand ranges
 MAX_SOCKET_PATH_BYTES = 103  # sun_path of macOS less its final zero; Linux: 107
 INLINE_PAIR_BYTES = 64 * MIB  # of weights: a smaller call is computed on the stream handler (~2 ms)

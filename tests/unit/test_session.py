@@ -57,7 +57,12 @@ class BlockedExecutor:
     def grid(self, layer: int) -> int:
         return 13
 
-    def compute_timed(self, call: ExpertCall) -> Computed:
+    def open(self, call: ExpertCall, stream: int) -> "BlockedCall":
+        return BlockedCall(self, call)
+
+    try_open = open
+
+    def compute(self, call: ExpertCall) -> Computed:
         if call.experts[0] == 3:
             self.reached.set()
             assert self.release.wait(30)
@@ -65,6 +70,18 @@ class BlockedExecutor:
             raise ZeroDivisionError("a bug")
         self.computed.append(int(call.experts[0]))
         return Computed(np.full((call.rows.num_rows, DIM), call.experts[0], np.int64), 0.0)
+
+
+@dataclass
+class BlockedCall:
+    executor: BlockedExecutor
+    call: ExpertCall
+
+    def compute(self) -> Computed:
+        return self.executor.compute(self.call)
+
+    def abandon(self, error: BaseException) -> None:
+        """It does not wait for reads."""
 
 
 @dataclass
