@@ -38,7 +38,7 @@ FUSED = "fused"
 PREDICTORS = ("pregate", "markov", "locality")
 _BINS = {
     "pregate": (PREGATE_BINS,),
-    "markov": (markov.BINS,),
+    "markov": (markov.BINS, markov.BINS),
     "locality": (locality.RECENT_BINS, locality.LATELY_BINS),
 }
 _JUDGE_EVERY = 4  # calls of a layer: judging the single predictors costs as much as the fused one

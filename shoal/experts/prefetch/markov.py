@@ -1,15 +1,16 @@
 """Second-order Markov chain over expert sets: which experts follow the last two layers' (core).
 
-For expert sets S1 (the layer before) and S2 (the one before that), and an expert f:
+For expert sets S1 (the layer before) and S2 (the one before that), and an expert f, two scores:
 
-    score(f) = log pi(f) + sum over a in S1 of log(P1(f|a) / pi(f))
-                         + sum over b in S2 of log(P2(f|b) / pi(f))
+    log pi(f) + sum over a in S1 of log(P1(f|a) / pi(f))
+    log pi(f) + sum over b in S2 of log(P2(f|b) / pi(f))
 
 P1 and P2 are decayed counts of "a was used, then f", one and two layers apart; pi(f) is how often
 f is used at all. Unseen pairs fall back to pi(f), the layer's own frequencies, never to a uniform
 prior over ids: that would drown what was seen (p ~ 1/E). The sum over members stands in for counts
-of whole sets, of which no two are alike. Two sets, not one table of triples: E^2 counts, not E^3.
-Source: mixture transition distributions, Raftery 1985; the naive product in place of the mixture.
+of whole sets, of which no two are alike; the fusion weighs the two. Two tables of pairs, not one of
+triples: E^2 counts, not E^3. Source: mixture transition distributions, Raftery 1985; products in
+place of the mixture, as they rank better on recorded routing (docs/prefetch.md).
 """
 
 import numpy as np
@@ -53,22 +54,21 @@ class SetMarkov:
         self._calls += self._weight
 
     def scores(self, before: tuple[I64, I64]) -> F32:
-        """Return the log scores [E]; experts that were never used score lowest."""
+        """Return both log scores [2, E]; experts that were never used score lowest."""
         frequency = (self._own + np.float32(0.01)) / np.float32(max(self._calls, 1.0) + 1.0)
-        ratios = [np.log(frequency)]
-        for pairs, uses, earlier in zip(self._pairs, self._uses, before, strict=True):
+        scores = np.tile(np.log(frequency), (2, 1))
+        prior = _PRIOR * np.float32(self._weight)
+        for row, pairs, uses, earlier in zip(scores, self._pairs, self._uses, before, strict=True):
             if earlier.size:
-                prior = _PRIOR * np.float32(self._weight)
                 seen = pairs[earlier] + prior * frequency
                 expected = (uses[earlier] + prior)[:, None] * frequency
-                ratios.append(np.log(seen / expected).sum(axis=0))
-        total: F32 = sum(ratios[1:], ratios[0])
-        return total
+                row += np.log(seen / expected).sum(axis=0)
+        return scores
 
     def features(self, before: tuple[I64, I64]) -> I64:
-        """Return the bins [1, E] of the scores, a bin for each half of a factor e."""
+        """Return the bins [2, E] of the scores, a bin for each half of a factor e."""
         bins = (self.scores(before) * 2 + (BINS - 4)).astype(np.int64)
-        return np.minimum(np.maximum(bins, 0), BINS - 1)[None]
+        return np.minimum(np.maximum(bins, 0), BINS - 1)
 
     def _rescale(self) -> None:
         factor = np.float32(1 / self._weight)
