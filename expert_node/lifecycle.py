@@ -18,6 +18,7 @@ from expert_node.service import SERVICE_NAME
 from shoal.errors import NodeDraining
 from shoal.experts.store import ExpertStore, Key, WarmUpProgress
 from shoal.log import get_logger
+from shoal.sizes import format_size
 
 WARM_UP_LOG_INTERVAL_S = 1.0
 _log = get_logger("lifecycle")
@@ -123,8 +124,8 @@ async def warm_up(store: ExpertStore, stop: StopSignal, order: Sequence[Key] | N
             _log.info(
                 "warm-up",
                 experts=f"{progress.num_experts}/{progress.total_experts}",
-                gib=f"{progress.num_bytes / 2**30:.2f}/{progress.total_bytes / 2**30:.2f}",
-                gib_per_s=round(progress.num_bytes / 2**30 / max(progress.elapsed_s, 1e-9), 2),
+                size=f"{format_size(progress.num_bytes)} of {format_size(progress.total_bytes)}",
+                per_s=format_size(int(progress.num_bytes / max(progress.elapsed_s, 1e-9))),
             )
 
     await asyncio.to_thread(store.warm_up, report, order)

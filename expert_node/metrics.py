@@ -23,11 +23,12 @@ from expert_node.session import NodeFacts
 from shoal import __version__, metrics
 from shoal.experts.options import Backend, Mode
 from shoal.experts.pacing import PacingState
+from shoal.experts.prefetch.governor import State
 from shoal.experts.prefetch.interface import PrefetchFigures
 from shoal.experts.readers import LATENCY_BOUNDS_S, ReaderFigures
 from shoal.experts.store import StoreFigures
 
-GOVERNOR_STATES = ("trial", "on", "off")
+GOVERNOR_STATES = (*State, "forced")
 
 
 @dataclass(frozen=True, slots=True)

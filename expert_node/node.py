@@ -31,6 +31,7 @@ from shoal.experts.heat import HeatMap
 from shoal.experts.ownership import Ownership, format_spans
 from shoal.experts.recording import Geometry, geometry_of
 from shoal.log import get_logger
+from shoal.sizes import format_size
 from shoal.transport import Transport
 
 STREAM_GRACE_S = 2.0  # for streams to send their last frames once the calls are done
@@ -61,10 +62,10 @@ class Ready:
     def __str__(self) -> str:
         held = ""
         if self.cache_bytes < self.expert_bytes:
-            held = f", {self.cache_bytes / 2**30:.2f} of them in memory"
+            held = f", {format_size(self.cache_bytes)} of them in memory"
         return (
             f"ready: {self.endpoint} experts {self.experts} layers {self.layers} of {self.model} "
-            f"({self.num_experts} experts, {self.expert_bytes / 2**30:.2f} GiB{held}, "
+            f"({self.num_experts} experts, {format_size(self.expert_bytes)}{held}, "
             f"{self.quantisation}, {self.isa}, {self.num_threads} threads)"
         )
 

@@ -141,7 +141,9 @@ class Reloader:
             wanted = await asyncio.to_thread(self._reread)
             new, changed, kept = _compare(self.config, wanted)
             changed += await self._apply(self.config, new)
-        except (ShoalError, OSError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001  the top of a reload: none may end the node
+            if not isinstance(error, ShoalError | OSError | MemoryError):
+                _log.exception("bug")
             why = str(error) or type(error).__name__
             self.figures = replace(figures, num_failed=figures.num_failed + 1, was_last_ok=False)
             _log.error("reload refused: the old configuration stays in force", why=why)

@@ -57,7 +57,7 @@ class Catalogue:
         self.num_bytes = sum(listing.num_bytes for listing in self.listings.values())
         for folder in data_dirs:
             if folders and not any(path.is_relative_to(folder) for path in self.paths):
-                example = next(iter(folders)).relative_to(files.path)
+                example = _relative(next(iter(folders)), files.path)
                 raise UsageError(
                     f"--data-dir {folder}: it has none of the expert files, such as {example}: "
                     f"copy them from {files.path}"
@@ -68,8 +68,13 @@ class Catalogue:
         return {key: listing.num_bytes for key, listing in self.listings.items()}
 
 
+def _relative(path: Path, root: Path) -> Path:
+    # Where a file lies in its artifact; while one artifact takes another's place, `files` has both.
+    return path.relative_to(root) if path.is_relative_to(root) else Path(*path.parts[-2:])
+
+
 def _copies(path: Path, root: Path, data_dirs: Sequence[Path]) -> list[Path]:
-    relative = path.relative_to(root)
+    relative = _relative(path, root)
     copies = [folder / relative for folder in data_dirs if (folder / relative).is_file()]
     for copy in copies:
         expected, found = path.stat().st_size, copy.stat().st_size

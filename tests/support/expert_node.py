@@ -55,13 +55,17 @@ class RunningNode:
 
 
 def start_node(
-    model: Path, log: Path, *flags: str, env: dict[str, str] | None = None
+    model: Path | None, log: Path, *flags: str, env: dict[str, str] | None = None
 ) -> RunningNode:
     """Start `shoal node` on any free port (unless flags say otherwise) and wait until it is ready.
 
+    Args:
+        model: None: flags or variables name it.
+
     Raises: NodeDied with its exit status and what it said.
     """
-    command = [sys.executable, "-m", "expert_node", str(model), "--json-ready"]
+    command = [sys.executable, "-m", "expert_node", "--json-ready"]
+    command += [str(model)] if model is not None else []
     if "--listen" not in flags:
         command += ["--listen", "127.0.0.1:0"]
     with log.open("wb") as stderr:
@@ -81,7 +85,7 @@ def start_node(
 
 @contextmanager
 def running_node(
-    model: Path, log: Path, *flags: str, env: dict[str, str] | None = None
+    model: Path | None, log: Path, *flags: str, env: dict[str, str] | None = None
 ) -> Iterator[RunningNode]:
     """Like `start_node`; the process is gone at the end of the block."""
     node = start_node(model, log, *flags, env=env)
@@ -121,6 +125,15 @@ def drain(channel: grpc.Channel, reason: str) -> pb.DrainReply:
         SERVICE + "Drain", pb.DrainRequest.SerializeToString, pb.DrainReply.FromString
     )
     reply: pb.DrainReply = method(pb.DrainRequest(reason=reason), timeout=STREAM_TIMEOUT_S)
+    return reply
+
+
+def reload(channel: grpc.Channel) -> pb.ReloadReply:
+    """Ask the node to read its configuration again; return once it has."""
+    method = channel.unary_unary(
+        SERVICE + "Reload", pb.ReloadRequest.SerializeToString, pb.ReloadReply.FromString
+    )
+    reply: pb.ReloadReply = method(pb.ReloadRequest(), timeout=STREAM_TIMEOUT_S)
     return reply
 
 
