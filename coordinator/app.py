@@ -22,9 +22,10 @@ from coordinator.transformer import Transformer
 from shoal import limits, numerics, ops
 from shoal.artifact import Artifact
 from shoal.errors import RequestError, UsageError
-from shoal.experts.executor import ExpertExecutor
+from shoal.experts.local import LocalExperts
+from shoal.experts.options import Mode
 from shoal.experts.ownership import Ownership
-from shoal.experts.resident import ResidentStore, WarmUpProgress
+from shoal.experts.store import StoreOptions, WarmUpProgress
 from shoal.paths import resolve_model
 from shoal.transport import Transport
 
@@ -35,7 +36,7 @@ class CoordinatorConfig:
 
     model: a name or a path. moe_shards: None: every expert in this process.
     threads: of the kernels; None: as many as the machine has cores.
-    max_context: None: the model's own.
+    max_context: None: the model's own. store, prefetch: of the experts of this process.
     """
 
     model: str
@@ -45,6 +46,8 @@ class CoordinatorConfig:
     prefill_chunk: int = limits.PREFILL_CHUNK
     call_timeout_s: float = 10.0
     transport: Transport = Transport.AUTO
+    store: StoreOptions = StoreOptions()
+    prefetch: Mode = Mode.AUTO
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= limits.MAX_THREADS:
@@ -178,6 +181,8 @@ def _open_dispatch(
             config.moe_shards,
             config.call_timeout_s,
             transport=config.transport,
+            store=config.store,
+            prefetch=config.prefetch,
             notify=feedback.tell,
         )
     wanted = {
@@ -191,6 +196,10 @@ def _open_dispatch(
                 f"{artifact.path} is a slice without all experts of layer {layer}: say with "
                 "--moe-shards which nodes have them, or use the whole artifact"
             )
-    store = ResidentStore(artifact, Ownership(dict(wanted)))
-    store.warm_up(feedback.show_load)
-    return LocalDispatch(ExpertExecutor(artifact, store))
+    local = LocalExperts(artifact, Ownership(dict(wanted)), config.store, config.prefetch)
+    try:
+        local.warm_up(feedback.show_load)
+    except BaseException:
+        local.close()
+        raise
+    return LocalDispatch(local)

@@ -29,8 +29,9 @@ from shoal.allocator import keep_freed_memory
 from shoal.artifact import Artifact
 from shoal.experts.call import ExpertCall
 from shoal.experts.executor import ExpertExecutor
+from shoal.experts.open_store import open_store
 from shoal.experts.ownership import Ownership
-from shoal.experts.resident import ResidentStore, WarmUpProgress
+from shoal.experts.store import ExpertStore, WarmUpProgress
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
 from shoal.shard_map import EndpointKind
@@ -72,15 +73,15 @@ class ExpertDispatch(Protocol):
 class LocalDispatch:
     """All experts in this process, without a network."""
 
-    def __init__(self, executor: ExpertExecutor) -> None:
-        self._executor = executor
+    def __init__(self, local: LocalExperts) -> None:
+        self._local = local
         self.stats = DispatchStats()
 
     def start(self, layer: int, rows: Rows, plan: RoutingPlan) -> PendingSums:
-        return _LocalSums(self._executor, call_of_plan(layer, rows, plan), self.stats)
+        return _LocalSums(self._local.executor, call_of_plan(layer, rows, plan), self.stats)
 
     def close(self) -> None:
-        self._executor.store.close()
+        self._local.close()
 
 
 class _LocalSums:
@@ -129,6 +130,8 @@ def open_remote_dispatch(
     call_timeout_s: float = 10.0,
     *,
     transport: Transport = Transport.AUTO,
+    store: StoreOptions | None = None,
+    prefetch: Mode = Mode.AUTO,
     ready_timeout_s: float = READY_TIMEOUT_S,
     notify: Callable[[str], None] = lambda _: None,
     report_load: Callable[[WarmUpProgress], None] = lambda _: None,
@@ -137,6 +140,7 @@ def open_remote_dispatch(
 
     Args:
         moe_shards: the map, or @FILE.toml.
+        store, prefetch: of the `local` experts.
         notify: told in a sentence what is waited for.
         report_load: told how far the reading of `local` experts is.
 
@@ -157,28 +161,33 @@ def open_remote_dispatch(
         missing = placement.missing(endpoint, facts.owned)
         check_node(str(placement.endpoints[endpoint]), facts, expected, missing)
 
-    store = None
+    local = None
     if EndpointKind.LOCAL in kinds:
-        store = _local_store(artifact, placement, kinds.index(EndpointKind.LOCAL))
+        owned = _local_experts(artifact, placement, kinds.index(EndpointKind.LOCAL))
+        local = LocalExperts(artifact, owned, store, prefetch)
+    elif store not in (None, StoreOptions()):
+        raise UsageError(
+            "--cache, --data-dir, --verify and --io are of experts in this process, and "
+            "--moe-shards names none as `local`: give them to `shoal node`"
+        )
     make_client = FastClient if transport.is_fast else NodeClient
     client: ExpertClient = make_client(
         [placement.endpoints[i] for i in nodes], greeting, call_timeout_s, notify
     )
     try:
         facts = client.connect(check, ready_timeout_s)
-        if store is not None:
-            store.warm_up(report_load)  # after the nodes: a wrong one is told at once
+        if local is not None:
+            local.warm_up(report_load)  # after the nodes: a wrong one is told at once
     except BaseException:
         client.close()
-        if store is not None:
-            store.close()
+        if local is not None:
+            local.close()
         raise
-    executor = None if store is None else ExpertExecutor(artifact, store)
     max_rows = min([fact.max_rows_per_call for fact in facts], default=limits.MAX_ROWS_PER_CALL)
-    return RemoteDispatch(artifact, placement, client, executor, call_timeout_s, max_rows)
+    return RemoteDispatch(artifact, placement, client, local, call_timeout_s, max_rows)
 
 
-def _local_store(artifact: Artifact, placement: Placement, local: int) -> ResidentStore:
+def _local_experts(artifact: Artifact, placement: Placement, local: int) -> Ownership:
     assigned = placement.assigned(local)
     wanted = {layer: np.flatnonzero(row).tolist() for layer, row in enumerate(assigned)}
     held = artifact.owned_experts
@@ -189,7 +198,7 @@ def _local_store(artifact: Artifact, placement: Placement, local: int) -> Reside
                 f"--moe-shards: {artifact.path} is a slice without experts {missing} of layer "
                 f"{layer}, which the map computes `local`: name a node that has them"
             )
-    return ResidentStore(artifact, Ownership(wanted))
+    return Ownership(wanted)
 
 
 class RemoteDispatch:

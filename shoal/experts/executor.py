@@ -15,7 +15,7 @@ from shoal import errors, ops
 from shoal.experts.call import ExpertCall
 from shoal.experts.grouping import GroupedPairs, group_pairs
 from shoal.experts.prefetch.interface import Prefetcher
-from shoal.experts.store import Acquisition, ExpertStore
+from shoal.experts.store import Acquisition, ExpertLender
 from shoal.model_spec import ModelSpec
 from shoal.quant import Scheme
 
@@ -56,7 +56,7 @@ class ExpertExecutor:
     def __init__(
         self,
         model: ExpertModel,
-        store: ExpertStore,
+        store: ExpertLender,
         *,
         prefetcher: Prefetcher | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -78,7 +78,7 @@ class ExpertExecutor:
         }
 
     @property
-    def store(self) -> ExpertStore:
+    def store(self) -> ExpertLender:
         return self._store
 
     def use_prefetcher(self, prefetcher: Prefetcher | None) -> None:

@@ -8,6 +8,7 @@ from shoal.experts.catalogue import Catalogue
 from shoal.experts.options import Backend
 from shoal.experts.ownership import Ownership
 from shoal.experts.readers.open_reader import open_reader
+from shoal.experts.readers.queue_reader import Tuning
 from shoal.experts.store import ExpertFiles, StoreOptions
 from shoal.experts.streaming import StreamingStore
 
@@ -27,15 +28,16 @@ def open_store(
     policy = options.policy or DEFAULT_POLICY
     if policy not in POLICIES:
         raise UsageError(f"cache policy {policy!r}: there are {', '.join(POLICIES)}")
-    backend = options.backend
+    backend, tuning = options.backend, Tuning()
     if backend is None and options.cache_bytes is None:
-        backend = Backend.BUFFERED  # read once: what the page cache keeps helps the next start
+        # Everything is read once: what the page cache keeps makes the next start quick.
+        backend, tuning = Backend.BUFFERED, Tuning(keeps_page_cache=True)
     store = StreamingStore(
         files,
         ownership,
         partial(_catalogue, options=options),
         POLICIES[policy](1),
-        lambda paths: open_reader(backend, None, paths),
+        lambda paths: open_reader(backend, None, paths, tuning=tuning),
         cache_bytes=options.cache_bytes,
         verify=options.verify,
     )

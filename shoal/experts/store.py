@@ -154,16 +154,11 @@ class ExpertFiles(Protocol):
     def expert_location(self, layer: int, index: int) -> ExpertLocation: ...
 
 
-class ExpertStore(Protocol):
-    """Gives out experts. Thread-safe."""
+class ExpertLender(Protocol):
+    """Gives out experts: what an executor asks of a store. Thread-safe."""
 
     @property
     def ownership(self) -> Ownership: ...
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of everything owned."""
-        ...
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Acquisition:
         """Ask for distinct experts of a layer; holds those in memory, starts to read the others.
@@ -184,6 +179,19 @@ class ExpertStore(Protocol):
 
     def is_resident(self, layer: int, experts: Sequence[int]) -> bool:
         """Whether all of these are in memory now."""
+        ...
+
+    def close(self) -> None:
+        """Give memory and files back; waits for reads at the device. Nothing may be acquired."""
+        ...
+
+
+class ExpertStore(ExpertLender, Protocol):
+    """Keeps experts in memory, within a budget, and can be told how."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of everything owned."""
         ...
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> int:
@@ -251,7 +259,3 @@ class ExpertStore(Protocol):
         ...
 
     def figures(self) -> StoreFigures: ...
-
-    def close(self) -> None:
-        """Give memory and files back; waits for reads at the device. Nothing may be acquired."""
-        ...

@@ -17,9 +17,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from shoal import ops, wire
 from shoal.artifact import Artifact
 from shoal.experts.call import ExpertCall
-from shoal.experts.executor import ExpertExecutor
-from shoal.experts.ownership import Ownership
-from shoal.experts.resident import ResidentStore
 from shoal.v1 import expert_pb2 as pb
 from support.expert_node import (
     NodeDied,
@@ -32,6 +29,7 @@ from support.expert_node import (
     start_node,
 )
 from support.tiny_model import make_tiny_artifact
+from support.whole_store import whole_executor
 
 pytestmark = pytest.mark.processes
 
@@ -94,9 +92,7 @@ def random_call(
 
 
 def local_sums(model: Path, call: ExpertCall) -> np.ndarray:
-    artifact = Artifact.open(model)
-    store = ResidentStore(artifact, Ownership(artifact.owned_experts))
-    return ExpertExecutor(artifact, store).compute(call)
+    return whole_executor(Artifact.open(model)).compute(call)
 
 
 def sums_of(reply: pb.Reply, call: ExpertCall, grid: int) -> np.ndarray:

@@ -16,13 +16,11 @@ from coordinator.expert_dispatch import (
 )
 from shoal import ops
 from shoal.artifact import Artifact
-from shoal.experts.executor import ExpertExecutor
-from shoal.experts.ownership import Ownership
-from shoal.experts.resident import ResidentStore
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
 from support.cluster import Cluster
 from support.tiny_model import make_tiny_artifact
+from support.whole_store import whole_executor
 
 pytestmark = pytest.mark.processes
 
@@ -72,9 +70,7 @@ def calls(artifact: Artifact) -> list[Call]:
 
 @pytest.fixture(scope="module")
 def expected(artifact: Artifact, calls: list[Call]) -> list[NDArray[np.int64]]:
-    owned = {layer: range(NUM_EXPERTS) for layer in range(NUM_LAYERS)}
-    store = ResidentStore(artifact, Ownership(dict(owned)))
-    with closing(LocalDispatch(ExpertExecutor(artifact, store))) as dispatch:
+    with closing(LocalDispatch(whole_executor(artifact))) as dispatch:
         sums = sums_of(dispatch, calls)
     assert all(np.unique(each).size > 16 for each in sums), "outputs are degenerate"
     return sums

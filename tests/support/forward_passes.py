@@ -14,8 +14,7 @@ from coordinator.sequence import Sequence
 from coordinator.transformer import Transformer
 from shoal.artifact import Artifact
 from shoal.experts.executor import ExpertExecutor
-from shoal.experts.ownership import Ownership
-from shoal.experts.resident import ResidentStore
+from support.whole_store import whole_executor
 
 F32 = NDArray[np.float32]
 
@@ -23,13 +22,13 @@ F32 = NDArray[np.float32]
 class ForwardPasses:
     """Sequences side by side in passes that the test composes; logits of every row."""
 
-    def __init__(self, path: Path, num_blocks: int = 32) -> None:
+    def __init__(
+        self, path: Path, num_blocks: int = 32, *, executor: ExpertExecutor | None = None
+    ) -> None:
+        """Open the artifact. executor: None: one with every expert in memory."""
         artifact = Artifact.open(path)
-        owned = {layer: list(experts) for layer, experts in artifact.owned_experts.items()}
-        self._store = ResidentStore(artifact, Ownership(dict(owned)))
-        self.transformer = Transformer(
-            artifact, LocalDispatch(ExpertExecutor(artifact, self._store))
-        )
+        dispatch = LocalDispatch(executor or whole_executor(artifact))
+        self.transformer = Transformer(artifact, dispatch)
         self.pool = KvBlockPool(num_blocks)
         self.kv = KvArrays(artifact.spec, artifact.kv_dtype, num_blocks)
 

@@ -23,13 +23,11 @@ from coordinator.tokenizer import Tokenizer
 from coordinator.transformer import Transformer
 from shoal.artifact import Artifact
 from shoal.errors import NodeUnreachable, RequestError
-from shoal.experts.executor import ExpertExecutor
-from shoal.experts.ownership import Ownership
-from shoal.experts.resident import ResidentStore
 from shoal.ops import SamplingParams
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
 from support.tiny_model import make_tiny_artifact
+from support.whole_store import whole_executor
 
 PROMPT = (40, 41, 42, 43, 44, 45, 46)
 GREEDY = SamplingParams()
@@ -54,9 +52,7 @@ class Rig:
 
     def __init__(self, path: Path, eos_ids: list[int], prefill_chunk: int = 4) -> None:
         artifact = Artifact.open(path)
-        owned = {layer: list(experts) for layer, experts in artifact.owned_experts.items()}
-        store = ResidentStore(artifact, Ownership(dict(owned)))
-        self.dispatch = BreakableDispatch(ExpertExecutor(artifact, store))
+        self.dispatch = BreakableDispatch(whole_executor(artifact))
         self.tokenizer = Tokenizer(artifact.text("tokenizer.json"), {"eos_token_id": eos_ids})
         self.num_layers = artifact.spec.num_layers
         self.engine = Engine(

@@ -1,6 +1,7 @@
 """Texts read through shoal itself: logits and exact routing of every token, no PyTorch."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from coordinator.sequence import Sequence as TokenSequence
 from coordinator.transformer import Transformer
 from shoal.artifact import Artifact
 from shoal.experts.executor import ExpertExecutor
+from shoal.experts.open_store import open_store
 from shoal.experts.ownership import Ownership
-from shoal.experts.resident import ResidentStore
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
 
@@ -56,10 +57,6 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self.artifact = Artifact.open(path)
-        owned = {layer: list(experts) for layer, experts in self.artifact.owned_experts.items()}
-        store = ResidentStore(self.artifact, Ownership(dict(owned)))
-        self._dispatch = _RecordingDispatch(ExpertExecutor(self.artifact, store))
-        self._transformer = Transformer(self.artifact, self._dispatch)
         self._pool = KvBlockPool(_KV_BLOCKS)
         self._kv = KvArrays(self.artifact.spec, self.artifact.kv_dtype, _KV_BLOCKS)
 
@@ -68,11 +65,20 @@ class Reader:
     ) -> Iterator[Reading]:
         """Yield each text's reading, shortest first."""
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        for at in range(0, len(order), LANES):
-            yield from self._read_lanes(texts, order[at : at + LANES], keep_logits)
+        store = open_store(self.artifact, Ownership(self.artifact.owned_experts))
+        with closing(_RecordingDispatch(ExpertExecutor(self.artifact, store))) as dispatch:
+            transformer = Transformer(self.artifact, dispatch)
+            for at in range(0, len(order), LANES):
+                lanes = order[at : at + LANES]
+                yield from self._read_lanes(transformer, dispatch, texts, lanes, keep_logits)
 
     def _read_lanes(
-        self, texts: Sequence[Sequence[int]], lanes: list[int], keep_logits: bool
+        self,
+        transformer: Transformer,
+        dispatch: _RecordingDispatch,
+        texts: Sequence[Sequence[int]],
+        lanes: list[int],
+        keep_logits: bool,
     ) -> Iterator[Reading]:
         sequences = {lane: TokenSequence(self._pool) for lane in lanes}
         log_probs: dict[int, list[float]] = {lane: [] for lane in lanes}
@@ -82,7 +88,7 @@ class Reader:
             sequences[lane].extend(list(texts[lane]))
         for position in range(max(len(texts[lane]) for lane in lanes)):
             live = [lane for lane in lanes if position < len(texts[lane])]
-            rows, experts = self._step([sequences[lane] for lane in live])
+            rows, experts = self._step(transformer, dispatch, [sequences[lane] for lane in live])
             for row, lane in enumerate(live):
                 routing[lane].append(experts[row])
                 if keep_logits:
@@ -98,16 +104,18 @@ class Reader:
                 np.array(routing[lane], np.int32),
             )
 
-    def _step(self, live: list[TokenSequence]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    def _step(
+        self, transformer: Transformer, dispatch: _RecordingDispatch, live: list[TokenSequence]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Read one token of each; return logits [R, V] and experts [R, layers, top_k]."""
         for sequence in live:
             assert sequence.try_reserve(sequence.num_cached + 1), "too few KV blocks"
         batch = make_batch([Piece(sequence, 1, wants_logits=True) for sequence in live])
-        self._dispatch.plans.clear()
-        logits = self._transformer.forward(batch, self._kv, Cancellation())
+        dispatch.plans.clear()
+        logits = transformer.forward(batch, self._kv, Cancellation())
         for sequence in live:
             sequence.advance(1)
-        return logits, np.stack(self._dispatch.plans, axis=1)
+        return logits, np.stack(dispatch.plans, axis=1)
 
 
 def _log_softmax_at(logits: NDArray[np.float32], token: int) -> float:

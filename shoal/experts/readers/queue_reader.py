@@ -22,6 +22,8 @@ class Tuning:
     """What rarely needs to differ from what was measured.
 
     chunk_bytes: a multiple of 4096. queue_depth: to begin with; of all drives together.
+    keeps_page_cache: whether buffered reads leave their bytes there: for what is read once by a
+        process that somebody starts again soon.
     bounce_limit_bytes: of buffers for chunks at misaligned places.
     alignment_of: what the file system asks of direct reads; a test hands in a stranger one.
     """
@@ -30,6 +32,7 @@ class Tuning:
     queue_depth: int = DEFAULT_QUEUE_DEPTH
     bounce_limit_bytes: int = MAX_BOUNCE_BYTES
     alignment_of: AlignmentOf = direct_alignment
+    keeps_page_cache: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +65,7 @@ class QueueReader(ABC):
         self._lock = threading.Lock()
         self._alignment_of = None if backend is Backend.BUFFERED else tuning.alignment_of
         self._files = OpenFiles(paths, self._alignment_of)
+        self._keeps_page_cache = tuning.keeps_page_cache
         self._bounce = BouncePool(tuning.bounce_limit_bytes, tuning.chunk_bytes)
         self._num_buffered = 0
         self._num_bounced = 0
@@ -217,7 +221,7 @@ class QueueReader(ABC):
                 got = operation.out[operation.skip : operation.skip + result]
                 chunk.active.read.out[chunk.start : chunk.start + result] = got
             self._bounce.give_back(operation.out, operation.bounce_alignment)
-        elif not operation.is_direct and result > 0:
+        elif not operation.is_direct and result > 0 and not self._keeps_page_cache:
             file.forget(operation.offset, result)
         file.end_use()
         if result != -errno.EINVAL or not operation.is_direct:
