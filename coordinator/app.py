@@ -7,7 +7,7 @@ start_engine: kernels checked, nodes met and verified, weights read. Then reques
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from coordinator.cancellation import Cancellation
@@ -46,7 +46,7 @@ class CoordinatorConfig:
     prefill_chunk: int = limits.PREFILL_CHUNK
     call_timeout_s: float = 10.0
     transport: Transport = Transport.AUTO
-    store: StoreOptions = StoreOptions()
+    store: StoreOptions = field(default_factory=StoreOptions)
     prefetch: Mode = Mode.AUTO
 
     def __post_init__(self) -> None:
@@ -202,4 +202,4 @@ def _open_dispatch(
     except BaseException:
         local.close()
         raise
-    return LocalDispatch(local)
+    return LocalDispatch(local.executor)

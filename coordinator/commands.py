@@ -4,18 +4,23 @@ Nothing heavy is imported before a command runs, so that `--help` is quick.
 """
 
 import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoal import limits
 from shoal.errors import UsageError
-from shoal.paths import SUFFIX, default_model, is_artifact
+from shoal.experts.options import Io, Mode, Verify
+from shoal.option_groups import grouped
+from shoal.paths import SUFFIX, default_model, is_artifact, user_folder
+from shoal.sizes import parse_size
 from shoal.transport import Transport
 
 if TYPE_CHECKING:
     from coordinator.app import CoordinatorConfig, Feedback
-    from shoal.experts.resident import WarmUpProgress
+    from shoal.experts.store import WarmUpProgress
     from shoal.ops import SamplingParams
 
 LOAD_SILENCE_S = 0.5
@@ -27,38 +32,113 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-MoeShards = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MAP",
-        help="who computes which experts: 0-63=grpc://a:50051,64-127=grpc://b:50051 or @file.toml; "
-        "without it, this process does",
-        show_default=False,
-    ),
-]
-Temperature = Annotated[float, typer.Option(help="0: always the likeliest token")]
-TopK = Annotated[int, typer.Option(help="sample from the K likeliest only; 0: from all")]
-TopP = Annotated[float, typer.Option(help="sample from the likeliest that hold this mass")]
-MinP = Annotated[float, typer.Option(help="drop tokens below this share of the likeliest")]
-RepetitionPenalty = Annotated[float, typer.Option(help="above 1: repeat less")]
-Seed = Annotated[int, typer.Option(help="the same seed gives the same tokens, everywhere")]
+System = Annotated[str | None, typer.Option(help="system prompt of the chat template")]
 Stop = Annotated[
     list[str] | None, typer.Option(help="end before this string; may be repeated", metavar="STR")
 ]
-System = Annotated[str | None, typer.Option(help="system prompt of the chat template")]
-PrefillChunk = Annotated[int, typer.Option(help="prompt tokens per pass; changes speed only")]
-Threads = Annotated[
-    int | None, typer.Option(help="of the kernels; default: all cores", show_default=False)
-]
-MaxContext = Annotated[
-    int | None, typer.Option(help="tokens; default: the model's own", show_default=False)
-]
-TransportOption = Annotated[
-    Transport, typer.Option("--transport", help="to nodes: grpcio, or our own framing (fast, auto)")
-]
-CallTimeout = Annotated[float, typer.Option(help="seconds that a node may take for one layer")]
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How tokens are chosen."""
+
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0
+    top_k: Annotated[int, typer.Option(help="sample from the K likeliest only; 0: from all")] = 0
+    top_p: Annotated[float, typer.Option(help="sample from the likeliest that hold this mass")] = (
+        1.0
+    )
+    min_p: Annotated[float, typer.Option(help="drop tokens below this share of the likeliest")] = (
+        0.0
+    )
+    repetition_penalty: Annotated[float, typer.Option(help="above 1: repeat less")] = 1.0
+    seed: Annotated[int, typer.Option(help="the same seed gives the same tokens, everywhere")] = 0
+
+    def params(self) -> "SamplingParams":
+        """Return what the engine takes."""
+        from shoal.ops import SamplingParams
+
+        return SamplingParams(**asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Where experts are computed, and with what means."""
+
+    moe_shards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MAP",
+            help="who computes which experts: 0-63=grpc://a:50051,64-127=grpc://b:50051 or "
+            "@file.toml; without it, this process does",
+            show_default=False,
+        ),
+    ] = None
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="memory for the experts of this process, such as 8GiB; the others are read when "
+            "they are called; default: all of them",
+            show_default=False,
+        ),
+    ] = None
+    data_dir: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="a copy of the artifact's expert files on another drive; may be repeated",
+        ),
+    ] = None
+    verify: Annotated[Verify, typer.Option(help="which reads of an expert are hashed")] = (
+        Verify.FIRST
+    )
+    io: Annotated[Io, typer.Option(help="how expert files are read; auto: the best that works")] = (
+        Io.AUTO
+    )
+    prefetch: Annotated[
+        Mode, typer.Option(help="with --cache: read ahead what is guessed; auto: where that wins")
+    ] = Mode.AUTO
+    prefill_chunk: Annotated[
+        int, typer.Option(help="prompt tokens per pass; changes speed only")
+    ] = limits.PREFILL_CHUNK
+    threads: Annotated[
+        int | None, typer.Option(help="of the kernels; default: all cores", show_default=False)
+    ] = None
+    max_context: Annotated[
+        int | None, typer.Option(help="tokens; default: the model's own", show_default=False)
+    ] = None
+    call_timeout: Annotated[
+        float, typer.Option(help="seconds that a node may take for one layer")
+    ] = 10.0
+    transport: Annotated[
+        Transport, typer.Option(help="to nodes: grpcio, or our own framing (fast, auto)")
+    ] = Transport.AUTO
+
+    def config(self, model: str | None) -> "CoordinatorConfig":
+        """Return the configuration of a coordinator for that model. Raises UsageError."""
+        from coordinator.app import CoordinatorConfig
+        from shoal.experts.store import StoreOptions
+
+        cache = None if self.cache is None else parse_size(self.cache, name="--cache")
+        return CoordinatorConfig(
+            model=str(default_model()) if model is None else model,
+            moe_shards=self.moe_shards,
+            threads=self.threads,
+            max_context=self.max_context,
+            prefill_chunk=self.prefill_chunk,
+            call_timeout_s=self.call_timeout,
+            transport=self.transport,
+            store=StoreOptions(
+                cache_bytes=cache,
+                verify=self.verify,
+                backend=self.io.backend,
+                data_dirs=tuple(map(user_folder, self.data_dir or ())),
+            ),
+            prefetch=self.prefetch,
+        )
+
+
+@grouped
 def run(
     words: Annotated[
         list[str] | None,
@@ -69,17 +149,11 @@ def run(
             show_default=False,
         ),
     ] = None,
-    moe_shards: MoeShards = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(help="tokens to generate at most; default: the model's own, or 128"),
     ] = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = 0,
+    sampling: SamplingOptions = SamplingOptions(),
     stop: Stop = None,
     chat: Annotated[bool, typer.Option("--chat", help="apply the model's chat template")] = False,
     system: System = None,
@@ -93,11 +167,7 @@ def run(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="go on after an end-of-sequence token")
     ] = False,
-    prefill_chunk: PrefillChunk = limits.PREFILL_CHUNK,
-    threads: Threads = None,
-    max_context: MaxContext = None,
-    call_timeout: CallTimeout = 10.0,
-    transport: TransportOption = Transport.AUTO,
+    engine: EngineOptions = EngineOptions(),
 ) -> None:
     """Complete one prompt, streaming the text; a line of figures follows on stderr.
 
@@ -110,18 +180,15 @@ def run(
     if system is not None and not chat:
         raise UsageError("--system needs --chat: a raw completion has no system prompt")
     model, prompt = _model_and_prompt(words or [], prompt_ids is not None)
-    config = _config(
-        model, moe_shards, threads, max_context, prefill_chunk, call_timeout, transport
-    )
     run_once(
-        config,
+        engine.config(model),
         RunRequest(
             prompt=prompt,
             prompt_ids=None if prompt_ids is None else _parse_ids(prompt_ids),
             is_chat=chat,
             system=system,
             max_tokens=max_tokens,
-            sampling=_sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
+            sampling=sampling.params(),
             stop=tuple(stop or ()),
             ignore_eos=ignore_eos,
             num_top_logprobs=top_logprobs if json else None,
@@ -130,23 +197,14 @@ def run(
     )
 
 
+@grouped
 def chat(
     model: Model = None,
-    moe_shards: MoeShards = None,
     system: System = None,
     max_tokens: Annotated[int, typer.Option(help="tokens of one answer at most")] = 1024,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = 0,
+    sampling: SamplingOptions = SamplingOptions(),
     stop: Stop = None,
-    prefill_chunk: PrefillChunk = limits.PREFILL_CHUNK,
-    threads: Threads = None,
-    max_context: MaxContext = None,
-    call_timeout: CallTimeout = 10.0,
-    transport: TransportOption = Transport.AUTO,
+    engine: EngineOptions = EngineOptions(),
 ) -> None:
     """Talk with a model: history, streaming, /reset, /system TEXT, /exit.
 
@@ -154,10 +212,9 @@ def chat(
     """
     from coordinator.chat import ChatConfig, run_chat
 
-    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     run_chat(
-        _config(model, moe_shards, threads, max_context, prefill_chunk, call_timeout, transport),
-        ChatConfig(system, max_tokens, sampling, tuple(stop or ())),
+        engine.config(model),
+        ChatConfig(system, max_tokens, sampling.params(), tuple(stop or ())),
         _feedback(),
     )
 
@@ -180,43 +237,6 @@ def _model_and_prompt(words: list[str], has_ids: bool) -> tuple[str | None, str 
     raise UsageError(
         f"{len(words)} words, {words[2]!r} after the prompt: put the prompt in quotes, "
         'as in `shoal run MODEL "Once upon a time"`'
-    )
-
-
-def _config(
-    model: str | None,
-    moe_shards: str | None,
-    threads: int | None,
-    max_context: int | None,
-    prefill_chunk: int,
-    call_timeout: float,
-    transport: Transport,
-) -> "CoordinatorConfig":
-    from coordinator.app import CoordinatorConfig
-
-    return CoordinatorConfig(
-        str(default_model()) if model is None else model,
-        moe_shards,
-        threads,
-        max_context,
-        prefill_chunk,
-        call_timeout,
-        transport,
-    )
-
-
-def _sampling(
-    temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, seed: int
-) -> "SamplingParams":
-    from shoal.ops import SamplingParams
-
-    return SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=penalty,
-        seed=seed,
     )
 
 

@@ -29,9 +29,10 @@ from shoal.allocator import keep_freed_memory
 from shoal.artifact import Artifact
 from shoal.experts.call import ExpertCall
 from shoal.experts.executor import ExpertExecutor
-from shoal.experts.open_store import open_store
+from shoal.experts.local import LocalExperts
+from shoal.experts.options import Mode
 from shoal.experts.ownership import Ownership
-from shoal.experts.store import ExpertStore, WarmUpProgress
+from shoal.experts.store import StoreOptions, WarmUpProgress
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
 from shoal.shard_map import EndpointKind
@@ -73,15 +74,15 @@ class ExpertDispatch(Protocol):
 class LocalDispatch:
     """All experts in this process, without a network."""
 
-    def __init__(self, local: LocalExperts) -> None:
-        self._local = local
+    def __init__(self, executor: ExpertExecutor) -> None:
+        self._executor = executor
         self.stats = DispatchStats()
 
     def start(self, layer: int, rows: Rows, plan: RoutingPlan) -> PendingSums:
-        return _LocalSums(self._local.executor, call_of_plan(layer, rows, plan), self.stats)
+        return _LocalSums(self._executor, call_of_plan(layer, rows, plan), self.stats)
 
     def close(self) -> None:
-        self._local.close()
+        self._executor.close()
 
 
 class _LocalSums:
@@ -166,7 +167,7 @@ def open_remote_dispatch(
         owned = _local_experts(artifact, placement, kinds.index(EndpointKind.LOCAL))
         local = LocalExperts(artifact, owned, store, prefetch)
     elif store not in (None, StoreOptions()):
-        raise UsageError(
+        raise errors.UsageError(
             "--cache, --data-dir, --verify and --io are of experts in this process, and "
             "--moe-shards names none as `local`: give them to `shoal node`"
         )
@@ -184,7 +185,8 @@ def open_remote_dispatch(
             local.close()
         raise
     max_rows = min([fact.max_rows_per_call for fact in facts], default=limits.MAX_ROWS_PER_CALL)
-    return RemoteDispatch(artifact, placement, client, local, call_timeout_s, max_rows)
+    executor = None if local is None else local.executor
+    return RemoteDispatch(artifact, placement, client, executor, call_timeout_s, max_rows)
 
 
 def _local_experts(artifact: Artifact, placement: Placement, local: int) -> Ownership:
@@ -252,7 +254,7 @@ class RemoteDispatch:
     def close(self) -> None:
         self._client.close()
         if self._executor is not None:
-            self._executor.store.close()
+            self._executor.close()
 
     def _encode(self, layer: int, rows: Rows, part: Part, node: int) -> OutgoingCall:
         call_id = self._client.next_call_id()

@@ -10,7 +10,7 @@ from shoal import limits
 from shoal.errors import UsageError
 from shoal.experts.options import Backend, Io, Mode, Verify
 from shoal.log_options import LogFormat, LogLevel
-from shoal.paths import resolve_model, user_path
+from shoal.paths import resolve_model, user_folder, user_path
 from shoal.sizes import parse_size
 from shoal.transport import Transport
 
@@ -153,7 +153,7 @@ def node_config(values: Mapping[str, Any]) -> NodeConfig:
         experts=values["experts"],
         layers=values["layers"],
         cache_bytes=None if cache is None else parse_size(cache, name="--cache"),
-        data_dirs=tuple(_folder(each) for each in values["data_dir"] or ()),
+        data_dirs=tuple(user_folder(each) for each in values["data_dir"] or ()),
         verify=values["verify"],
         io=Io(values["io"]).backend,
         prefetch=values["prefetch"],
@@ -181,13 +181,6 @@ def node_config(values: Mapping[str, Any]) -> NodeConfig:
 
 def _path(typed: str | Path | None) -> Path | None:
     return None if typed is None else user_path(typed)
-
-
-def _folder(typed: str | Path) -> Path:
-    folder = user_path(typed)
-    if not folder.is_dir():
-        raise UsageError(f"--data-dir {typed}: no such folder: it holds a copy of the artifact")
-    return folder
 
 
 def _pins(typed: str | None) -> int | Path | None:

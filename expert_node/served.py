@@ -26,11 +26,11 @@ from shoal.artifact.reader import ExpertLocation
 from shoal.errors import NotOwned, UsageError
 from shoal.experts.executor import ExpertExecutor
 from shoal.experts.heat import HeatMap
+from shoal.experts.local import owned_bytes, prefetcher_for
 from shoal.experts.open_store import open_store
 from shoal.experts.options import Mode
 from shoal.experts.ownership import Ownership, format_spans, parse_spans
 from shoal.experts.prefetch.interface import Prefetcher, PrefetchFigures
-from shoal.experts.prefetch.open_prefetcher import open_prefetcher
 from shoal.experts.store import ExpertFiles, Key, StoreOptions
 from shoal.experts.streaming import StreamingStore
 from shoal.limits import MIB
@@ -90,7 +90,9 @@ class Served:
             ),
         )
         try:
-            self.prefetcher = open_prefetcher(config.prefetch, artifact, ownership, self.store)
+            self.prefetcher = prefetcher_for(
+                config.prefetch, artifact, ownership, config.cache_bytes, self.store
+            )
         except BaseException:
             self.store.close()
             raise
@@ -123,7 +125,7 @@ class Served:
     @property
     def owned_bytes(self) -> int:
         """Bytes of everything owned, in memory or not."""
-        return sum(expert_sizes(self.artifact, self.ownership).values())
+        return owned_bytes(self.artifact, self.ownership)
 
     def plan(self, config: NodeConfig, heat: HeatMap | None) -> Plan:
         """Check a new configuration against the model, the machine and what is served.
@@ -144,11 +146,17 @@ class Served:
         check_cache(artifact, ownership, config.cache_bytes)
         signature = signature_of(artifact)
         is_same = ownership.ranges == self.ownership.ranges and signature == self._signature
-        keeps = is_same and config.prefetch is self._config.prefetch
-        pins = pins_of(config.pin_experts, artifact, ownership, heat, config.cache_bytes)
-        prefetcher = (
-            None if keeps else open_prefetcher(config.prefetch, artifact, ownership, self.store)
+        before = self._config
+        keeps = is_same and (config.prefetch, config.cache_bytes) == (
+            before.prefetch,
+            before.cache_bytes,
         )
+        pins = pins_of(config.pin_experts, artifact, ownership, heat, config.cache_bytes)
+        prefetcher = None
+        if not keeps:
+            prefetcher = prefetcher_for(
+                config.prefetch, artifact, ownership, config.cache_bytes, self.store
+            )
         return Plan(config, artifact, signature, ownership, pins, prefetcher, keeps)
 
     def carry_out(self, plan: Plan, open_streams: Collection[int]) -> list[str]:
@@ -205,9 +213,7 @@ class Served:
 
     def close(self) -> None:
         """Let go of everything. No call may be under way."""
-        if self.prefetcher is not None:
-            self.prefetcher.close()
-        self.store.close()
+        self.executor.close()
 
     def _rebind(self, plan: Plan, open_streams: Collection[int]) -> list[str]:
         changed = []
@@ -298,15 +304,6 @@ def owned_by(artifact: Artifact, config: NodeConfig) -> Ownership:
     return Ownership(wanted)
 
 
-def expert_sizes(artifact: Artifact, ownership: Ownership) -> dict[Key, int]:
-    """Return the bytes of every owned expert, layer by layer."""
-    return {
-        (layer, index): artifact.expert_location(layer, index).num_bytes
-        for layer in ownership.layers
-        for index in ownership.experts(layer)
-    }
-
-
 def check_memory(
     artifact: Artifact,
     ownership: Ownership,
@@ -321,7 +318,7 @@ def check_memory(
     Raises: UsageError naming what is needed and what there is.
     """
     limit = limit or memory_limit()
-    owned = sum(expert_sizes(artifact, ownership).values())
+    owned = owned_bytes(artifact, ownership)
     arena = owned if cache_bytes is None else min(cache_bytes, owned)
     if arena + OVERHEAD_BYTES <= limit.num_bytes:
         return limit
@@ -340,7 +337,7 @@ def check_memory(
 
 def check_cache(artifact: Artifact, ownership: Ownership, cache_bytes: int | None) -> None:
     """Refuse a cache below two experts. Raises UsageError naming both numbers."""
-    largest = max(expert_sizes(artifact, ownership).values())
+    largest = _largest(artifact, ownership)
     if cache_bytes is not None and cache_bytes < 2 * largest:
         raise UsageError(
             f"--cache {format_size(cache_bytes)}: two experts take {format_size(2 * largest)}, and "
@@ -360,5 +357,8 @@ def _budget(cache_bytes: int | None, artifact: Artifact, ownership: Ownership) -
     # Without --cache: what is owned, also while former experts linger: they find room among these.
     if cache_bytes is not None:
         return cache_bytes
-    sizes = expert_sizes(artifact, ownership).values()
-    return max(sum(sizes), 2 * max(sizes))
+    return max(owned_bytes(artifact, ownership), 2 * _largest(artifact, ownership))
+
+
+def _largest(artifact: Artifact, ownership: Ownership) -> int:
+    return max(artifact.expert_layer(layer).expert_bytes for layer in ownership.layers)

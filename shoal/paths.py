@@ -25,6 +25,14 @@ def user_path(typed: str | Path) -> Path:
         raise UsageError(f"{typed}: no such user's folder: write the path in full") from None
 
 
+def user_folder(typed: str | Path) -> Path:
+    """Return a --data-dir as somebody typed it. Raises UsageError: there is no such folder."""
+    folder = user_path(typed)
+    if not folder.is_dir():
+        raise UsageError(f"--data-dir {typed}: no such folder: it holds a copy of the artifact")
+    return folder
+
+
 def models_dir() -> Path:
     """Return the folder of artifacts that are found by name."""
     return shoal_home() / "models"

@@ -81,6 +81,12 @@ class ExpertExecutor:
     def store(self) -> ExpertLender:
         return self._store
 
+    def close(self) -> None:
+        """Close prefetcher and store. No call may be under way."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        self._store.close()
+
     def use_prefetcher(self, prefetcher: Prefetcher | None) -> None:
         """Tell another one of the calls from now on; it may hear of the end of older calls."""
         self._prefetcher = prefetcher
