@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from shoal.errors import NodeError
 
@@ -32,7 +32,7 @@ class NodeProcess:
         """Start it. `environment` is added to this process's own."""
         self.name = name
         self.log_path = log_path
-        self.endpoint = ""
+        self.ready: dict[str, Any] = {}  # what it said once it served: expert_node.app.Ready
         self._line = b""
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -45,6 +45,11 @@ class NodeProcess:
             )
 
     @property
+    def endpoint(self) -> str:
+        """Where it listens, as --moe-shards writes it; "" until it serves."""
+        return str(self.ready.get("endpoint", ""))
+
+    @property
     def pid(self) -> int:
         return self._process.pid
 
@@ -54,7 +59,7 @@ class NodeProcess:
         return self._process.poll()
 
     def wait_ready(self, timeout_s: float, is_stopping: Callable[[], bool] = lambda: False) -> bool:
-        """Return True once it serves; `endpoint` is set then. False: told to stop before that.
+        """Return True once it serves; `ready` is set then. False: told to stop before that.
 
         Raises NodeError: it ended, or `timeout_s` have passed.
         """
@@ -71,7 +76,7 @@ class NodeProcess:
                     )
                 if selector.select(POLL_S):
                     self._read(self._process.stdout)
-        self.endpoint = json.loads(self._line)["endpoint"]
+        self.ready = json.loads(self._line)
         return True
 
     def describe_exit(self) -> str:

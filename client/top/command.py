@@ -11,6 +11,8 @@ from shoal.errors import NodeError, UsageError
 if TYPE_CHECKING:
     from client.top.scrape import Watched
 
+PAPER_WIDTH = 10_000  # nothing is cut in a file or a pipe
+
 
 def top(
     nodes: Annotated[
@@ -65,8 +67,13 @@ def _print_table(watched: "list[Watched]") -> None:
 
     from client.top.columns import COLUMNS, cells_of
 
-    table = Table("node", *COLUMNS)
-    for node in watched:
-        if node.figures is not None:
-            table.add_row(node.name, *cells_of(node.figures))
-    Console().print(table)
+    answering = [(node.name, node.figures) for node in watched if node.figures is not None]
+    table = Table("", *[name for name, _ in answering])
+    columns = [cells_of(figures) for _, figures in answering]
+    for title, *cells in zip(COLUMNS, *columns, strict=True):
+        table.add_row(title, *cells)
+    console = Console()
+    if not console.is_terminal:
+        console.width = PAPER_WIDTH
+    if answering:
+        console.print(table)
