@@ -320,7 +320,9 @@ class StreamingStore:
     # Inside, under the lock unless said ------------------------------------------------------
 
     def _want(self, layer: int, experts: Sequence[int]) -> Acquisition:
-        self.ownership.check(layer, experts)
+        listed = self._catalogue.listings
+        if not all((layer, i) in listed or (layer, i) in self._former for i in experts):
+            self.ownership.check(layer, experts)
         if self._is_closed:
             raise ExpertUnavailable("the store is closed")
         held, demand, promoted = self._cache.want(layer, experts)

@@ -274,6 +274,10 @@ class World:
                 self.start_reads()
             case 10 if self.rng.random() < 0.1:
                 self.cache.pin(self.rng.sample(list(self.sizes), 3))
+            case 11 if self.rng.random() < 0.1:  # calls that were let in before may still come
+                kept = self.rng.sample(list(self.sizes), self.rng.randint(2, len(self.sizes)))
+                self.cache.own({key: self.sizes[key] for key in kept})
+                self.start_reads()
             case _ if self.calls:
                 self.rng.choice(self.calls).go_on()
         self.check()

@@ -53,6 +53,7 @@ class ExpertCache:
         self.lacks_room = False  # the last `next_loads` ended because nothing could be evicted
         self._policy = policy
         self._sizes = dict(sizes)
+        self._former: dict[Key, int] = {}  # owned before the last `own`
         self._largest = max(self._sizes.values(), default=0)
         self._total = sum(self._sizes.values())
         self._is_contended = True  # not everything fits: the policy must know of uses
@@ -94,7 +95,9 @@ class ExpertCache:
     def want(
         self, layer: int, experts: Sequence[int]
     ) -> tuple[list[tuple[int, Entry]], Demand, list[Entry]]:
-        """Hold those of these owned, distinct experts that are READY, and queue the others.
+        """Hold those of these distinct experts that are READY, and queue the others.
+
+        They are owned, or were (a call that was let in before `own`).
 
         Returns:
             (position, entry) of what is held now; the demand for the rest, to be taken from or
@@ -114,7 +117,7 @@ class ExpertCache:
                 continue
             counters.misses += 1
             if entry is None:
-                entry = self._entries[key] = Entry(key, self._sizes[key])
+                entry = self._new_entry(key)
             elif entry.is_loading:
                 counters.joined += 1
                 if entry.is_prefetch:
@@ -328,6 +331,7 @@ class ExpertCache:
 
     def own(self, sizes: Mapping[Key, int]) -> None:
         """Own these experts from now on; what is not among them leaves."""
+        self._former |= self._sizes
         self._sizes = dict(sizes)
         self._largest = max(self._sizes.values(), default=0)
         self._total = sum(self._sizes.values())
@@ -446,6 +450,15 @@ class ExpertCache:
             self._doomed.add(entry)
         elif entry.is_ready:
             self._free(entry)
+
+    def _new_entry(self, key: Key) -> Entry:
+        size = self._sizes.get(key)
+        if size is not None:
+            entry = self._entries[key] = Entry(key, size)
+        else:
+            entry = Entry(key, self._former[key])
+            entry.is_doomed = True
+        return entry
 
     def _use(self, entry: Entry) -> None:
         entry.refs += 1

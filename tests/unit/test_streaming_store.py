@@ -1,0 +1,516 @@
+"""StreamingStore on a tiny artifact: right bytes at every size, one read each, errors, changes."""
+
+import asyncio
+import errno
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from expert_node.lifecycle import StopSignal, WarmUpStopped, warm_up
+from shoal.artifact import Artifact
+from shoal.errors import (
+    CallCancelled,
+    CorruptArtifact,
+    ExpertUnavailable,
+    NotOwned,
+    UsageError,
+)
+from shoal.experts.cache import POLICIES
+from shoal.experts.cache.arena import Arena
+from shoal.experts.catalogue import Catalogue
+from shoal.experts.open_store import open_store
+from shoal.experts.options import Backend, Verify
+from shoal.experts.ownership import Ownership
+from shoal.experts.store import StoreOptions, WarmUpProgress
+from shoal.experts.streaming import StreamingStore
+from support.held_reader import HeldReader, until
+from support.tiny_model import make_tiny_artifact
+
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return Artifact.open(make_tiny_artifact(tmp_path_factory.mktemp("model"), quant="q8_0"))
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    """Closes what a test opens."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def size_of(artifact: Artifact) -> int:
+    return artifact.expert_location(LAYER, 0).num_bytes
+
+
+def whole(artifact: Artifact, opened: ExitStack, **options: object) -> StreamingStore:
+    ownership = Ownership(artifact.owned_experts)
+    store = open_store(artifact, ownership, StoreOptions(**options))  # type: ignore[arg-type]
+    return opened.enter_context(closing(store))
+
+
+def held(
+    artifact: Artifact, opened: ExitStack, places: int | None = None
+) -> tuple[StreamingStore, HeldReader]:
+    """Return a store whose reads end when the test says so, and its reader."""
+    readers: list[HeldReader] = []
+
+    def open_held(paths: object) -> HeldReader:
+        readers.append(HeldReader(paths))  # type: ignore[arg-type]
+        return readers[-1]
+
+    store = StreamingStore(
+        artifact,
+        Ownership(artifact.owned_experts),
+        Catalogue,
+        POLICIES["lru"](8),
+        open_held,
+        cache_bytes=None if places is None else places * size_of(artifact),
+    )
+    opened.enter_context(closing(store))
+    opened.callback(readers[0].let_all_go)
+    return store, readers[0]
+
+
+def take(store: StreamingStore, layer: int, experts: Sequence[int]) -> list[bytes]:
+    """Return the bytes of these experts, however many waves they come in."""
+    found: dict[int, bytes] = {}
+    with store.acquire(layer, experts) as got:
+        for wave in got:
+            assert list(wave.positions) == sorted(wave.positions)
+            found |= {p: w.tobytes() for p, w in zip(wave.positions, wave.weights, strict=True)}
+    return [found[position] for position in range(len(experts))]
+
+
+def expected(artifact: Artifact, layer: int, experts: Sequence[int]) -> list[bytes]:
+    used = artifact.expert_layout(layer).num_bytes
+    return [artifact.read_expert(layer, index)[:used].tobytes() for index in experts]
+
+
+@pytest.mark.parametrize("backend", Backend)
+@pytest.mark.parametrize("places", [2, 3, 17, 48, None])
+def test_every_size_of_cache_gives_the_right_bytes(
+    artifact: Artifact, opened: ExitStack, backend: Backend, places: int | None
+) -> None:
+    cache_bytes = None if places is None else places * size_of(artifact)
+    store = whole(artifact, opened, cache_bytes=cache_bytes, backend=backend)
+    rng = np.random.default_rng(0)
+    for layer in (0, 1, 2, 1, 0):
+        experts = rng.permutation(16)[: rng.integers(1, 17)].tolist()
+        assert take(store, layer, experts) == expected(artifact, layer, experts)
+    figures = store.figures()
+    assert figures.resident_bytes <= figures.budget_bytes == (cache_bytes or store.num_bytes)
+
+
+def test_eight_calls_that_want_cold_experts_read_each_once(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    """1. eight threads want the same experts in other orders; 2. each is read once, for all."""
+    store = whole(artifact, opened, cache_bytes=20 * size_of(artifact))
+    everybody_asked = threading.Barrier(8)
+    experts = list(range(16))
+
+    def demand(rotation: int) -> list[bytes]:
+        everybody_asked.wait()
+        order = experts[rotation:] + experts[:rotation]
+        return sorted(take(store, LAYER, order))
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(demand, range(8)))
+    assert answers == [sorted(expected(artifact, LAYER, experts))] * 8
+    reader = store.figures().reader
+    assert reader is not None and reader.num_reads == 16
+
+
+def test_eight_calls_larger_than_a_cache_of_two_all_end(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store = whole(artifact, opened, cache_bytes=2 * size_of(artifact))
+    with ThreadPoolExecutor(8) as threads:
+        layers = [0, 1, 2, 0, 1, 2, 0, 1]
+        answers = list(threads.map(lambda layer: take(store, layer, range(16)), layers))
+    assert answers == [expected(artifact, layer, range(16)) for layer in layers]
+
+
+def test_an_expert_is_not_in_memory_before_its_first_use(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store = whole(artifact, opened)
+    assert store.try_acquire(LAYER, [0]) is None
+    with store.acquire(LAYER, [0]) as got:
+        assert not got.is_whole
+        assert len(list(got)) == 1
+        assert got.load_s > 0
+    with store.acquire(LAYER, [0]) as got:
+        assert got.is_whole and got.load_s == 0.0
+        [wave] = got
+        assert wave.weights[0].ctypes.data % 4096 == 0
+    assert store.is_resident(LAYER, [0]) and not store.is_resident(LAYER, [0, 1])
+
+
+def test_what_is_in_memory_comes_at_once_and_the_rest_when_it_is_read(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store, reader = held(artifact, opened)
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(take, store, LAYER, [4, 2])
+        reader.await_held(2)
+        reader.let_go(2)
+        first.result(30)
+        with store.acquire(LAYER, [1, 2, 3, 4]) as got:
+            waves = iter(got)
+            assert list(next(waves).positions) == [1, 3]
+            reader.await_held(2)
+            assert store.try_acquire(LAYER, [2, 4]) is not None
+            reader.let_go(1)
+            assert list(next(waves).positions) == [0]
+            reader.let_go(1)
+            assert list(next(waves).positions) == [2]
+            assert next(waves, None) is None
+    assert store.figures().stall_s > 0
+
+
+def test_a_wait_can_be_ended_from_outside(artifact: Artifact, opened: ExitStack) -> None:
+    store, reader = held(artifact, opened)
+    acquisition = store.acquire(LAYER, [3])
+
+    def wait() -> None:
+        with acquisition as got:
+            list(got)
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(wait)
+        until(lambda: store.figures().num_waiting == 1)
+        acquisition.abandon(CallCancelled("by the test"))
+        with pytest.raises(CallCancelled, match="by the test"):
+            waiting.result(30)
+    reader.let_all_go()
+    assert take(store, LAYER, [3]) == expected(artifact, LAYER, [3])
+
+
+def test_what_a_call_that_gave_up_wanted_is_not_read(artifact: Artifact, opened: ExitStack) -> None:
+    store, reader = held(artifact, opened, places=2)
+    with store.acquire(LAYER, [0, 1, 2, 3]):
+        reader.await_held(2)
+    reader.let_all_go()
+    until(lambda: store.is_resident(LAYER, [0, 1]))
+    assert store.figures().num_loading == 0
+    assert store.absent(LAYER, [2, 3]) == [2, 3]
+
+
+def test_a_read_error_names_the_expert_and_is_not_sticky(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store, reader = held(artifact, opened)
+    with ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(take, store, LAYER, [5]) for _ in range(2)]
+        until(lambda: store.figures().num_waiting == 2)
+        reader.fail(errno.EIO)
+        for call in calls:
+            with pytest.raises(ExpertUnavailable, match=f"expert 5 of layer {LAYER}.*layer-001"):
+                call.result(30)
+        [(key, why)] = store.figures().unavailable
+        assert key == (LAYER, 5) and "as the test says" in why
+        reader.let_all_go()
+        assert take(store, LAYER, [5]) == expected(artifact, LAYER, [5])
+    assert store.figures().unavailable == ()
+
+
+def test_a_truncated_file_is_told_as_damage(tmp_path: Path, opened: ExitStack) -> None:
+    artifact = Artifact.open(make_tiny_artifact(tmp_path, quant="q8_0"))
+    store = whole(artifact, opened, cache_bytes=4 * size_of(artifact))
+    where = artifact.expert_location(LAYER, 8)
+    with where.path.open("r+b") as file:
+        file.truncate(where.offset + 100)
+    assert take(store, LAYER, [0]) == expected(artifact, LAYER, [0])
+    with pytest.raises(CorruptArtifact, match=f"truncated inside expert 8 of layer {LAYER}"):
+        take(store, LAYER, [8])
+    assert take(store, LAYER, [1]) == expected(artifact, LAYER, [1])
+
+
+def flip(artifact: Artifact, index: int) -> None:
+    where = artifact.expert_location(LAYER, index)
+    with where.path.open("r+b") as file:
+        file.seek(where.offset + 64)
+        [byte] = file.read(1)
+        file.seek(where.offset + 64)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_a_damaged_expert_is_never_given_out_and_is_tried_again(
+    tmp_path: Path, opened: ExitStack
+) -> None:
+    artifact = Artifact.open(make_tiny_artifact(tmp_path, quant="q8_0"))
+    flip(artifact, 1)
+    store = whole(artifact, opened)
+    for _ in range(2):
+        with pytest.raises(CorruptArtifact, match=f"layer-001.*expert 1 of layer {LAYER}"):
+            take(store, LAYER, [0, 1])
+    until(lambda: store.is_resident(LAYER, [0]))
+    assert not store.is_resident(LAYER, [1])
+    assert store.figures().num_corrupt == 2
+    flip(artifact, 1)
+    assert take(store, LAYER, [0, 1]) == expected(artifact, LAYER, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("verify", "verified"), [(Verify.FIRST, 4), (Verify.ALWAYS, 8), (Verify.NEVER, 0)]
+)
+def test_hashes_are_compared_as_often_as_asked(
+    artifact: Artifact, opened: ExitStack, verify: Verify, verified: int
+) -> None:
+    store = whole(artifact, opened, cache_bytes=2 * size_of(artifact), verify=verify)
+    for index in (0, 1, 2, 3) * 2:
+        take(store, LAYER, [index])
+    figures = store.figures()
+    assert (figures.misses, figures.num_verified) == (8, verified)
+
+
+def test_a_file_that_was_written_to_is_verified_again(tmp_path: Path, opened: ExitStack) -> None:
+    artifact = Artifact.open(make_tiny_artifact(tmp_path, quant="q8_0"))
+    store = whole(artifact, opened, cache_bytes=2 * size_of(artifact))
+    take(store, LAYER, [3])
+    take(store, LAYER, [0, 1])
+    flip(artifact, 3)
+    with pytest.raises(CorruptArtifact, match="expert 3"):
+        take(store, LAYER, [3])
+
+
+def test_warm_up_reads_all_and_reports_each(artifact: Artifact, opened: ExitStack) -> None:
+    store = whole(artifact, opened)
+    reports: list[WarmUpProgress] = []
+    store.warm_up(reports.append)
+    assert [report.num_experts for report in reports] == list(range(1, 49))
+    assert reports[-1].num_experts == store.ownership.num_experts == reports[-1].total_experts
+    assert reports[-1].num_bytes == store.num_bytes == reports[-1].total_bytes
+    for layer in store.ownership.layers:
+        assert store.is_resident(layer, store.ownership.experts(layer))
+
+
+def test_a_warm_up_takes_the_first_that_fit_and_evicts_nothing(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store = whole(artifact, opened, cache_bytes=5 * size_of(artifact))
+    reports: list[WarmUpProgress] = []
+    order = [(LAYER, index) for index in (9, 3, 7, 1, 11, 2, 5)]
+    store.warm_up(reports.append, order)
+    assert reports[-1].total_experts == len(reports) == 5
+    assert store.is_resident(LAYER, [9, 3, 7, 1, 11]) and not store.is_resident(LAYER, [2])
+    assert store.figures().evictions == 0
+
+
+def test_a_warm_up_can_be_stopped_between_experts(artifact: Artifact, opened: ExitStack) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(progress: WarmUpProgress) -> None:
+        raise Stopped
+
+    store = whole(artifact, opened)
+    with pytest.raises(Stopped):
+        store.warm_up(stop)
+    assert take(store, LAYER, [0]) == expected(artifact, LAYER, [0])
+
+
+def test_a_warm_up_ends_at_the_first_damaged_expert(tmp_path: Path, opened: ExitStack) -> None:
+    artifact = Artifact.open(make_tiny_artifact(tmp_path, quant="q8_0"))
+    flip(artifact, 2)
+    with pytest.raises(CorruptArtifact, match="expert 2"):
+        whole(artifact, opened).warm_up(lambda _: None)
+
+
+def test_a_warm_up_ends_early_when_the_node_is_told_to_leave(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    async def story() -> None:
+        stop = StopSignal()
+        stop.set("a test")
+        with pytest.raises(WarmUpStopped):
+            await warm_up(whole(artifact, opened), stop)
+
+    asyncio.run(story())
+
+
+def test_what_is_not_owned_is_an_error_and_never_zeros(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store = opened.enter_context(closing(open_store(artifact, Ownership({LAYER: [0, 1]}))))
+    with pytest.raises(NotOwned, match=f"expert 2 of layer {LAYER} .*experts 0-1"):
+        store.acquire(LAYER, [0, 2])
+    with pytest.raises(NotOwned, match="layer 0"):
+        store.acquire(0, [0])
+    assert not store.is_resident(0, [0])
+
+
+def test_less_than_two_experts_are_refused_at_the_start(artifact: Artifact) -> None:
+    with pytest.raises(UsageError, match=r"two of the largest expert.*--cache"):
+        open_store(
+            artifact,
+            Ownership(artifact.owned_experts),
+            StoreOptions(cache_bytes=2 * size_of(artifact) - 1),
+        )
+
+
+def test_a_smaller_cache_serves_on_and_a_larger_one_holds_more(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store, reader = held(artifact, opened, places=16)
+    reader.let_all_go()
+    take(store, LAYER, range(16))
+    with store.acquire(LAYER, [14, 15]) as got:
+        [wave] = got
+        store.resize(3 * size_of(artifact))
+        assert [weights.tobytes() for weights in wave.weights] == expected(
+            artifact, LAYER, [14, 15]
+        )
+        assert reader.registered[-1] == [3 * size_of(artifact)]
+        assert store.figures().resident_bytes == 5 * size_of(artifact)
+    assert store.figures().resident_bytes == 3 * size_of(artifact)
+    assert take(store, LAYER, range(16)) == expected(artifact, LAYER, range(16))
+    assert store.figures().num_resident <= 3
+    store.resize(40 * size_of(artifact))
+    for layer in (0, 1):
+        assert take(store, layer, range(16)) == expected(artifact, layer, range(16))
+    assert store.figures().num_resident > 30
+    store.resize(None)
+    assert store.figures().budget_bytes == store.num_bytes
+    with pytest.raises(UsageError):
+        store.resize(size_of(artifact))
+
+
+def test_memory_that_an_arena_gives_back_is_the_systems_again() -> None:
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    arena = Arena()
+    before = resident()
+    arena.grow(0, 64 << 20)
+    arena.view(0, 64 << 20)[:] = 1
+    assert resident() - before > 60 << 20
+    arena.give_back_from(16 << 20)
+    assert resident() - before < 24 << 20
+    assert arena.view(0, 16 << 20).all() and not arena.view(16 << 20, 48 << 20).any()
+
+
+def test_another_folder_of_the_same_model_takes_over_what_is_in_memory(
+    artifact: Artifact, tmp_path: Path, opened: ExitStack
+) -> None:
+    copy = Artifact.open(shutil.copytree(artifact.path, tmp_path / "copy.shoal"))
+    store = whole(artifact, opened)
+    take(store, LAYER, range(4))
+    store.rebind(copy, Ownership({LAYER: range(2, 6), 2: range(16)}))
+    assert store.is_resident(LAYER, [2, 3]) and not store.is_resident(LAYER, [0])
+    with pytest.raises(NotOwned, match="layer 0"):
+        store.ownership.check(0, [0])
+    assert take(store, LAYER, [2, 4]) == expected(artifact, LAYER, [2, 4])
+    assert take(store, 2, range(16)) == expected(artifact, 2, range(16))
+    assert store.figures().budget_bytes == store.num_bytes == 20 * size_of(artifact)
+
+
+def test_a_call_under_way_ends_although_its_experts_are_not_owned_any_more(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store, reader = held(artifact, opened, places=2)
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(take, store, LAYER, range(6))
+        reader.await_held(2)
+        store.rebind(artifact, Ownership({2: range(16)}))
+        reader.let_all_go()
+        assert call.result(30) == expected(artifact, LAYER, range(6))
+    assert store.figures().num_resident == 0
+    assert take(store, LAYER, [1]) == expected(artifact, LAYER, [1]), "a call that was checked"
+
+
+def test_another_model_is_refused_and_the_old_one_serves_on(
+    artifact: Artifact, tmp_path: Path, opened: ExitStack
+) -> None:
+    other = Artifact.open(make_tiny_artifact(tmp_path, quant="q8_0", seed=1))
+    store = whole(artifact, opened)
+    with pytest.raises(UsageError, match="another model"):
+        store.rebind(other, Ownership(other.owned_experts))
+    assert take(store, LAYER, [1]) == expected(artifact, LAYER, [1])
+
+
+def test_files_in_data_directories_are_read_instead(
+    artifact: Artifact, tmp_path: Path, opened: ExitStack
+) -> None:
+    dirs = (tmp_path / "a", tmp_path / "b")
+    for folder in dirs:
+        shutil.copytree(artifact.path / "experts", folder / "experts")
+    (dirs[1] / "experts" / "layer-002.safetensors").unlink()
+    store = whole(artifact, opened, data_dirs=dirs, cache_bytes=40 * size_of(artifact))
+    for layer in range(3):
+        assert take(store, layer, range(16)) == expected(artifact, layer, range(16))
+    listings = Catalogue(artifact, Ownership(artifact.owned_experts), dirs).listings
+    found = {layer: [s.path.parts[-3] for s in listings[layer, 0].sources] for layer in (1, 2)}
+    assert found == {1: ["a", "b"], 2: ["a"]}
+
+
+def test_a_data_directory_without_experts_or_with_short_ones_is_refused(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    catalogue = partial(Catalogue, artifact, Ownership(artifact.owned_experts))
+    with pytest.raises(UsageError, match=r"--data-dir .*none of the expert files.*layer-000"):
+        catalogue([tmp_path])
+    (tmp_path / "experts").mkdir()
+    (tmp_path / "experts" / "layer-001.safetensors").write_bytes(b"short")
+    with pytest.raises(CorruptArtifact, match=r"layer-001\.safetensors: 5 bytes"):
+        catalogue([tmp_path])
+
+
+def test_a_prefetch_becomes_a_demand_when_a_call_comes_for_it(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store, reader = held(artifact, opened)
+    assert store.prefetch(LAYER, [3, 4]) == 2
+    assert store.prefetch(LAYER, [3]) == 0 and store.prefetch(7, [0]) == 0
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(take, store, LAYER, [4])
+        until(lambda: store.figures().num_waiting == 1)
+        assert len(reader.promoted) == 1
+        store.cancel_prefetch()
+        until(lambda: store.absent(LAYER, [3, 4]) == [3])
+        reader.let_all_go()
+        assert call.result(30) == expected(artifact, LAYER, [4])
+    assert store.prefetch_bytes() == tuple(n * size_of(artifact) for n in (2, 1, 1))
+
+
+def test_a_demand_without_room_takes_the_place_of_prefetches(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    """1. prefetches fill a part; 2. pins the rest; 3. a demand lacks room; 4. they are given up."""
+    store, reader = held(artifact, opened, places=8)
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(take, store, LAYER, range(6))
+        reader.await_held(6)
+        reader.let_go(6)
+        first.result(30)
+        assert store.pin([(LAYER, index) for index in range(6)]) == 6
+        assert store.prefetch(LAYER, [10, 11]) == 2
+        call = thread.submit(take, store, LAYER, [12])
+        until(lambda: store.absent(LAYER, [10, 11]) == [10, 11])
+        reader.let_all_go()
+        assert call.result(30) == expected(artifact, LAYER, [12])
+    assert store.is_resident(LAYER, range(6))
+
+
+def test_a_pace_that_allows_no_prefetch_gives_up_those_under_way(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store, _ = held(artifact, opened)
+    assert store.prefetch(LAYER, [3]) == 1
+    store.set_pace(1, 1e6, allows_prefetch=False)
+    until(lambda: store.absent(LAYER, [3]) == [3])
+    assert store.prefetch(LAYER, [3]) == 0
+    store.set_pace(None, None, allows_prefetch=True)
+    assert store.prefetch(LAYER, [3]) == 1
