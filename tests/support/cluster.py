@@ -54,6 +54,7 @@ class Cluster:
         listen: str | None = None,
         isa: str | None = None,
         threads: int = 1,
+        is_warm: bool = True,
         extra: tuple[str, ...] = (),
     ) -> NodeProcess:
         """Start a node and return it once it serves; `node.endpoint` is what a map takes.
@@ -61,12 +62,14 @@ class Cluster:
         Args:
             isa: what SHOAL_ISA forces its kernels to; None: the best this machine has.
             listen: None: a free port of 127.0.0.1, or with is_unix a new socket.
+            is_warm: whether it reads what it owns before it serves.
         """
         number = len(self._nodes)
         if listen is None:
             socket_path = self.folder / f"{number}.sock"
             listen = f"unix://{socket_path}" if is_unix else "127.0.0.1:0"
-        arguments = [str(model), "--listen", listen, "--warmup", "--threads", str(threads)]
+        arguments = [str(model), "--listen", listen, "--threads", str(threads)]
+        arguments += ["--warmup"] if is_warm else []
         arguments += ["--experts", experts] if experts is not None else []
         arguments += ["--layers", layers] if layers is not None else []
         arguments += ["--transport", self._transport]

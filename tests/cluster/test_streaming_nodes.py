@@ -1,0 +1,230 @@
+"""Real nodes and commands whose experts do not fit in memory: the same bits, faults by name."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client.node_process import NodeProcess
+from coordinator.expert_dispatch import PendingSums, RemoteDispatch, open_remote_dispatch
+from shoal import errors
+from shoal.artifact import Artifact
+from shoal.experts.executor import ExpertExecutor
+from shoal.experts.options import Backend
+from shoal.router import RoutingPlan
+from support.cluster import Cluster
+from support.command import assert_refused, shoal
+from support.fuse_files import FuseFiles, fuse_files, small_tmpfs
+from support.streaming import call_of, expert_bytes, streaming_store
+from support.tiny_model import make_tiny_artifact
+
+pytestmark = pytest.mark.processes
+LAYER = 1
+PROMPT = ",".join(map(str, range(3, 27)))
+EXPERTS = [2, 5, 11]
+BROKEN = 5
+
+Sums = Callable[[list[int]], bytes]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_artifact(tmp_path_factory.mktemp("model"), "qwen3_moe", "q8_0")
+
+
+@pytest.fixture(scope="module")
+def artifact(path: Path) -> Artifact:
+    return Artifact.open(path)
+
+
+@pytest.fixture(scope="module")
+def expected(artifact: Artifact) -> Iterator[Sums]:
+    """What a row that goes to those experts gives when everything is in memory."""
+    with streaming_store(artifact.path, None) as store:
+        executor = ExpertExecutor(artifact, store)
+        yield lambda experts: executor.compute(call_of(artifact, LAYER, experts)).tobytes()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with Cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def files(path: Path, tmp_path: Path) -> Iterator[FuseFiles]:
+    with fuse_files(path, tmp_path / "mount") as files:
+        yield files
+
+
+def start(dispatch: RemoteDispatch, artifact: Artifact, experts: list[int]) -> PendingSums:
+    """Send the call of `support.streaming.call_of`."""
+    call = call_of(artifact, LAYER, experts)
+    plan = RoutingPlan(call.experts[None], call.weights[None])
+    return dispatch.start(LAYER, call.rows, plan)
+
+
+def sums(dispatch: RemoteDispatch, artifact: Artifact, experts: list[int]) -> bytes:
+    return start(dispatch, artifact, experts).wait().tobytes()
+
+
+def connect(artifact: Artifact, node: NodeProcess, call_timeout_s: float = 30.0) -> RemoteDispatch:
+    return open_remote_dispatch(artifact, f"0-15={node.endpoint}", call_timeout_s)
+
+
+def fail_for_ever(files: FuseFiles, artifact: Artifact, expert: int) -> None:
+    where = artifact.expert_location(LAYER, expert)
+    name = str(where.path.relative_to(artifact.path))
+    files.fail(name, offset=where.offset, num_bytes=where.num_bytes)
+
+
+def hold(files: FuseFiles, artifact: Artifact, expert: int) -> None:
+    where = artifact.expert_location(LAYER, expert)
+    name = str(where.path.relative_to(artifact.path))
+    files.hold(name, offset=where.offset, num_bytes=where.num_bytes)
+
+
+def cache(artifact: Artifact, slots: int) -> tuple[str, str]:
+    return "--cache", str(slots * expert_bytes(artifact))
+
+
+def run_json(model: Path, *arguments: str) -> dict[str, Any]:
+    """Run `shoal run MODEL --json`; return what must not depend on where experts are."""
+    few = ("--prompt-ids", PROMPT, "--max-tokens", "8", "--ignore-eos", "--json")
+    ended = shoal("run", model, *few, *arguments)
+    assert ended.status == 0, ended
+    report: dict[str, Any] = json.loads(ended.out)
+    return {key: report[key] for key in ("token_ids", "logits_digest")}
+
+
+def test_a_command_and_a_node_with_small_caches_say_the_same_bits(
+    path: Path, artifact: Artifact, cluster: Cluster
+) -> None:
+    whole = run_json(path)
+    assert run_json(path, *cache(artifact, 2)) == whole
+    flags = (*cache(artifact, 5), "--verify", "always", "--io", Backend.PREAD)
+    node = cluster.node(path, is_warm=False, extra=flags)
+    assert run_json(path, "--moe-shards", f"0-15={node.endpoint}") == whole
+
+
+@pytest.mark.parametrize("verb", ["run", "node"])
+def test_a_cache_of_one_expert_is_refused_at_the_start(
+    verb: str, path: Path, artifact: Artifact
+) -> None:
+    more = {"run": ("--prompt-ids", "1", "--json"), "node": ("--listen", "127.0.0.1:0")}[verb]
+    ended = shoal(verb, path, *cache(artifact, 1), *more)
+    assert_refused(ended, errors.UsageError.exit_code, "cache", "two")
+
+
+def test_a_node_names_the_expert_that_its_disk_lost_and_lives(
+    files: FuseFiles, artifact: Artifact, cluster: Cluster, expected: Sums
+) -> None:
+    """1. One expert's bytes give EIO. 2. Calls for it fail by name; others do not. 3. The disk
+    recovers, and so does the call.
+    """
+    node = cluster.node(files.path, is_warm=False, extra=cache(artifact, 4))
+    fail_for_ever(files, artifact, BROKEN)
+    with closing(connect(artifact, node)) as dispatch:
+        for _ in range(2):
+            with pytest.raises(errors.ExpertUnavailable) as failed:
+                sums(dispatch, artifact, EXPERTS)
+            for word in (f"expert {BROKEN}", f"layer {LAYER}", node.endpoint):
+                assert word in str(failed.value)
+            assert sums(dispatch, artifact, [2, 11]) == expected([2, 11])
+        files.clear()
+        assert sums(dispatch, artifact, EXPERTS) == expected(EXPERTS)
+    assert node.exit_status is None
+
+
+def test_a_nodes_other_calls_are_answered_while_one_waits_for_the_disk(
+    files: FuseFiles, artifact: Artifact, cluster: Cluster, expected: Sums
+) -> None:
+    """1. Two experts are in memory. 2. One coordinator's call waits for a held read. 3. Another's
+    calls are answered. 4. The read goes on; the first gets its sums.
+    """
+    node = cluster.node(files.path, is_warm=False, extra=cache(artifact, 4))
+    with closing(connect(artifact, node)) as one, closing(connect(artifact, node)) as other:
+        assert sums(one, artifact, [1, 2]) == expected([1, 2])
+        hold(files, artifact, BROKEN)
+        pending = start(one, artifact, [BROKEN])
+        files.wait_held(1)
+        for experts in ([1, 2], [2], [1]):
+            assert sums(other, artifact, experts) == expected(experts)
+        files.release()
+        assert pending.wait().tobytes() == expected([BROKEN])
+
+
+def test_a_read_that_never_ends_costs_its_call_alone(
+    files: FuseFiles, artifact: Artifact, cluster: Cluster, expected: Sums
+) -> None:
+    """1. A read is held. 2. Its call times out. 3. Others are served, from memory and from disk.
+    4. The read goes on at last; its expert is served. 5. The node leaves in peace.
+    """
+    node = cluster.node(files.path, is_warm=False, extra=cache(artifact, 4))
+    with closing(connect(artifact, node, call_timeout_s=1.0)) as dispatch:
+        assert sums(dispatch, artifact, [1, 2]) == expected([1, 2])
+        hold(files, artifact, BROKEN)
+        pending = start(dispatch, artifact, [BROKEN])
+        files.wait_held(1)
+        with pytest.raises(errors.CallTimeout):
+            pending.wait()
+        assert sums(dispatch, artifact, [1, 2]) == expected([1, 2])
+        assert sums(dispatch, artifact, [8]) == expected([8])
+        files.release()
+        assert sums(dispatch, artifact, [BROKEN]) == expected([BROKEN])
+    node.send(signal.SIGTERM)
+    node.wait()
+    assert node.exit_status == 0
+
+
+def test_a_storm_of_reloads_under_load_fails_no_call(
+    path: Path, artifact: Artifact, cluster: Cluster, expected: Sums, tmp_path: Path
+) -> None:
+    """1. A node serves. 2. Its file changes forty times, each followed by SIGHUP, with calls on
+    their way: caches of 2 to 40 experts, all ways of checking, nonsense in between. 3. Every call
+    has its sums. 4. What the last valid file says is in force.
+    """
+    config = tmp_path / "node.toml"
+    config.write_text("")
+    node = cluster.node(path, is_warm=False, extra=("--config", str(config)))
+    rng = np.random.default_rng(0)
+    with closing(connect(artifact, node)) as dispatch:
+        for turn in range(40):
+            chosen = sorted(rng.choice(16, 3, replace=False).tolist())
+            pending = start(dispatch, artifact, chosen)
+            if turn % 5 == 4:
+                config.write_text('cache = "much"\n')
+            else:
+                size = int(rng.integers(2, 41)) * expert_bytes(artifact)
+                verify = rng.choice(["first", "always", "never"])
+                config.write_text(f'cache = "{size}"\nverify = "{verify}"\n')
+            node.send(signal.SIGHUP)
+            assert sums(dispatch, artifact, EXPERTS) == expected(EXPERTS)
+            assert pending.wait().tobytes() == expected(chosen)
+    assert node.exit_status is None
+    log = node.log_path.read_text()
+    assert "much" in log, "a refused configuration is not told"
+
+
+def test_a_full_disk_costs_the_heat_map_and_no_call(
+    path: Path, artifact: Artifact, cluster: Cluster, expected: Sums, tmp_path: Path
+) -> None:
+    """1. Heat is recorded on a file system that is full. 2. Calls are served. 3. The node leaves
+    with status 0, has said so, and left no half file behind.
+    """
+    with small_tmpfs(tmp_path / "small", 4096) as folder:
+        heat = folder / "heat.json"
+        (folder / "full").write_bytes(bytes(4096))
+        node = cluster.node(path, extra=(*cache(artifact, 8), "--record-heat", str(heat)))
+        with closing(connect(artifact, node)) as dispatch:
+            assert sums(dispatch, artifact, EXPERTS) == expected(EXPERTS)
+        node.send(signal.SIGTERM)
+        node.wait()
+        assert node.exit_status == 0
+        assert "No space left" in node.log_path.read_text()
+        assert [entry.name for entry in folder.iterdir()] == ["full"]
