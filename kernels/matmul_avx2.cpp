@@ -2,8 +2,11 @@
 //
 // A register is half of the lanes.  Without vpdpbusd the dot product is vpmaddubsw (u8 x s8 -> s16
 // pairs) then vpmaddwd (-> s32).  The s16 stage must not saturate: nibbles allow 8 products deep, 8
-// * 2 * 15 * 127 = 30480 < 32768; bytes do not, so Q8_0 multiplies |w| by x with w's sign: 2 * 128
-// * 127 = 32512 < 32768.
+// * 2 * 15 * 127 = 30480 < 32768; bytes do not, so those of Q8_0 are taken as two nibbles each.
+//
+// Multiplications of every kind share two ports of Zen, and loads are two a cycle.  So a broadcast
+// of activations serves both halves, which leaves registers for 16 columns of weights: a tile's
+// rows pass by twice a block, and the first pass's sums wait in L1 for the second.
 #include <cstring>
 
 #include "lanes_avx2.h"
@@ -14,12 +17,7 @@ namespace {
 
 constexpr int kFloatAccumulators = 4;  // of two registers each, beside 2 of weights and 1 of x
 constexpr int kIntTile = 16, kQ4KTile = 16;
-
-// 4 KiB ahead: 13-26 % for the 4-bit formats at one row (prototype, Zen 5).
-SHOAL_INLINE void prefetch(const uint8_t* p, int bytes) {
-  for (int i = 0; i < bytes; i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(p) + 4096 + i, _MM_HINT_T0);
-}
+constexpr int kRowsInRegisters = 2;
 
 SHOAL_INLINE __m256i load_bytes(const uint8_t* p) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
@@ -33,228 +31,204 @@ SHOAL_INLINE __m256i broadcast4(const void* p) {
   return _mm256_set1_epi32(v);
 }
 
-// Lanes 0-7 (half 0) or 8-15 (half 1), or with H = 2 both, of N accumulators.
-template <int N, int H>
-SHOAL_INLINE void get_halves(const Lanes* from, int half, __m256* acc) {
-  for (int h = 0; h < H; ++h)
-    for (int t = 0; t < N; ++t) acc[h * N + t] = half + h ? from[t].high : from[t].low;
+// Cells of both halves of the lanes.
+struct Ints {
+  __m256i low, high;
+};
+SHOAL_INLINE Ints add16(const Ints& a, const Ints& b) {
+  return {_mm256_add_epi16(a.low, b.low), _mm256_add_epi16(a.high, b.high)};
 }
-template <int N, int H>
-SHOAL_INLINE void put_halves(Lanes* to, int half, const __m256* acc) {
-  for (int h = 0; h < H; ++h) {
-    for (int t = 0; t < N; ++t) {
-      if (half + h)
-        to[t].high = acc[h * N + t];
-      else
-        to[t].low = acc[h * N + t];
-    }
-  }
+SHOAL_INLINE Ints add32(const Ints& a, const Ints& b) {
+  return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
+SHOAL_INLINE Ints set32(const int32_t* p) {
+  const __m256i v = broadcast4(p);
+  return {v, v};
+}
+// s16 pairs times a factor -> s32.
+SHOAL_INLINE Ints sum_pairs(const Ints& pairs, const Ints& factor) {
+  return {_mm256_madd_epi16(pairs.low, factor.low), _mm256_madd_epi16(pairs.high, factor.high)};
+}
+SHOAL_INLINE Ints sum_pairs(const Ints& pairs, int factor) {
+  const __m256i f = _mm256_set1_epi16(int16_t(factor));
+  return sum_pairs(pairs, Ints{f, f});
+}
+SHOAL_INLINE Lanes to_floats(const Ints& s) {
+  return {_mm256_cvtepi32_ps(s.low), _mm256_cvtepi32_ps(s.high)};
+}
+SHOAL_INLINE Lanes load_scales(const uint8_t* p) {
+  return {_mm256_cvtph_ps(load_halves(p)), _mm256_cvtph_ps(load_halves(p + 16))};
 }
 
-// 8 x 32 nibbles: 4 cell rows of 8 lanes; w[j] the low and w[4 + j] the high nibbles of row j.
-SHOAL_INLINE void unpack_nibbles(const uint8_t* cells, __m256i* w) {
+// Left alone, the compiler forms all products of a sum, spills them, and adds them as a tree.
+SHOAL_INLINE void settle(Ints* s) { asm("" : "+x"(s->low), "+x"(s->high)); }
+
+// N, hidden where unrolling a loop over the rows would spill the weights.
+template <int N>
+SHOAL_INLINE int rolled() {
+  int n = N;
+  if (N > 2) asm("" : "+r"(n));
+  return n;
+}
+
+// Low (shift 0) or high (4) nibbles of a cell row.
+SHOAL_INLINE Ints nibbles(const uint8_t* cells, int shift) {
   const __m256i low4 = _mm256_set1_epi8(15);
-  for (int j = 0; j < 4; ++j) {
-    const __m256i raw = load_bytes(cells + j * kCellRow);
-    w[j] = _mm256_and_si256(raw, low4);
-    w[4 + j] = _mm256_and_si256(_mm256_srli_epi16(raw, 4), low4);
-  }
+  const __m256i a = load_bytes(cells), b = load_bytes(cells + 32);
+  if (shift == 0) return {_mm256_and_si256(a, low4), _mm256_and_si256(b, low4)};
+  return {_mm256_and_si256(_mm256_srli_epi16(a, 4), low4),
+          _mm256_and_si256(_mm256_srli_epi16(b, 4), low4)};
 }
-// Pair sums of 32 products, in 16 bits.
-SHOAL_INLINE __m256i dot_nibbles(const __m256i* w, const int8_t* x) {
-  __m256i s = _mm256_maddubs_epi16(w[0], broadcast4(x));
-  for (int j = 1; j < 8; ++j)
-    s = _mm256_add_epi16(s, _mm256_maddubs_epi16(w[j], broadcast4(x + 4 * j)));
-  return s;
+SHOAL_INLINE Ints multiply(const Ints& w, __m256i x) {
+  return {_mm256_maddubs_epi16(w.low, x), _mm256_maddubs_epi16(w.high, x)};
 }
 
-// Block b of a record.
-template <int N>
-SHOAL_INLINE void q4_0_block(const uint8_t* record, int b, const int8_t* x, const float* x_scale,
-                             const int32_t* x_start, int half, __m256* acc) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  __m256i w[8];
-  unpack_nibbles(record + Q4_0::quants + b * Q4_0::block_quants + half * 32, w);
-  const __m256 d = _mm256_cvtph_ps(load_halves(record + Q4_0::scales + b * 32 + half * 16));
-  for (int t = 0; t < N; ++t) {
-    const __m256i s = _mm256_add_epi32(_mm256_madd_epi16(dot_nibbles(w, x + t * kBlock), ones),
-                                       broadcast4(x_start + t));
-    acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), _mm256_mul_ps(d, _mm256_set1_ps(x_scale[t])),
-                             acc[t]);
+// 16 columns of a row group: the nibbles of four cell rows.
+struct Quad {
+  Ints w[4];
+  SHOAL_INLINE Quad load(const uint8_t* cells, int shift) {
+    Quad q;
+    for (int j = 0; j < 4; ++j) q.w[j] = nibbles(cells + j * kCellRow, shift);
+    return q;
   }
-}
+  // Pair sums with 16 values.
+  Ints dot(const int8_t* x) const {
+    Ints first = add16(multiply(w[0], broadcast4(x)), multiply(w[1], broadcast4(x + 4)));
+    settle(&first);
+    Ints second = add16(multiply(w[2], broadcast4(x + 8)), multiply(w[3], broadcast4(x + 12)));
+    settle(&second);
+    return add16(first, second);
+  }
+};
 
-template <int N, int H>
-SHOAL_INLINE void q4_0_walk(const uint8_t* record, int blocks, const Tile& tile, int half,
-                            Lanes* out) {
-  const int8_t* x = tile.quants;
-  const float* x_scale = tile.scales;
-  const int32_t* x_start = tile.start;
-  __m256 acc[H * N];
-  get_halves<N, H>(out, half, acc);
-  for (; blocks >= 2; blocks -= 2, record += Q4_0::record) {
-    if (half == 0) prefetch(record, Q4_0::record);
-    for (int b = 0; b < 2; ++b, x += N * kBlock, x_scale += N, x_start += N)
-      for (int h = 0; h < H; ++h)
-        q4_0_block<N>(record, b, x, x_scale, x_start, half + h, acc + h * N);
-  }
-  if (blocks == 1)
-    for (int h = 0; h < H; ++h)
-      q4_0_block<N>(record, 0, x, x_scale, x_start, half + h, acc + h * N);
-  put_halves<N, H>(out, half, acc);
+// Calls take(t, pair sums of row t) for 32 columns: four cell rows at `cells`, shifted by `shift`,
+// then four at `cells2`, shifted by `shift2`.
+template <int N, class F>
+SHOAL_INLINE void dot32(const uint8_t* cells, int shift, const uint8_t* cells2, int shift2,
+                        const int8_t* x, F&& take) {
+  Ints pairs[N];
+  const Quad first = Quad::load(cells, shift);
+  for (int t = 0, n = rolled<N>(); t < n; ++t) pairs[t] = first.dot(x + t * kBlock);
+  asm("" : "+r"(cells2));  // or bytes loaded above are kept, in memory
+  const Quad second = Quad::load(cells2, shift2);
+  for (int t = 0, n = rolled<N>(); t < n; ++t)
+    take(t, add16(pairs[t], second.dot(x + t * kBlock + 16)));
 }
 
 template <int N>
-SHOAL_INLINE void q4_1_block(const uint8_t* record, const int8_t* x, const float* x_scale,
-                             const int32_t* x_sum, int half, __m256* acc) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  __m256i w[8];
-  unpack_nibbles(record + Q4_1::quants + half * 32, w);
-  const __m256 d = _mm256_cvtph_ps(load_halves(record + Q4_1::d + half * 16));
-  const __m256 m = _mm256_cvtph_ps(load_halves(record + Q4_1::m + half * 16));
-  for (int t = 0; t < N; ++t) {
-    const __m256i s = _mm256_madd_epi16(dot_nibbles(w, x + t * kBlock), ones);
-    const __m256 offset = _mm256_mul_ps(m, _mm256_cvtepi32_ps(broadcast4(x_sum + t)));
-    const __m256 value = _mm256_fmadd_ps(d, _mm256_cvtepi32_ps(s), offset);
-    acc[t] = _mm256_fmadd_ps(_mm256_set1_ps(x_scale[t]), value, acc[t]);
+SHOAL_INLINE void add_block(Q4_0, const uint8_t* record, int b, const int8_t* x,
+                            const float* x_scale, const int32_t* x_start, Lanes* acc) {
+  const uint8_t* cells = record + Q4_0::quants + b * Q4_0::block_quants;
+  Ints pairs[N];
+  dot32<N>(cells, 0, cells, 4, x, [&](int t, const Ints& s) { pairs[t] = s; });
+  const Lanes d = load_scales(record + Q4_0::scales + b * 32);
+  for (int t = 0, n = rolled<N>(); t < n; ++t) {
+    const Ints s = add32(sum_pairs(pairs[t], 1), set32(x_start + t));
+    acc[t] = fma(to_floats(s), mul(d, set1(x_scale[t])), acc[t]);
   }
 }
 
-template <int N, int H>
-SHOAL_INLINE void q4_1_walk(const uint8_t* record, int blocks, const Tile& tile, int half,
-                            Lanes* out) {
-  const int8_t* x = tile.quants;
-  const float* x_scale = tile.scales;
-  const int32_t* x_sum = tile.start;
-  __m256 acc[H * N];
-  get_halves<N, H>(out, half, acc);
-  for (; blocks > 0; --blocks, record += Q4_1::record, x += N * kBlock, x_scale += N, x_sum += N) {
-    if (half == 0) prefetch(record, Q4_1::record);
-    for (int h = 0; h < H; ++h) q4_1_block<N>(record, x, x_scale, x_sum, half + h, acc + h * N);
-  }
-  put_halves<N, H>(out, half, acc);
-}
-
-// Block b of a record.  Stored bytes are w + 128; here they are flipped back to signed, so
-// tile.start is not used.
 template <int N>
-SHOAL_INLINE void q8_0_block(const uint8_t* record, int b, const int8_t* x, const float* x_scale,
-                             int half, __m256* acc) {
-  const __m256i flip = _mm256_set1_epi8(char(0x80)), ones = _mm256_set1_epi16(1);
-  const uint8_t* cells = record + Q8_0::quants + b * Q8_0::block_quants + half * 32;
-  __m256i s[N];
-  for (int t = 0; t < N; ++t) s[t] = _mm256_setzero_si256();
+SHOAL_INLINE void add_block(Q4_1, const uint8_t* record, int, const int8_t* x, const float* x_scale,
+                            const int32_t* x_sum, Lanes* acc) {
+  const uint8_t* cells = record + Q4_1::quants;
+  Ints pairs[N];
+  dot32<N>(cells, 0, cells, 4, x, [&](int t, const Ints& s) { pairs[t] = s; });
+  const Lanes d = load_scales(record + Q4_1::d), m = load_scales(record + Q4_1::m);
+  for (int t = 0, n = rolled<N>(); t < n; ++t) {
+    const Lanes offset = mul(m, to_floats(set32(x_sum + t)));
+    acc[t] = fma(set1(x_scale[t]), fma(d, to_floats(sum_pairs(pairs[t], 1)), offset), acc[t]);
+  }
+}
+
+// Up to two rows of Q8_0 keep their sums in registers.
+template <int N>
+SHOAL_INLINE void q8_0_pairs_few(const uint8_t* cells, const int8_t* x, Ints* low, Ints* high) {
   for (int j = 0; j < 8; ++j) {
-    const __m256i w = _mm256_xor_si256(load_bytes(cells + j * kCellRow), flip);
-    const __m256i magnitude = _mm256_abs_epi8(w);
+    const Ints w = nibbles(cells + j * kCellRow, 0), w16 = nibbles(cells + j * kCellRow, 4);
     for (int t = 0; t < N; ++t) {
-      const __m256i signed_x = _mm256_sign_epi8(broadcast4(x + t * kBlock + 4 * j), w);
-      const __m256i pairs = _mm256_maddubs_epi16(magnitude, signed_x);
-      s[t] = _mm256_add_epi32(s[t], _mm256_madd_epi16(pairs, ones));
+      const __m256i v = broadcast4(x + t * kBlock + 4 * j);
+      low[t] = j == 0 ? multiply(w, v) : add16(low[t], multiply(w, v));
+      high[t] = j == 0 ? multiply(w16, v) : add16(high[t], multiply(w16, v));
+      settle(&low[t]), settle(&high[t]);
     }
   }
-  const __m256 d = _mm256_cvtph_ps(load_halves(record + Q8_0::scales + b * 32 + half * 16));
-  for (int t = 0; t < N; ++t)
-    acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[t]), _mm256_mul_ps(d, _mm256_set1_ps(x_scale[t])),
-                             acc[t]);
 }
 
-template <int N, int H>
-SHOAL_INLINE void q8_0_walk(const uint8_t* record, int blocks, const Tile& tile, int half,
-                            Lanes* out) {
-  const int8_t* x = tile.quants;
-  const float* x_scale = tile.scales;
-  __m256 acc[H * N];
-  get_halves<N, H>(out, half, acc);
-  for (; blocks >= 2; blocks -= 2, record += Q8_0::record) {
-    if (half == 0) prefetch(record, Q8_0::record);
-    for (int b = 0; b < 2; ++b, x += N * kBlock, x_scale += N)
-      for (int h = 0; h < H; ++h) q8_0_block<N>(record, b, x, x_scale, half + h, acc + h * N);
-  }
-  if (blocks == 1)
-    for (int h = 0; h < H; ++h) q8_0_block<N>(record, 0, x, x_scale, half + h, acc + h * N);
-  put_halves<N, H>(out, half, acc);
-}
-
-// One quarter of a super-block: sub-blocks 2c and 2c + 1.  The 6-bit scale rides on the s16 -> s32
-// step: vpmaddwd with the scale in both halves of a lane.
 template <int N>
-SHOAL_INLINE void q4_k_chunk(const uint8_t* record, int c, const int8_t* x, int half,
-                             __m256i* dots) {
-  const __m256i low4 = _mm256_set1_epi8(15);
-  const uint8_t* cells = record + Q4_K::quants + c * Q4_K::chunk + half * 32;
-  for (int high = 0; high < 2; ++high, x += N * kBlock) {
-    __m256i w[8];
-    for (int j = 0; j < 8; ++j) {
-      const __m256i raw = load_bytes(cells + j * kCellRow);
-      w[j] = _mm256_and_si256(high ? _mm256_srli_epi16(raw, 4) : raw, low4);
-    }
-    const __m128i scale8 = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(
-        record + Q4_K::scales + (2 * c + high) * kLanes + half * 8));
-    const __m256i scale32 = _mm256_cvtepu8_epi32(scale8);
-    const __m256i scale = _mm256_or_si256(scale32, _mm256_slli_epi32(scale32, 16));
-    for (int t = 0; t < N; ++t)
-      dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(dot_nibbles(w, x + t * kBlock), scale));
+SHOAL_INLINE void add_block(Q8_0, const uint8_t* record, int b, const int8_t* x,
+                            const float* x_scale, const int32_t* x_start, Lanes* acc) {
+  const uint8_t* cells = record + Q8_0::quants + b * Q8_0::block_quants;
+  const uint8_t* cells2 = cells + 4 * kCellRow;
+  Ints low[N], high[N];
+  if (N <= 2) {
+    q8_0_pairs_few<N>(cells, x, low, high);
+  } else {
+    dot32<N>(cells, 0, cells2, 0, x, [&](int t, const Ints& s) { low[t] = s; });
+    dot32<N>(cells, 4, cells2, 4, x, [&](int t, const Ints& s) { high[t] = s; });
   }
+  const Lanes d = load_scales(record + Q8_0::scales + b * 32);
+  for (int t = 0, n = rolled<N>(); t < n; ++t) {
+    const Ints dot = add32(sum_pairs(low[t], 1), sum_pairs(high[t], 16));
+    acc[t] = fma(to_floats(add32(dot, set32(x_start + t))), mul(d, set1(x_scale[t])), acc[t]);
+  }
+}
+
+// Bytes of both halves of the lanes, each in both 16-bit parts of its cell.
+SHOAL_INLINE Ints load_sub_scales(const uint8_t* p) {
+  const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+  const __m256i low = _mm256_cvtepu8_epi32(bytes);
+  const __m256i high = _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes));
+  return {_mm256_or_si256(low, _mm256_slli_epi32(low, 16)),
+          _mm256_or_si256(high, _mm256_slli_epi32(high, 16))};
 }
 
 // Floats appear once per super-block.
 template <int N>
-SHOAL_INLINE void q4_k_finish(const uint8_t* record, const __m256i* dots, const float* x_scale,
-                              const int16_t* x_sums, int half, __m256* acc) {
-  const __m256 d = _mm256_cvtph_ps(load_halves(record + Q4_K::d + half * 16));
-  const __m256 dmin = _mm256_cvtph_ps(load_halves(record + Q4_K::dmin + half * 16));
-  __m256i min[4];
-  for (int c = 0; c < 4; ++c)
-    min[c] = _mm256_cvtepu8_epi16(load_halves(record + Q4_K::mins + c * 32 + half * 16));
-  for (int t = 0; t < N; ++t) {
-    __m256i mins = _mm256_madd_epi16(min[0], broadcast4(x_sums + t * 8));
-    for (int c = 1; c < 4; ++c)
-      mins = _mm256_add_epi32(mins, _mm256_madd_epi16(min[c], broadcast4(x_sums + t * 8 + 2 * c)));
-    const __m256 offset = _mm256_mul_ps(dmin, _mm256_cvtepi32_ps(mins));
-    const __m256 value = _mm256_fmsub_ps(d, _mm256_cvtepi32_ps(dots[t]), offset);
-    acc[t] = _mm256_fmadd_ps(_mm256_set1_ps(x_scale[t]), value, acc[t]);
+SHOAL_INLINE void q4_k_finish(const uint8_t* record, const Ints* dots, const float* x_scale,
+                              const int16_t* x_sums, Lanes* acc) {
+  const Lanes d = load_scales(record + Q4_K::d), dmin = load_scales(record + Q4_K::dmin);
+  Ints min[4];
+  for (int c = 0; c < 4; ++c) {
+    const uint8_t* at = record + Q4_K::mins + c * 32;
+    min[c] = {_mm256_cvtepu8_epi16(load_halves(at)), _mm256_cvtepu8_epi16(load_halves(at + 16))};
   }
-}
-
-template <int N, int H>
-SHOAL_INLINE void q4_k_walk(const uint8_t* record, int blocks, const Tile& tile, int half,
-                            Lanes* out) {
-  const int8_t* x = tile.quants;
-  const float* x_scale = tile.scales;
-  const int16_t* x_sums = tile.sums;
-  __m256 acc[H * N];
-  get_halves<N, H>(out, half, acc);
-  for (; blocks > 0; --blocks, record += Q4_K::record, x_scale += N, x_sums += N * 8) {
-    __m256i dots[H * N];
-    for (int t = 0; t < H * N; ++t) dots[t] = _mm256_setzero_si256();
-    if (half == 0) prefetch(record, Q4_K::quants);
-    for (int c = 0; c < 4; ++c, x += 2 * N * kBlock) {
-      if (half == 0) prefetch(record + Q4_K::quants + c * Q4_K::chunk, Q4_K::chunk);
-      for (int h = 0; h < H; ++h) q4_k_chunk<N>(record, c, x, half + h, dots + h * N);
+  for (int t = 0, n = rolled<N>(); t < n; ++t) {
+    const int16_t* sums = x_sums + t * 8;
+    Ints mins = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int c = 0; c < 4; ++c) {
+      const __m256i two = broadcast4(sums + 2 * c);
+      mins = add32(mins, sum_pairs(min[c], Ints{two, two}));
     }
-    for (int h = 0; h < H; ++h)
-      q4_k_finish<N>(record, dots + h * N, x_scale, x_sums, half + h, acc + h * N);
+    const Lanes value = fms(d, to_floats(dots[t]), mul(dmin, to_floats(mins)));
+    acc[t] = fma(set1(x_scale[t]), value, acc[t]);
   }
-  put_halves<N, H>(out, half, acc);
 }
 
-// Up to two rows, both halves of a record are used while it is in L1: an even stream from memory.
-// More rows need the registers: the group is walked twice, lanes 0-7 then 8-15.
-#define SHOAL_WALK(walk)                                                                      \
-  template <int N>                                                                            \
-  SHOAL_INLINE void walk##_kernel(const uint8_t* group, int blocks, const Tile& tile,         \
-                                  Lanes* acc) {                                               \
-    if (N <= 2) {                                                                             \
-      walk##_walk<N, 2>(group, blocks, tile, 0, acc);                                         \
-    } else {                                                                                  \
-      for (int half = 0; half < 2; ++half) walk##_walk<N, 1>(group, blocks, tile, half, acc); \
-    }                                                                                         \
+// dots[t] += the scaled dot of sub-block 2c (Shift 0) or 2c + 1 (Shift 4).  The 6-bit scale rides
+// on the s16 -> s32 step.
+template <int N, int Shift>
+SHOAL_INLINE void q4_k_sub_block(const uint8_t* record, int c, const int8_t* x, Ints* dots) {
+  const uint8_t* cells = record + Q4_K::quants + c * Q4_K::chunk;
+  const Ints scale = load_sub_scales(record + Q4_K::scales + (2 * c + Shift / 4) * kLanes);
+  dot32<N>(cells, Shift, cells + 4 * kCellRow, Shift, x, [&](int t, const Ints& s) {
+    const Ints scaled = sum_pairs(s, scale);
+    dots[t] = c + Shift == 0 ? scaled : add32(dots[t], scaled);
+  });
+}
+
+template <int N>
+SHOAL_INLINE void add_super_block(const uint8_t* record, const int8_t* x, const float* x_scale,
+                                  const int16_t* x_sums, Lanes* acc) {
+  Ints dots[N];
+  prefetch_weights(record, Q4_K::quants);
+  for (int c = 0; c < 4; ++c, x += 2 * N * kBlock) {
+    prefetch_weights(record + Q4_K::quants + c * Q4_K::chunk, Q4_K::chunk);
+    q4_k_sub_block<N, 0>(record, c, x, dots);
+    q4_k_sub_block<N, 4>(record, c, x + N * kBlock, dots);
   }
-SHOAL_WALK(q4_0)
-SHOAL_WALK(q4_1)
-SHOAL_WALK(q8_0)
-SHOAL_WALK(q4_k)
+  q4_k_finish<N>(record, dots, x_scale, x_sums, acc);
+}
 
 // AVX2 converts no float to int64: in double, adding 1.5 * 2^52 leaves the rounded integer in the
 // low mantissa bits.  float -> double and the product with a power of two are exact.

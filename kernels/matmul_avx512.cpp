@@ -10,12 +10,7 @@ namespace {
 
 constexpr int kFloatAccumulators = 16;
 constexpr int kIntTile = 16, kQ4KTile = 8;  // Q4_K keeps two registers a row: 16 would spill
-
-// 4 KiB ahead: 13-26 % for the 4-bit formats at one row (prototype, Zen 5).
-SHOAL_INLINE void prefetch(const uint8_t* p, int bytes) {
-  for (int i = 0; i < bytes; i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(p) + 4096 + i, _MM_HINT_T0);
-}
+constexpr int kRowsInRegisters = 16;
 
 SHOAL_INLINE __m512i load_bytes(const uint8_t* p) { return _mm512_load_si512(p); }
 SHOAL_INLINE __m256i load_halves(const uint8_t* p) {
@@ -41,88 +36,49 @@ SHOAL_INLINE __m512i dot_block(__m512i start, const __m512i* w, const int8_t* x)
   return start;
 }
 
-// Block b of a record.
+// acc[t] += float(s) * (d * x_scale[t]), s the exact dot of row t.
 template <int N>
-SHOAL_INLINE void q4_0_block(const uint8_t* record, int b, const int8_t* x, const float* x_scale,
-                             const int32_t* x_start, __m512* acc) {
+SHOAL_INLINE void add_dots(const __m512i* w, __m512 d, const int8_t* x, const float* x_scale,
+                           const int32_t* x_start, Lanes* acc) {
+  for (int t = 0; t < N; ++t) {
+    const __m512i s = dot_block(_mm512_set1_epi32(x_start[t]), w, x + t * kBlock);
+    acc[t].v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_mul_ps(d, _mm512_set1_ps(x_scale[t])),
+                               acc[t].v);
+  }
+}
+
+template <int N>
+SHOAL_INLINE void add_block(Q4_0, const uint8_t* record, int b, const int8_t* x,
+                            const float* x_scale, const int32_t* x_start, Lanes* acc) {
   __m512i w[8];
   unpack_nibbles(record + Q4_0::quants + b * Q4_0::block_quants, w);
   const __m512 d = _mm512_cvtph_ps(load_halves(record + Q4_0::scales + b * 32));
-  for (int t = 0; t < N; ++t) {
-    const __m512i s = dot_block(_mm512_set1_epi32(x_start[t]), w, x + t * kBlock);
-    acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_mul_ps(d, _mm512_set1_ps(x_scale[t])),
-                             acc[t]);
-  }
+  add_dots<N>(w, d, x, x_scale, x_start, acc);
 }
 
 template <int N>
-SHOAL_INLINE void q4_0_kernel(const uint8_t* record, int blocks, const Tile& tile, Lanes* out) {
-  const int8_t* x = tile.quants;
-  const float* x_scale = tile.scales;
-  const int32_t* x_start = tile.start;
-  __m512 acc[N];
-  for (int t = 0; t < N; ++t) acc[t] = out[t].v;
-  for (; blocks >= 2; blocks -= 2, record += Q4_0::record) {
-    prefetch(record, Q4_0::record);
-    for (int b = 0; b < 2; ++b, x += N * kBlock, x_scale += N, x_start += N)
-      q4_0_block<N>(record, b, x, x_scale, x_start, acc);
-  }
-  if (blocks == 1) q4_0_block<N>(record, 0, x, x_scale, x_start, acc);
-  for (int t = 0; t < N; ++t) out[t].v = acc[t];
-}
-
-template <int N>
-SHOAL_INLINE void q4_1_kernel(const uint8_t* record, int blocks, const Tile& tile, Lanes* out) {
-  const int8_t* x = tile.quants;
-  const float* x_scale = tile.scales;
-  const int32_t* x_sum = tile.start;
-  __m512 acc[N];
-  for (int t = 0; t < N; ++t) acc[t] = out[t].v;
-  for (; blocks > 0; --blocks, record += Q4_1::record, x += N * kBlock, x_scale += N, x_sum += N) {
-    prefetch(record, Q4_1::record);
-    __m512i w[8];
-    unpack_nibbles(record + Q4_1::quants, w);
-    const __m512 d = _mm512_cvtph_ps(load_halves(record + Q4_1::d));
-    const __m512 m = _mm512_cvtph_ps(load_halves(record + Q4_1::m));
-    for (int t = 0; t < N; ++t) {
-      const __m512i s = dot_block(_mm512_setzero_si512(), w, x + t * kBlock);
-      const __m512 offset = _mm512_mul_ps(m, _mm512_cvtepi32_ps(_mm512_set1_epi32(x_sum[t])));
-      const __m512 value = _mm512_fmadd_ps(d, _mm512_cvtepi32_ps(s), offset);
-      acc[t] = _mm512_fmadd_ps(_mm512_set1_ps(x_scale[t]), value, acc[t]);
-    }
-  }
-  for (int t = 0; t < N; ++t) out[t].v = acc[t];
-}
-
-// Block b of a record.
-template <int N>
-SHOAL_INLINE void q8_0_block(const uint8_t* record, int b, const int8_t* x, const float* x_scale,
-                             const int32_t* x_start, __m512* acc) {
+SHOAL_INLINE void add_block(Q8_0, const uint8_t* record, int b, const int8_t* x,
+                            const float* x_scale, const int32_t* x_start, Lanes* acc) {
   __m512i w[8];
   for (int j = 0; j < 8; ++j)
     w[j] = load_bytes(record + Q8_0::quants + b * Q8_0::block_quants + j * kCellRow);
   const __m512 d = _mm512_cvtph_ps(load_halves(record + Q8_0::scales + b * 32));
-  for (int t = 0; t < N; ++t) {
-    const __m512i s = dot_block(_mm512_set1_epi32(x_start[t]), w, x + t * kBlock);
-    acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_mul_ps(d, _mm512_set1_ps(x_scale[t])),
-                             acc[t]);
-  }
+  add_dots<N>(w, d, x, x_scale, x_start, acc);
 }
 
 template <int N>
-SHOAL_INLINE void q8_0_kernel(const uint8_t* record, int blocks, const Tile& tile, Lanes* out) {
-  const int8_t* x = tile.quants;
-  const float* x_scale = tile.scales;
-  const int32_t* x_start = tile.start;
-  __m512 acc[N];
-  for (int t = 0; t < N; ++t) acc[t] = out[t].v;
-  for (; blocks >= 2; blocks -= 2, record += Q8_0::record) {
-    prefetch(record, Q8_0::record);
-    for (int b = 0; b < 2; ++b, x += N * kBlock, x_scale += N, x_start += N)
-      q8_0_block<N>(record, b, x, x_scale, x_start, acc);
+SHOAL_INLINE void add_block(Q4_1, const uint8_t* record, int, const int8_t* x, const float* x_scale,
+                            const int32_t* x_sum, Lanes* acc) {
+  __m512i w[8];
+  unpack_nibbles(record + Q4_1::quants, w);
+  const __m512 d = _mm512_cvtph_ps(load_halves(record + Q4_1::d));
+  const __m512 m = _mm512_cvtph_ps(load_halves(record + Q4_1::m));
+  for (int t = 0; t < N; ++t) {
+    const __m512i s = dot_block(_mm512_setzero_si512(), w, x + t * kBlock);
+    const __m512 offset = _mm512_mul_ps(m, _mm512_cvtepi32_ps(_mm512_set1_epi32(x_sum[t])));
+    const __m512 value = _mm512_fmadd_ps(d, _mm512_cvtepi32_ps(s), offset);
+    acc[t].v = _mm512_fmadd_ps(_mm512_set1_ps(x_scale[t]), value, acc[t].v);
   }
-  if (blocks == 1) q8_0_block<N>(record, 0, x, x_scale, x_start, acc);
-  for (int t = 0; t < N; ++t) out[t].v = acc[t];
 }
 
 // The integer dots of one super-block, 6-bit scales applied.
@@ -131,7 +87,7 @@ SHOAL_INLINE void q4_k_dots(const uint8_t* record, const int8_t* x, __m512i* dot
   const __m512i low4 = _mm512_set1_epi8(15);
   for (int c = 0; c < 4; ++c) {
     const uint8_t* cells = record + Q4_K::quants + c * Q4_K::chunk;
-    prefetch(cells, Q4_K::chunk);
+    prefetch_weights(cells, Q4_K::chunk);
     for (int high = 0; high < 2; ++high, x += N * kBlock) {
       __m512i w[8];
       for (int j = 0; j < 8; ++j) {
@@ -149,33 +105,25 @@ SHOAL_INLINE void q4_k_dots(const uint8_t* record, const int8_t* x, __m512i* dot
 }
 
 template <int N>
-SHOAL_INLINE void q4_k_kernel(const uint8_t* record, int blocks, const Tile& tile, Lanes* out) {
-  const int8_t* x = tile.quants;
-  const float* x_scale = tile.scales;
-  const int16_t* x_sums = tile.sums;
-  __m512 acc[N];
-  for (int t = 0; t < N; ++t) acc[t] = out[t].v;
-  for (; blocks > 0; --blocks, record += Q4_K::record) {
-    __m512i dots[N];
-    for (int t = 0; t < N; ++t) dots[t] = _mm512_setzero_si512();
-    prefetch(record, Q4_K::quants);
-    q4_k_dots<N>(record, x, dots);
-    const __m512 d = _mm512_cvtph_ps(load_halves(record + Q4_K::d));
-    const __m512 dmin = _mm512_cvtph_ps(load_halves(record + Q4_K::dmin));
-    __m512i min[4];
+SHOAL_INLINE void add_super_block(const uint8_t* record, const int8_t* x, const float* x_scale,
+                                  const int16_t* x_sums, Lanes* acc) {
+  __m512i dots[N];
+  for (int t = 0; t < N; ++t) dots[t] = _mm512_setzero_si512();
+  prefetch_weights(record, Q4_K::quants);
+  q4_k_dots<N>(record, x, dots);
+  const __m512 d = _mm512_cvtph_ps(load_halves(record + Q4_K::d));
+  const __m512 dmin = _mm512_cvtph_ps(load_halves(record + Q4_K::dmin));
+  __m512i min[4];
+  for (int c = 0; c < 4; ++c)
+    min[c] = _mm512_cvtepu8_epi16(load_halves(record + Q4_K::mins + c * 32));
+  for (int t = 0; t < N; ++t) {
+    __m512i mins = _mm512_setzero_si512();
     for (int c = 0; c < 4; ++c)
-      min[c] = _mm512_cvtepu8_epi16(load_halves(record + Q4_K::mins + c * 32));
-    for (int t = 0; t < N; ++t) {
-      __m512i mins = _mm512_setzero_si512();
-      for (int c = 0; c < 4; ++c)
-        mins = _mm512_dpwssd_epi32(mins, min[c], broadcast4(x_sums + t * 8 + 2 * c));
-      const __m512 offset = _mm512_mul_ps(dmin, _mm512_cvtepi32_ps(mins));
-      const __m512 value = _mm512_fmsub_ps(d, _mm512_cvtepi32_ps(dots[t]), offset);
-      acc[t] = _mm512_fmadd_ps(_mm512_set1_ps(x_scale[t]), value, acc[t]);
-    }
-    x += 8 * N * kBlock, x_scale += N, x_sums += N * 8;
+      mins = _mm512_dpwssd_epi32(mins, min[c], broadcast4(x_sums + t * 8 + 2 * c));
+    const __m512 offset = _mm512_mul_ps(dmin, _mm512_cvtepi32_ps(mins));
+    const __m512 value = _mm512_fmsub_ps(d, _mm512_cvtepi32_ps(dots[t]), offset);
+    acc[t].v = _mm512_fmadd_ps(_mm512_set1_ps(x_scale[t]), value, acc[t].v);
   }
-  for (int t = 0; t < N; ++t) out[t].v = acc[t];
 }
 
 // float -> double and the product with a power of two are exact; adding 1.5 * 2^52 leaves the

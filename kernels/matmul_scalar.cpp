@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kFloatAccumulators = 1;
 constexpr int kIntTile = 8, kQ4KTile = 8;
+constexpr int kRowsInRegisters = 0;
 
 struct Ints {
   int32_t v[kLanes];
@@ -45,47 +46,37 @@ SHOAL_INLINE void dot_nibbles(const uint8_t* cells, const int8_t* x, Ints* s) {
 }
 
 template <int N>
-void q4_0_kernel(const uint8_t* group, int blocks, const Tile& tile, Lanes* acc) {
-  for (int b = 0; b < blocks; ++b) {
-    const uint8_t* record = group + b / 2 * Q4_0::record;
-    const Lanes d = load_scales(record + Q4_0::scales + b % 2 * 32);
-    for (int t = 0; t < N; ++t) {
-      const int at = b * N + t;
-      Ints s = set_ints(tile.start[at]);
-      dot_nibbles(record + Q4_0::quants + b % 2 * Q4_0::block_quants, tile.quants + at * kBlock,
-                  &s);
-      acc[t] = fma(to_floats(s), mul(d, set1(tile.scales[at])), acc[t]);
-    }
+void add_block(Q4_0, const uint8_t* record, int b, const int8_t* x, const float* x_scale,
+               const int32_t* x_start, Lanes* acc) {
+  const Lanes d = load_scales(record + Q4_0::scales + b * 32);
+  for (int t = 0; t < N; ++t) {
+    Ints s = set_ints(x_start[t]);
+    dot_nibbles(record + Q4_0::quants + b * Q4_0::block_quants, x + t * kBlock, &s);
+    acc[t] = fma(to_floats(s), mul(d, set1(x_scale[t])), acc[t]);
   }
 }
 
 template <int N>
-void q8_0_kernel(const uint8_t* group, int blocks, const Tile& tile, Lanes* acc) {
-  for (int b = 0; b < blocks; ++b) {
-    const uint8_t* record = group + b / 2 * Q8_0::record;
-    const uint8_t* cells = record + Q8_0::quants + b % 2 * Q8_0::block_quants;
-    const Lanes d = load_scales(record + Q8_0::scales + b % 2 * 32);
-    for (int t = 0; t < N; ++t) {
-      const int at = b * N + t;
-      Ints s = set_ints(tile.start[at]);
-      for (int j = 0; j < 8; ++j)
-        dot_cells(cells + j * kCellRow, 0, 255, tile.quants + at * kBlock + 4 * j, &s);
-      acc[t] = fma(to_floats(s), mul(d, set1(tile.scales[at])), acc[t]);
-    }
+void add_block(Q8_0, const uint8_t* record, int b, const int8_t* x, const float* x_scale,
+               const int32_t* x_start, Lanes* acc) {
+  const uint8_t* cells = record + Q8_0::quants + b * Q8_0::block_quants;
+  const Lanes d = load_scales(record + Q8_0::scales + b * 32);
+  for (int t = 0; t < N; ++t) {
+    Ints s = set_ints(x_start[t]);
+    for (int j = 0; j < 8; ++j) dot_cells(cells + j * kCellRow, 0, 255, x + t * kBlock + 4 * j, &s);
+    acc[t] = fma(to_floats(s), mul(d, set1(x_scale[t])), acc[t]);
   }
 }
 
 template <int N>
-void q4_1_kernel(const uint8_t* record, int blocks, const Tile& tile, Lanes* acc) {
-  for (int b = 0; b < blocks; ++b, record += Q4_1::record) {
-    const Lanes d = load_scales(record + Q4_1::d), m = load_scales(record + Q4_1::m);
-    for (int t = 0; t < N; ++t) {
-      const int at = b * N + t;
-      Ints s = set_ints(0);
-      dot_nibbles(record + Q4_1::quants, tile.quants + at * kBlock, &s);
-      const Lanes offset = mul(m, set1(float(tile.start[at])));
-      acc[t] = fma(set1(tile.scales[at]), fma(d, to_floats(s), offset), acc[t]);
-    }
+void add_block(Q4_1, const uint8_t* record, int, const int8_t* x, const float* x_scale,
+               const int32_t* x_sum, Lanes* acc) {
+  const Lanes d = load_scales(record + Q4_1::d), m = load_scales(record + Q4_1::m);
+  for (int t = 0; t < N; ++t) {
+    Ints s = set_ints(0);
+    dot_nibbles(record + Q4_1::quants, x + t * kBlock, &s);
+    const Lanes offset = mul(m, set1(float(x_sum[t])));
+    acc[t] = fma(set1(x_scale[t]), fma(d, to_floats(s), offset), acc[t]);
   }
 }
 
@@ -105,16 +96,14 @@ SHOAL_INLINE void q4_k_integers(const uint8_t* record, const int8_t* x, int x_st
 }
 
 template <int N>
-void q4_k_kernel(const uint8_t* record, int blocks, const Tile& tile, Lanes* acc) {
-  for (int b = 0; b < blocks; ++b, record += Q4_K::record) {
-    const Lanes d = load_scales(record + Q4_K::d), dmin = load_scales(record + Q4_K::dmin);
-    for (int t = 0; t < N; ++t) {
-      Ints dots = set_ints(0), mins = set_ints(0);
-      q4_k_integers(record, tile.quants + (b * 8 * N + t) * kBlock, N * kBlock,
-                    tile.sums + (b * N + t) * 8, &dots, &mins);
-      const Lanes value = fms(d, to_floats(dots), mul(dmin, to_floats(mins)));
-      acc[t] = fma(set1(tile.scales[b * N + t]), value, acc[t]);
-    }
+void add_super_block(const uint8_t* record, const int8_t* x, const float* x_scale,
+                     const int16_t* x_sums, Lanes* acc) {
+  const Lanes d = load_scales(record + Q4_K::d), dmin = load_scales(record + Q4_K::dmin);
+  for (int t = 0; t < N; ++t) {
+    Ints dots = set_ints(0), mins = set_ints(0);
+    q4_k_integers(record, x + t * kBlock, N * kBlock, x_sums + t * 8, &dots, &mins);
+    const Lanes value = fms(d, to_floats(dots), mul(dmin, to_floats(mins)));
+    acc[t] = fma(set1(x_scale[t]), value, acc[t]);
   }
 }
 

@@ -2,8 +2,10 @@
 //
 // Such a file includes its lanes_*.h, defines
 //     kFloatAccumulators, kIntTile, kQ4KTile       how many Lanes its registers hold, tile sizes
-//     template <int N> void q8_0_kernel(const uint8_t* group, int blocks, const Tile&, Lanes* acc)
-//     ... and the same for q4_0, q4_1 and q4_k: acc[t] += row group * row t, for N rows
+//     kRowsInRegisters                             largest integer tile whose sums stay in
+//     registers template <int N> void add_block(Q4_0, record, b, x, x_scale, x_start, Lanes* acc)
+//     ... for Q4_1 and Q8_0 as well: acc[t] += block b of a record times that block of row t, t < N
+//     template <int N> void add_super_block(record, x, x_scale, x_sums, Lanes* acc)     for Q4_K
 //     bool add_quanta(int64_t* sums, const Lanes& y, float weight, double two_to_grid)
 // in an anonymous namespace, then includes this file, which builds its MatrixKernels from them.
 #pragma once
@@ -36,7 +38,7 @@ SHOAL_INLINE void float_groups(const uint8_t* group, int64_t stride, int cols, c
   for (int k = 0; k < cols; ++k, x += N, group += step) {
     for (int g = 0; g < G; ++g) {
       const uint8_t* at = group + g * stride;
-      __builtin_prefetch(at + 4096);  // 4 KiB: best in the prototype's ablation
+      prefetch_weights(at, 1);
       const Lanes w = load_weights<F>(at);
       for (int t = 0; t < N; ++t) a[g * N + t] = fma(w, set1(x[t]), a[g * N + t]);
     }
@@ -58,6 +60,36 @@ SHOAL_INLINE void float_kernel(const uint8_t* groups, int64_t stride, int count,
   if (count == 1) float_groups<F, N, 1>(groups, stride, cols, tile, acc);
 }
 
+// --- Integer formats: exact dots, one float step a block ---------------------------------------
+
+// acc[t] += row group * row t.  Records hold L::blocks blocks, the last of Q4_0 and Q8_0 maybe one.
+template <class L, int N>
+SHOAL_INLINE void block_kernel(const uint8_t* record, int blocks, const Tile& tile, Lanes* sums) {
+  const int8_t* x = tile.quants;
+  const float* x_scale = tile.scales;
+  const int32_t* x_start = tile.start;
+  Lanes kept[N], *const acc = N <= kRowsInRegisters ? kept : sums;
+  for (int t = 0; acc == kept && t < N; ++t) acc[t] = sums[t];
+  for (; blocks >= L::blocks; blocks -= L::blocks, record += L::record) {
+    prefetch_weights(record, L::record);
+    for (int b = 0; b < L::blocks; ++b, x += N * kBlock, x_scale += N, x_start += N)
+      add_block<N>(L{}, record, b, x, x_scale, x_start, acc);
+  }
+  if (L::blocks == 2 && blocks == 1) add_block<N>(L{}, record, 0, x, x_scale, x_start, acc);
+  for (int t = 0; acc == kept && t < N; ++t) sums[t] = acc[t];
+}
+
+template <int N>
+SHOAL_INLINE void super_block_kernel(const uint8_t* record, int blocks, const Tile& tile,
+                                     Lanes* sums) {
+  Lanes kept[N], *const acc = N <= kRowsInRegisters ? kept : sums;
+  for (int t = 0; acc == kept && t < N; ++t) acc[t] = sums[t];
+  for (int b = 0; b < blocks; ++b, record += Q4_K::record)
+    add_super_block<N>(record, tile.quants + int64_t(b) * N * kSuperBlock, tile.scales + b * N,
+                       tile.sums + b * N * 8, acc);
+  for (int t = 0; acc == kept && t < N; ++t) sums[t] = acc[t];
+}
+
 // --- One entry a format and tile size ----------------------------------------------------------
 
 // acc[g * N + t] += group g * row t, g < count.
@@ -69,10 +101,10 @@ __attribute__((noinline)) void group_kernel(const uint8_t* groups, int64_t strid
   } else {
     const int blocks = (cols + block_cols(F) - 1) / block_cols(F);
     for (; count > 0; --count, groups += stride, acc += N) {
-      if constexpr (F == Format::q8_0) q8_0_kernel<N>(groups, blocks, tile, acc);
-      if constexpr (F == Format::q4_0) q4_0_kernel<N>(groups, blocks, tile, acc);
-      if constexpr (F == Format::q4_1) q4_1_kernel<N>(groups, blocks, tile, acc);
-      if constexpr (F == Format::q4_k) q4_k_kernel<N>(groups, blocks, tile, acc);
+      if constexpr (F == Format::q8_0) block_kernel<Q8_0, N>(groups, blocks, tile, acc);
+      if constexpr (F == Format::q4_0) block_kernel<Q4_0, N>(groups, blocks, tile, acc);
+      if constexpr (F == Format::q4_1) block_kernel<Q4_1, N>(groups, blocks, tile, acc);
+      if constexpr (F == Format::q4_k) super_block_kernel<N>(groups, blocks, tile, acc);
     }
   }
 }

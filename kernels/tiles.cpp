@@ -48,13 +48,13 @@ void for_each_tile(const TileBuffer& buffer, int max_tile, F&& body) {
 }  // namespace
 
 bool all_finite(const float* x, int64_t count) {
-  uint32_t most = 0;
+  uint32_t seen = 0;  // the top bit: an exponent of all ones, to which one was added
   for (int64_t i = 0; i < count; ++i) {
     uint32_t bits;
     std::memcpy(&bits, &x[i], 4);
-    most = std::max(most, bits & 0x7FFFFFFF);
+    seen |= (bits & 0x7FFFFFFF) + 0x00800000;
   }
-  return most < 0x7F800000;
+  return seen < 0x80000000;
 }
 
 int64_t TileBuffer::bytes(Format format, int max_rows, int cols) {
