@@ -301,6 +301,10 @@ def owned_by(artifact: Artifact, config: NodeConfig) -> Ownership:
                 f"{artifact.path} does not hold expert {format_spans(missing)} of layer {layer}, "
                 f"which --experts and --layers name: it has {Ownership(held)}"
             )
+    if not any(wanted.values()):
+        raise UsageError(
+            f"--experts and --layers leave no expert to own: {artifact.path} has {Ownership(held)}"
+        )
     return Ownership(wanted)
 
 
