@@ -1,17 +1,14 @@
-"""StreamingStore on a tiny artifact: right bytes at every size, one read each, errors, changes."""
+"""StreamingStore on a tiny artifact: right bytes at every size, one read each, errors."""
 
 import asyncio
 import errno
-import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from expert_node.lifecycle import StopSignal, WarmUpStopped, warm_up
@@ -23,18 +20,13 @@ from shoal.errors import (
     NotOwned,
     UsageError,
 )
-from shoal.experts.cache import POLICIES
-from shoal.experts.cache.arena import Arena
-from shoal.experts.catalogue import Catalogue
 from shoal.experts.open_store import open_store
 from shoal.experts.options import Backend, Verify
 from shoal.experts.ownership import Ownership
 from shoal.experts.store import StoreOptions, WarmUpProgress
-from shoal.experts.streaming import StreamingStore
-from support.held_reader import HeldReader, until
+from support.held_reader import until
+from support.stores import LAYER, expected, flip, held, size_of, take, whole
 from support.tiny_model import make_tiny_artifact
-
-LAYER = 1
 
 
 @pytest.fixture(scope="module")
@@ -47,54 +39,6 @@ def opened() -> Iterator[ExitStack]:
     """Closes what a test opens."""
     with ExitStack() as stack:
         yield stack
-
-
-def size_of(artifact: Artifact) -> int:
-    return artifact.expert_location(LAYER, 0).num_bytes
-
-
-def whole(artifact: Artifact, opened: ExitStack, **options: object) -> StreamingStore:
-    ownership = Ownership(artifact.owned_experts)
-    store = open_store(artifact, ownership, StoreOptions(**options))  # type: ignore[arg-type]
-    return opened.enter_context(closing(store))
-
-
-def held(
-    artifact: Artifact, opened: ExitStack, places: int | None = None
-) -> tuple[StreamingStore, HeldReader]:
-    """Return a store whose reads end when the test says so, and its reader."""
-    readers: list[HeldReader] = []
-
-    def open_held(paths: object) -> HeldReader:
-        readers.append(HeldReader(paths))  # type: ignore[arg-type]
-        return readers[-1]
-
-    store = StreamingStore(
-        artifact,
-        Ownership(artifact.owned_experts),
-        Catalogue,
-        POLICIES["lru"](8),
-        open_held,
-        cache_bytes=None if places is None else places * size_of(artifact),
-    )
-    opened.enter_context(closing(store))
-    opened.callback(readers[0].let_all_go)
-    return store, readers[0]
-
-
-def take(store: StreamingStore, layer: int, experts: Sequence[int]) -> list[bytes]:
-    """Return the bytes of these experts, however many waves they come in."""
-    found: dict[int, bytes] = {}
-    with store.acquire(layer, experts) as got:
-        for wave in got:
-            assert list(wave.positions) == sorted(wave.positions)
-            found |= {p: w.tobytes() for p, w in zip(wave.positions, wave.weights, strict=True)}
-    return [found[position] for position in range(len(experts))]
-
-
-def expected(artifact: Artifact, layer: int, experts: Sequence[int]) -> list[bytes]:
-    used = artifact.expert_layout(layer).num_bytes
-    return [artifact.read_expert(layer, index)[:used].tobytes() for index in experts]
 
 
 @pytest.mark.parametrize("backend", Backend)
@@ -238,15 +182,6 @@ def test_a_truncated_file_is_told_as_damage(tmp_path: Path, opened: ExitStack) -
     assert take(store, LAYER, [1]) == expected(artifact, LAYER, [1])
 
 
-def flip(artifact: Artifact, index: int) -> None:
-    where = artifact.expert_location(LAYER, index)
-    with where.path.open("r+b") as file:
-        file.seek(where.offset + 64)
-        [byte] = file.read(1)
-        file.seek(where.offset + 64)
-        file.write(bytes([byte ^ 1]))
-
-
 def test_a_damaged_expert_is_never_given_out_and_is_tried_again(
     tmp_path: Path, opened: ExitStack
 ) -> None:
@@ -359,113 +294,6 @@ def test_less_than_two_experts_are_refused_at_the_start(artifact: Artifact) -> N
             Ownership(artifact.owned_experts),
             StoreOptions(cache_bytes=2 * size_of(artifact) - 1),
         )
-
-
-def test_a_smaller_cache_serves_on_and_a_larger_one_holds_more(
-    artifact: Artifact, opened: ExitStack
-) -> None:
-    store, reader = held(artifact, opened, places=16)
-    reader.let_all_go()
-    take(store, LAYER, range(16))
-    with store.acquire(LAYER, [14, 15]) as got:
-        [wave] = got
-        store.resize(3 * size_of(artifact))
-        assert [weights.tobytes() for weights in wave.weights] == expected(
-            artifact, LAYER, [14, 15]
-        )
-        assert reader.registered[-1] == [3 * size_of(artifact)]
-        assert store.figures().resident_bytes == 5 * size_of(artifact)
-    assert store.figures().resident_bytes == 3 * size_of(artifact)
-    assert take(store, LAYER, range(16)) == expected(artifact, LAYER, range(16))
-    assert store.figures().num_resident <= 3
-    store.resize(40 * size_of(artifact))
-    for layer in (0, 1):
-        assert take(store, layer, range(16)) == expected(artifact, layer, range(16))
-    assert store.figures().num_resident > 30
-    store.resize(None)
-    assert store.figures().budget_bytes == store.num_bytes
-    with pytest.raises(UsageError):
-        store.resize(size_of(artifact))
-
-
-def test_memory_that_an_arena_gives_back_is_the_systems_again() -> None:
-    def resident() -> int:
-        return psutil.Process().memory_info().rss
-
-    arena = Arena()
-    before = resident()
-    arena.grow(0, 64 << 20)
-    arena.view(0, 64 << 20)[:] = 1
-    assert resident() - before > 60 << 20
-    arena.give_back_from(16 << 20)
-    assert resident() - before < 24 << 20
-    assert arena.view(0, 16 << 20).all() and not arena.view(16 << 20, 48 << 20).any()
-
-
-def test_another_folder_of_the_same_model_takes_over_what_is_in_memory(
-    artifact: Artifact, tmp_path: Path, opened: ExitStack
-) -> None:
-    copy = Artifact.open(shutil.copytree(artifact.path, tmp_path / "copy.shoal"))
-    store = whole(artifact, opened)
-    take(store, LAYER, range(4))
-    store.rebind(copy, Ownership({LAYER: range(2, 6), 2: range(16)}))
-    assert store.is_resident(LAYER, [2, 3]) and not store.is_resident(LAYER, [0])
-    with pytest.raises(NotOwned, match="layer 0"):
-        store.ownership.check(0, [0])
-    assert take(store, LAYER, [2, 4]) == expected(artifact, LAYER, [2, 4])
-    assert take(store, 2, range(16)) == expected(artifact, 2, range(16))
-    assert store.figures().budget_bytes == store.num_bytes == 20 * size_of(artifact)
-
-
-def test_a_call_under_way_ends_although_its_experts_are_not_owned_any_more(
-    artifact: Artifact, opened: ExitStack
-) -> None:
-    store, reader = held(artifact, opened, places=2)
-    with ThreadPoolExecutor(1) as thread:
-        call = thread.submit(take, store, LAYER, range(6))
-        reader.await_held(2)
-        store.rebind(artifact, Ownership({2: range(16)}))
-        reader.let_all_go()
-        assert call.result(30) == expected(artifact, LAYER, range(6))
-    assert store.figures().num_resident == 0
-    assert take(store, LAYER, [1]) == expected(artifact, LAYER, [1]), "a call that was checked"
-
-
-def test_another_model_is_refused_and_the_old_one_serves_on(
-    artifact: Artifact, tmp_path: Path, opened: ExitStack
-) -> None:
-    other = Artifact.open(make_tiny_artifact(tmp_path, quant="q8_0", seed=1))
-    store = whole(artifact, opened)
-    with pytest.raises(UsageError, match="another model"):
-        store.rebind(other, Ownership(other.owned_experts))
-    assert take(store, LAYER, [1]) == expected(artifact, LAYER, [1])
-
-
-def test_files_in_data_directories_are_read_instead(
-    artifact: Artifact, tmp_path: Path, opened: ExitStack
-) -> None:
-    dirs = (tmp_path / "a", tmp_path / "b")
-    for folder in dirs:
-        shutil.copytree(artifact.path / "experts", folder / "experts")
-    (dirs[1] / "experts" / "layer-002.safetensors").unlink()
-    store = whole(artifact, opened, data_dirs=dirs, cache_bytes=40 * size_of(artifact))
-    for layer in range(3):
-        assert take(store, layer, range(16)) == expected(artifact, layer, range(16))
-    listings = Catalogue(artifact, Ownership(artifact.owned_experts), dirs).listings
-    found = {layer: [s.path.parts[-3] for s in listings[layer, 0].sources] for layer in (1, 2)}
-    assert found == {1: ["a", "b"], 2: ["a"]}
-
-
-def test_a_data_directory_without_experts_or_with_short_ones_is_refused(
-    artifact: Artifact, tmp_path: Path
-) -> None:
-    catalogue = partial(Catalogue, artifact, Ownership(artifact.owned_experts))
-    with pytest.raises(UsageError, match=r"--data-dir .*none of the expert files.*layer-000"):
-        catalogue([tmp_path])
-    (tmp_path / "experts").mkdir()
-    (tmp_path / "experts" / "layer-001.safetensors").write_bytes(b"short")
-    with pytest.raises(CorruptArtifact, match=r"layer-001\.safetensors: 5 bytes"):
-        catalogue([tmp_path])
 
 
 def test_a_prefetch_becomes_a_demand_when_a_call_comes_for_it(

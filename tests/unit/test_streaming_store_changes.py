@@ -1,0 +1,142 @@
+"""StreamingStore while it serves: another size, other files, other experts, other directories."""
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shoal.artifact import Artifact
+from shoal.errors import (
+    CorruptArtifact,
+    NotOwned,
+    UsageError,
+)
+from shoal.experts.cache.arena import Arena
+from shoal.experts.catalogue import Catalogue
+from shoal.experts.ownership import Ownership
+from support.stores import LAYER, expected, held, size_of, take, whole
+from support.tiny_model import make_tiny_artifact
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return Artifact.open(make_tiny_artifact(tmp_path_factory.mktemp("model"), quant="q8_0"))
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    """Closes what a test opens."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_a_smaller_cache_serves_on_and_a_larger_one_holds_more(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store, reader = held(artifact, opened, places=16)
+    reader.let_all_go()
+    take(store, LAYER, range(16))
+    with store.acquire(LAYER, [14, 15]) as got:
+        [wave] = got
+        store.resize(3 * size_of(artifact))
+        assert [weights.tobytes() for weights in wave.weights] == expected(
+            artifact, LAYER, [14, 15]
+        )
+        assert reader.registered[-1] == [3 * size_of(artifact)]
+        assert store.figures().resident_bytes == 5 * size_of(artifact)
+    assert store.figures().resident_bytes == 3 * size_of(artifact)
+    assert take(store, LAYER, range(16)) == expected(artifact, LAYER, range(16))
+    assert store.figures().num_resident <= 3
+    store.resize(40 * size_of(artifact))
+    for layer in (0, 1):
+        assert take(store, layer, range(16)) == expected(artifact, layer, range(16))
+    assert store.figures().num_resident > 30
+    store.resize(None)
+    assert store.figures().budget_bytes == store.num_bytes
+    with pytest.raises(UsageError):
+        store.resize(size_of(artifact))
+
+
+def test_memory_that_an_arena_gives_back_is_the_systems_again() -> None:
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    arena = Arena()
+    before = resident()
+    arena.grow(0, 64 << 20)
+    arena.view(0, 64 << 20)[:] = 1
+    assert resident() - before > 60 << 20
+    arena.give_back_from(16 << 20)
+    assert resident() - before < 24 << 20
+    assert arena.view(0, 16 << 20).all() and not arena.view(16 << 20, 48 << 20).any()
+
+
+def test_another_folder_of_the_same_model_takes_over_what_is_in_memory(
+    artifact: Artifact, tmp_path: Path, opened: ExitStack
+) -> None:
+    copy = Artifact.open(shutil.copytree(artifact.path, tmp_path / "copy.shoal"))
+    store = whole(artifact, opened)
+    take(store, LAYER, range(4))
+    store.rebind(copy, Ownership({LAYER: range(2, 6), 2: range(16)}))
+    assert store.is_resident(LAYER, [2, 3]) and not store.is_resident(LAYER, [0])
+    with pytest.raises(NotOwned, match="layer 0"):
+        store.ownership.check(0, [0])
+    assert take(store, LAYER, [2, 4]) == expected(artifact, LAYER, [2, 4])
+    assert take(store, 2, range(16)) == expected(artifact, 2, range(16))
+    assert store.figures().budget_bytes == store.num_bytes == 20 * size_of(artifact)
+
+
+def test_a_call_under_way_ends_although_its_experts_are_not_owned_any_more(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store, reader = held(artifact, opened, places=2)
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(take, store, LAYER, range(6))
+        reader.await_held(2)
+        store.rebind(artifact, Ownership({2: range(16)}))
+        reader.let_all_go()
+        assert call.result(30) == expected(artifact, LAYER, range(6))
+    assert store.figures().num_resident == 0
+    assert take(store, LAYER, [1]) == expected(artifact, LAYER, [1]), "a call that was checked"
+
+
+def test_another_model_is_refused_and_the_old_one_serves_on(
+    artifact: Artifact, tmp_path: Path, opened: ExitStack
+) -> None:
+    other = Artifact.open(make_tiny_artifact(tmp_path, quant="q8_0", seed=1))
+    store = whole(artifact, opened)
+    with pytest.raises(UsageError, match="another model"):
+        store.rebind(other, Ownership(other.owned_experts))
+    assert take(store, LAYER, [1]) == expected(artifact, LAYER, [1])
+
+
+def test_files_in_data_directories_are_read_instead(
+    artifact: Artifact, tmp_path: Path, opened: ExitStack
+) -> None:
+    dirs = (tmp_path / "a", tmp_path / "b")
+    for folder in dirs:
+        shutil.copytree(artifact.path / "experts", folder / "experts")
+    (dirs[1] / "experts" / "layer-002.safetensors").unlink()
+    store = whole(artifact, opened, data_dirs=dirs, cache_bytes=40 * size_of(artifact))
+    for layer in range(3):
+        assert take(store, layer, range(16)) == expected(artifact, layer, range(16))
+    listings = Catalogue(artifact, Ownership(artifact.owned_experts), dirs).listings
+    found = {layer: [s.path.parts[-3] for s in listings[layer, 0].sources] for layer in (1, 2)}
+    assert found == {1: ["a", "b"], 2: ["a"]}
+
+
+def test_a_data_directory_without_experts_or_with_short_ones_is_refused(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    catalogue = partial(Catalogue, artifact, Ownership(artifact.owned_experts))
+    with pytest.raises(UsageError, match=r"--data-dir .*none of the expert files.*layer-000"):
+        catalogue([tmp_path])
+    (tmp_path / "experts").mkdir()
+    (tmp_path / "experts" / "layer-001.safetensors").write_bytes(b"short")
+    with pytest.raises(CorruptArtifact, match=r"layer-001\.safetensors: 5 bytes"):
+        catalogue([tmp_path])
