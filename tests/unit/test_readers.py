@@ -196,7 +196,9 @@ def test_a_promoted_prefetch_is_read_before_one_that_is_not(backend: Backend, fi
         reader.set_bandwidth(None)
         order: list[int] = []
         while len(order) < 4:
-            order += [done.tag for done in reader.wait(30.0)]
+            ended = reader.wait(30.0)
+            assert ended
+            order += [done.tag for done in ended]
         assert order.index(3) < order.index(1) < order.index(2)
 
 

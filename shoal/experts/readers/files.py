@@ -9,6 +9,7 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +69,15 @@ class OpenFile:
         if self._buffered is None:
             self._buffered = self._open_with(0)
             if _fadvise is not None:  # reads have their full length: nothing to guess
-                _fadvise(self._buffered, 0, 0, _RANDOM)
+                with suppress(OSError):  # it is advice
+                    _fadvise(self._buffered, 0, 0, _RANDOM)
         return self._buffered
 
     def forget(self, offset: int, num_bytes: int) -> None:
         """Tell the kernel not to keep these bytes: whoever reads has its own cache."""
         if self._buffered is not None and _fadvise is not None:
-            _fadvise(self._buffered, offset, num_bytes, _DONTNEED)
+            with suppress(OSError):  # it is advice
+                _fadvise(self._buffered, offset, num_bytes, _DONTNEED)
 
     def give_up_direct(self, why: str) -> None:
         """Read through the page cache from now on."""
