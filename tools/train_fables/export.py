@@ -3,7 +3,8 @@
     python -m tools.train_fables.export OUT [--checkpoint final]
 
 Writes OUT/hub: what `shoal convert` reads. Fails where the logits of transformers differ by more
-than 1e-4 from those of the model that was trained.
+than 1e-4 from those of the model that was trained. Writes OUT/reference.npz, ids [B, T] and
+transformers' logits [B, T, V], for the comparison with shoal (`finish`).
 """
 
 # pyright: reportMissingImports=false
@@ -14,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -45,12 +47,12 @@ def write_hub(model: Fables, out: Path, hub: Path) -> None:
 
 
 @torch.no_grad()
-def largest_difference(model: Fables, hub: Path, ids: torch.Tensor) -> float:
-    """Return the largest difference of transformers' logits on ids [B, T]."""
+def transformers_logits(hub: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Return transformers' logits [B, T, V] of ids [B, T]."""
     from transformers import Qwen3MoeForCausalLM
 
     theirs = Qwen3MoeForCausalLM.from_pretrained(hub, dtype=torch.float32).eval()
-    return float((theirs(ids).logits - model(ids)).abs().max())
+    return theirs(ids).logits
 
 
 def main() -> None:
@@ -63,7 +65,10 @@ def main() -> None:
     model = load(args.out / f"{args.checkpoint}.pt")
     write_hub(model, args.out, args.out / "hub")
     ids = Rows(args.out / "seed.npz", 0).take(4, 256)
-    difference = largest_difference(model, args.out / "hub", ids)
+    theirs = transformers_logits(args.out / "hub", ids)
+    with torch.no_grad():
+        difference = float((theirs - model(ids)).abs().max())
+    np.savez(args.out / "reference.npz", ids=ids.numpy(), logits=theirs.numpy())
     print(f"{args.out / 'hub'}: logits differ by at most {difference:.2g} from transformers'")
     if not difference <= TOLERANCE:
         raise SystemExit(f"more than {TOLERANCE}: the export is wrong")
