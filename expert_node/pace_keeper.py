@@ -61,6 +61,7 @@ class PaceKeeper:
         self._lock = threading.Lock()
         self._is_closed = False
         self._own_depth: int | None = None  # what the store reads with when nobody paces it
+        self._applied: tuple[int | None, int | None, bool] | None = None
         full = Pace(PacingState.FULL, self._limits.max_queue_depth, max_bytes_per_s, True)
         self.view = PaceView(full, ())
         self._apply(full)
@@ -108,8 +109,7 @@ class PaceKeeper:
         pace = self._pacer.on_sample(self._sampled(temperatures, reader))
         before = self.view.pace
         self.view = PaceView(pace, temperatures)
-        if pace != before:
-            self._apply(pace)
+        self._apply(pace)
         if pace.state is not before.state:
             report = _log.info if pace.state is PacingState.FULL else _log.warning
             report(
@@ -140,9 +140,11 @@ class PaceKeeper:
             num_reads=sum(counts),
             num_bytes=reader.num_bytes - before.num_bytes,
             p99_s=quantile(LATENCY_BOUNDS_S, counts, 0.99),
-            latency_sum_s=reader.chunk_latency_sum_s - before.chunk_latency_sum_s,
         )
 
     def _apply(self, pace: Pace) -> None:
         depth = None if pace.queue_depth == self._limits.max_queue_depth else pace.queue_depth
-        self._store.set_pace(depth, pace.bytes_per_s, allows_prefetch=pace.allows_prefetch)
+        wanted = (depth, pace.bytes_per_s, pace.allows_prefetch)
+        if wanted != self._applied:
+            self._applied = wanted
+            self._store.set_pace(depth, pace.bytes_per_s, allows_prefetch=pace.allows_prefetch)

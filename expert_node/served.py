@@ -172,12 +172,12 @@ class Served:
         try:
             if plan.ownership.ranges != self.ownership.ranges or plan.signature != self._signature:
                 changed = self._rebind(plan, open_streams)
-            self.store.resize(_budget(plan.config.cache_bytes, plan.artifact, plan.ownership))
+            elif plan.config.cache_bytes != self._config.cache_bytes:
+                self._serve_all(plan.config)
         except BaseException:
             plan.close()
-            if self.artifact is not old[0]:
-                self.artifact, self.ownership, self._signature = old
-                self._serve_all()
+            self.artifact, self.ownership, self._signature = old
+            self._serve_all(self._config)
             raise
         self.store.set_verify(plan.config.verify)
         self.store.pin(plan.pins)
@@ -196,9 +196,9 @@ class Served:
                 self._lingering[stream_id] = self._lingering[GRACE]
 
     def on_stream_end(self, stream_id: int) -> bool:
-        """Learn that a stream (or GRACE) is over. True: `settle` has something to let go of."""
+        """Learn that a stream (or GRACE) is over. True: `settle` may let go of something."""
         with self._lock:
-            return self._lingering.pop(stream_id, None) is not None and not self._lingering
+            return self._lingering.pop(stream_id, None) is not None
 
     @property
     def lingers(self) -> bool:
@@ -207,8 +207,8 @@ class Served:
 
     def settle(self) -> None:
         """Stop to serve what only streams that have ended could call."""
-        if not self._lingering and self.store.ownership.ranges != self.ownership.ranges:
-            self._serve_all()
+        if self._everything()[1].ranges != self.store.ownership.ranges:
+            self._serve_all(self._config)
             _log.info("former experts are let go: no stream is left that knew of them")
 
     def close(self) -> None:
@@ -227,10 +227,10 @@ class Served:
                     self._lingering[stream_id] = (*self._lingering.get(stream_id, ()), former)
         self.artifact, self.ownership = plan.artifact, plan.ownership
         self._signature = plan.signature
-        self._serve_all()
+        self._serve_all(plan.config)
         return changed
 
-    def _serve_all(self) -> None:
+    def _everything(self) -> tuple[ExpertFiles, Ownership]:
         # What is owned, and what streams from before may still call.
         files: ExpertFiles = self.artifact
         owned = {layer: set(self.ownership.experts(layer)) for layer in self.ownership.layers}
@@ -241,7 +241,25 @@ class Served:
                 owned.setdefault(layer, set()).update(former.experts(layer))
             if former_files is not self.artifact:
                 files = EitherFiles(files, former_files)
-        self.store.rebind(files, Ownership(owned))
+        return files, Ownership(owned)
+
+    def _serve_all(self, config: NodeConfig) -> None:
+        files, everything = self._everything()
+        budget = config.cache_bytes
+        if budget is None and self._lacks_room(everything):
+            # Former experts find room among those that are owned.
+            budget = max(
+                owned_bytes(self.artifact, self.ownership), 2 * _largest(self.artifact, everything)
+            )
+        if budget is not None:
+            self.store.resize(budget)
+        self.store.rebind(files, everything)
+        if budget is None:
+            self.store.resize(None)
+
+    def _lacks_room(self, everything: Ownership) -> bool:
+        needed = owned_bytes(self.artifact, everything) + OVERHEAD_BYTES
+        return needed > self.memory.num_bytes
 
 
 class EitherFiles:
@@ -355,13 +373,6 @@ def signature_of(artifact: Artifact) -> Signature:
     stats = [(name, (artifact.path / name).stat()) for name in names]
     found = [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return ((str(artifact.path), 0, 0, 0), *found)
-
-
-def _budget(cache_bytes: int | None, artifact: Artifact, ownership: Ownership) -> int:
-    # Without --cache: what is owned, also while former experts linger: they find room among these.
-    if cache_bytes is not None:
-        return cache_bytes
-    return max(owned_bytes(artifact, ownership), 2 * _largest(artifact, ownership))
 
 
 def _largest(artifact: Artifact, ownership: Ownership) -> int:

@@ -6,9 +6,10 @@ that comes first: one chunk at a time and demand only. What is felt rises with t
 and falls only once the reading is HYSTERESIS_C below it, so that a reading that trembles changes
 nothing.
 
-Latency, with or without a sensor. The p99 of a sample is compared with what was normal at that many
-chunks in flight: a longer queue alone is no complaint. Above SLOW_FACTOR times for PATIENCE_S: one
-step down; below CALM_FACTOR times, or idle, for PATIENCE_S: one step up; between: stay.
+Latency, with or without a sensor. The p99 of a sample is compared with what is normal; more bytes a
+second than normal excuse as many times the latency: a longer queue alone is no complaint. Above
+SLOW_FACTOR times for PATIENCE_S: one step down; below CALM_FACTOR times, or idle, for PATIENCE_S:
+one step up; between: stay.
 
     steps   0: full --slow--> 1: no prefetch --slow--> 2: half the depth --slow--> 3: a quarter
                    <--calm--                <--calm--                   <--calm--
@@ -59,8 +60,7 @@ class Sample:
     """What was seen since the sample before.
 
     temperature_c, warning_c: of the hottest drive, and what it says is too hot; None: unknown.
-    num_reads, num_bytes: chunks that completed. p99_s: of their latencies; latency_sum_s: their
-        sum, which over the time between samples is the mean number in flight (Little's law).
+    num_reads, num_bytes: chunks that completed. p99_s: of their latencies.
     """
 
     now_s: float
@@ -69,7 +69,6 @@ class Sample:
     num_reads: int = 0
     num_bytes: int = 0
     p99_s: float = 0.0
-    latency_sum_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,18 @@ class Pace:
 @dataclass(slots=True)
 class _Normal:
     p99_s: float
+    bytes_per_s: float
     num_samples: int = 1
+
+    def learn(self, p99_s: float, bytes_per_s: float) -> None:
+        self.num_samples += 1
+        self.p99_s += LEARNING_RATE * (p99_s - self.p99_s)
+        self.bytes_per_s += LEARNING_RATE * (bytes_per_s - self.bytes_per_s)
+
+    def excess(self, p99_s: float, bytes_per_s: float) -> float:
+        """How many times the latency that these bytes a second excuse."""
+        load = max(1.0, bytes_per_s / self.bytes_per_s)
+        return p99_s / (self.p99_s * load)
 
 
 class Pacer:
@@ -98,7 +108,7 @@ class Pacer:
         self._felt_at_s = 0.0
         self._sampled_s: float | None = None
         self._best_bytes_per_s = 0.0
-        self._normals: dict[int, _Normal] = {}  # by bit length of the mean number in flight
+        self._normal: _Normal | None = None
         self._step = 0
         self._slow_since_s: float | None = None
         self._calm_since_s: float | None = None
@@ -113,8 +123,9 @@ class Pacer:
         elapsed_s = 0.0 if self._sampled_s is None else sample.now_s - self._sampled_s
         self._sampled_s = sample.now_s
         if elapsed_s > 0:
-            self._best_bytes_per_s = max(self._best_bytes_per_s, sample.num_bytes / elapsed_s)
-            self._feel_latency(sample, sample.latency_sum_s / elapsed_s)
+            bytes_per_s = sample.num_bytes / elapsed_s
+            self._best_bytes_per_s = max(self._best_bytes_per_s, bytes_per_s)
+            self._feel_latency(sample, bytes_per_s)
         self._feel_temperature(sample)
         return self._pace(self._heat(sample.warning_c))
 
@@ -138,20 +149,19 @@ class Pacer:
         above = self._felt_c - self.limits.thermal_limit_c
         return 1.0 if above >= span else above / span
 
-    def _feel_latency(self, sample: Sample, in_flight: float) -> None:
-        now_s, level = sample.now_s, int(in_flight).bit_length()
-        normal_s = self._normal_s(level)
-        is_judged = sample.num_reads >= MIN_READS and normal_s is not None
-        is_slow = is_judged and sample.p99_s > SLOW_FACTOR * (normal_s or 0.0)
-        is_calm = not is_slow and (
-            sample.num_reads < MIN_READS or sample.p99_s <= CALM_FACTOR * (normal_s or 0.0)
-        )
-        if sample.num_reads >= MIN_READS and not is_slow and self._step == 0:
-            self._learn(level, sample.p99_s)
-        self._slow_since_s = (self._slow_since_s or now_s) if is_slow else None
-        self._calm_since_s = (self._calm_since_s or now_s) if is_calm else None
+    def _feel_latency(self, sample: Sample, bytes_per_s: float) -> None:
+        now_s, normal = sample.now_s, self._normal
+        tells = sample.num_reads >= MIN_READS and sample.p99_s > 0 and bytes_per_s > 0
+        excess = 0.0  # idle is calm
+        if tells and normal is not None and normal.num_samples >= LEARNING_SAMPLES:
+            excess = normal.excess(sample.p99_s, bytes_per_s)
+        is_slow, is_calm = excess > SLOW_FACTOR, excess <= CALM_FACTOR
+        if tells and not is_slow and self._step == 0:
+            self._learn(sample.p99_s, bytes_per_s)
+        self._slow_since_s = _since(self._slow_since_s, now_s) if is_slow else None
+        self._calm_since_s = _since(self._calm_since_s, now_s) if is_calm else None
         if self._step == _MAX_STEP and is_slow and now_s - self._step_since_s >= FORGET_S:
-            self._normals.clear()
+            self._normal = None
             self._go_to(0, now_s)
         elif self._slow_since_s is not None and now_s - self._slow_since_s >= PATIENCE_S:
             self._go_to(min(self._step + 1, _MAX_STEP), now_s)
@@ -163,23 +173,11 @@ class Pacer:
             self._step, self._step_since_s = step, now_s
             self._slow_since_s = self._calm_since_s = None
 
-    def _learn(self, level: int, p99_s: float) -> None:
-        normal = self._normals.get(level)
-        if normal is None:
-            self._normals[level] = _Normal(p99_s)
+    def _learn(self, p99_s: float, bytes_per_s: float) -> None:
+        if self._normal is None:
+            self._normal = _Normal(p99_s, bytes_per_s)
         else:
-            normal.num_samples += 1
-            normal.p99_s += LEARNING_RATE * (p99_s - normal.p99_s)
-
-    def _normal_s(self, level: int) -> float | None:
-        # Latency grows with the queue, but no faster than it: a level that was never seen is judged
-        # by the next longer queue, else by a shorter one's latency times the ratio.
-        known = [at for at, n in self._normals.items() if n.num_samples >= LEARNING_SAMPLES]
-        longer = min((at for at in known if at >= level), default=None)
-        if longer is not None:
-            return self._normals[longer].p99_s
-        shorter = max(known, default=None)
-        return None if shorter is None else self._normals[shorter].p99_s * 2 ** (level - shorter)
+            self._normal.learn(p99_s, bytes_per_s)
 
     def _pace(self, heat: float) -> Pace:
         limits = self.limits
@@ -209,7 +207,11 @@ class Pacer:
         """Assert what holds between samples."""
         assert 0 <= self._step <= _MAX_STEP
         assert self._slow_since_s is None or self._calm_since_s is None, "slow and calm at once"
-        assert all(normal.p99_s >= 0 for normal in self._normals.values())
+        assert self._normal is None or self._normal.p99_s > 0 < self._normal.bytes_per_s
+
+
+def _since(before_s: float | None, now_s: float) -> float:
+    return now_s if before_s is None else before_s
 
 
 def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float:
