@@ -1,7 +1,6 @@
 """Pre-gate matrices: what they compute, where they are, and that no identity knows of them."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,29 +8,17 @@ import pytest
 
 from client.slice_cmd import Preset, slice_
 from shoal import ops
-from shoal.artifact import Artifact, encode_manifest
+from shoal.artifact import Artifact
 from shoal.artifact.pregate import PREGATE_FILE
 from shoal.artifact.verify import find_problems
 from shoal.errors import CorruptArtifact
+from support.pregates import without_pregates
 from support.tiny_model import make_tiny_artifact
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_artifact(tmp_path_factory.mktemp("artifact"), "qwen3_moe", "q4_0")
-
-
-def without_pregates(source: Path, out: Path) -> Artifact:
-    """Make what an earlier convert wrote."""
-    artifact = Artifact.open(source)
-    out.mkdir()
-    for path in source.iterdir():
-        if path.name != PREGATE_FILE:
-            (out / path.name).symlink_to(path)
-    (out / "manifest.json").unlink()
-    manifest = replace(artifact.manifest, pregates=())
-    (out / "manifest.json").write_bytes(encode_manifest(manifest))
-    return Artifact.open(out)
 
 
 @pytest.mark.parametrize(

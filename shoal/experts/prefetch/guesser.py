@@ -109,7 +109,8 @@ class _Models:
     def __init__(self, layer: RoutedLayer, predictors: Sequence[str]) -> None:
         rate = layer.experts_per_token / layer.num_experts
         self.fused = Fusion([b for name in predictors for b in _BINS[name]], rate)
-        self.single = {name: Fusion(_BINS[name], rate) for name in predictors}
+        alone = predictors if len(predictors) > 1 else ()  # a single one is the fused one
+        self.single = {name: Fusion(_BINS[name], rate) for name in alone}
         self.calls = 0
 
 
@@ -206,10 +207,11 @@ class Guesser:
         """Return each predictor's counters, of one target layer or of all."""
         totals: dict[str, PredictorFigures] = {}
         for name in (FUSED, *self._predictors):
+            source = name if len(self._predictors) > 1 else FUSED
             counts = [
                 count
                 for (target, of), count in self._counts.items()
-                if of == name and layer in (None, target)
+                if of == source and layer in (None, target)
             ]
             totals[name] = PredictorFigures(
                 sum(c.wanted for c in counts),

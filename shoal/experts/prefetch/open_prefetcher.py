@@ -21,11 +21,19 @@ _GUARD_PASSES = 2  # of the 16: what the window before left in the cache
 
 
 def open_prefetcher(
-    mode: Mode, artifact: Artifact, ownership: Ownership, store: PrefetchStore
+    mode: Mode,
+    artifact: Artifact,
+    ownership: Ownership,
+    store: PrefetchStore,
+    *,
+    is_governed: bool = True,
 ) -> Prefetcher | None:
     """Return a prefetcher, or None where `mode` is off or nothing is to be guessed.
 
     Nothing is to be guessed where each token visits every expert.
+
+    Args:
+        is_governed: whether `auto` switches itself off where it does not win; not in a measurement.
 
     Raises:
         UsageError: `mode` is pregate and the artifact has no matrices and cannot make them.
@@ -58,7 +66,7 @@ def open_prefetcher(
         layer.layer: artifact.expert_location(layer.layer, layer.owned[0]).num_bytes
         for layer in layers
     }
-    governors = _governors(len(layers)) if mode is Mode.AUTO else {}
+    governors = _governors(len(layers)) if mode is Mode.AUTO and is_governed else {}
     guesser = Guesser(layers, pregates, predictors)
     return ReadAhead(mode, guesser, store, expert_bytes, governors)
 

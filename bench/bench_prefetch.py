@@ -1,0 +1,347 @@
+"""Does guessing the next layer's experts pay? Recall offline, and A-B-A on real reads.
+
+python bench/bench_prefetch.py [MODEL.shoal] [--texts bench/traces/texts.jsonl] [--tokens 3000]
+    [--online-tokens 700] [--residency 25 50] [--ffn-dim 4096] [--skip-online] [--skip-offline]
+
+Offline: the texts are read once, in process; each predictor guesses every call from those before
+it, learning as it goes. recall@k: of the k experts that the router chose, how many are among the
+predictor's first k. precision: of those it gives more than one half, how many came.
+
+Online: experts are widened (bench/widen_experts.py: the same tokens and routing, experts of the
+size that streaming is for) and read with O_DIRECT through a cache of a share of them. The text is
+cut into windows; demand-only (A) and prefetching (B) take turns window by window, and a second
+pass swaps them: each window is measured both ways, next to each other in time. Every subject
+begins with an empty cache; the first window is not counted.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.disk_probe import disk_speed
+from bench.measure import ROOT, Row, save, show
+from bench.prefetch_reading import Reader, SeenCall, record_calls, token_ids
+from bench.widen_experts import widen
+from coordinator.expert_dispatch import LocalDispatch
+from shoal import ops
+from shoal.artifact import Artifact
+from shoal.artifact.pregate import PregatePlan
+from shoal.artifact.pregate_build import build_pregate
+from shoal.experts.executor import ExpertExecutor
+from shoal.experts.open_store import open_store
+from shoal.experts.options import Mode
+from shoal.experts.ownership import Ownership
+from shoal.experts.prefetch.guesser import FUSED, PREDICTORS, Guesser, RoutedLayer
+from shoal.experts.prefetch.open_prefetcher import open_prefetcher
+from shoal.experts.prefetch.pregate import Pregate
+from shoal.experts.store import StoreOptions
+from shoal.paths import default_model
+from shoal.quant import Format
+from shoal.rows import Rows
+
+F64 = NDArray[np.float64]
+WINDOW_TOKENS = 50
+FORMS = ((Format.BF16, 1), (Format.Q8_0, 1), (Format.Q4_K, 1), (Format.Q4_K, 2))
+
+
+def routed_layers(artifact: Artifact) -> list[RoutedLayer]:
+    """Return the layers of a whole model that have routers."""
+    return [
+        RoutedLayer(
+            index,
+            layer.router.num_experts,
+            layer.router.experts_per_token,
+            tuple(range(layer.router.num_experts)),
+        )
+        for index, layer in enumerate(artifact.spec.layers)
+        if layer.router is not None
+    ]
+
+
+def offline(artifact: Artifact, calls: Sequence[SeenCall]) -> list[Row]:
+    """Return recall and precision of each predictor, of each target layer and of all."""
+    layers = routed_layers(artifact)
+    gates = {
+        entry.plan.layer: Pregate(
+            artifact.read_pregate(entry), entry.plan.parts, layers[0].experts_per_token
+        )
+        for entry in artifact.manifest.pregates
+    }
+    rows: list[Row] = []
+    for name, predictors in [*((name, (name,)) for name in PREDICTORS), (FUSED, PREDICTORS)]:
+        guesser = Guesser(layers, gates, predictors)
+        spent_s = 0.0
+        for call in calls:
+            began_s = time.perf_counter()
+            guesser.settle(0, call.layer, 1, call.experts)
+            guesser.guess(0, call.layer, call.rows)
+            spent_s += time.perf_counter() - began_s
+        for layer in (None, *(layer.layer for layer in layers)):
+            figures = guesser.figures(layer)[FUSED]
+            rows.append(
+                {
+                    "predictor": name,
+                    "layer": "all" if layer is None else layer,
+                    "recall": figures.recall,
+                    "precision": figures.precision,
+                    "would_read_per_wanted": figures.admitted / max(1, figures.wanted),
+                    "us_per_call": 1e6 * spent_s / len(calls),
+                }
+            )
+    return rows
+
+
+def format_loss(artifact: Artifact, calls: Sequence[SeenCall]) -> list[Row]:
+    """Return what each stored form of the matrices loses, on the rows of its own scheme.
+
+    kept: how often its first k are those of the exact matrix on exact rows. recall: how often they
+    are what the router then chose.
+    """
+    followed = list(itertools.pairwise(calls))
+    rows: list[Row] = []
+    for fmt, parts in FORMS:
+        kept = right = total = 0
+        for entry in artifact.manifest.pregates:
+            plan = replace(entry.plan, format=fmt, parts=parts)
+            exact = exact_matrix(artifact, plan)
+            data = build_pregate(plan, artifact.dense_values)
+            gate = Pregate(ops.Matrix(fmt, plan.rows, plan.dim, data), parts, 1)
+            for call, following in followed:
+                if (call.layer, following.layer) != (plan.layer, plan.target):
+                    continue
+                values = plain_rows(call.rows)
+                found = gate.scores(ops.quantise_rows(fmt.scheme, values))[0]
+                kept += _common(found, exact @ values[0].astype(np.float64), following.experts.size)
+                first = np.argsort(-found)[: following.experts.size]
+                right += int(np.isin(first, following.experts).sum())
+                total += following.experts.size
+        form = f"{fmt.label} x{parts}" if parts > 1 else fmt.label
+        rows.append({"form": form, "scheme": fmt.scheme.name.lower(), "kept": kept / total})
+        rows[-1] = {**rows[-1], "recall": right / total, "choices": total}
+    return rows
+
+
+def exact_matrix(artifact: Artifact, plan: PregatePlan) -> F64:
+    """Return [E, D], as docs/formats/artifact.md defines it."""
+    router = artifact.dense_values(f"layers.{plan.target}.router").astype(np.float64)
+    mine, theirs = (
+        artifact.dense_values(f"layers.{index}.ffn.norm").astype(np.float64)
+        for index in (plan.layer, plan.target)
+    )
+    exact: F64 = router * (theirs / mine)
+    return exact
+
+
+def plain_rows(rows: Rows) -> NDArray[np.float32]:
+    """Return what rows stand for, [T, D] float32."""
+    values = np.asarray(rows.values, np.float32)
+    if rows.scheme.span > 1:
+        values = values * np.repeat(rows.scales, rows.scheme.span, axis=1)
+    return np.ascontiguousarray(values[:, : rows.dim])
+
+
+def _common(found: NDArray[np.float32], exact: F64, count: int) -> int:
+    return len({*np.argsort(-found)[:count].tolist()} & {*np.argsort(-exact)[:count].tolist()})
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What some tokens took. has_prefetch: whether it was B."""
+
+    has_prefetch: bool
+    seconds: float
+    stall_s: float
+    read_bytes: int
+    misses: int
+
+
+def run_windows(
+    artifact: Artifact,
+    texts: Sequence[Sequence[int]],
+    cache_bytes: int,
+    mode: Mode,
+    is_governed: bool,
+    starts_with_b: bool,
+) -> tuple[list[Window], str, dict[str, object]]:
+    """Read the texts once; return the windows, the digest of all logits, and figures."""
+    ownership = Ownership(dict(artifact.owned_experts))
+    store = open_store(artifact, ownership, StoreOptions(cache_bytes=cache_bytes))
+    prefetcher = open_prefetcher(mode, artifact, ownership, store, is_governed=is_governed)
+    executor = ExpertExecutor(artifact, store)
+    reader = Reader(artifact, LocalDispatch(executor))
+    windows: list[Window] = []
+    steps = reader.read(texts)
+    total = sum(map(len, texts))
+    for number in range(total // WINDOW_TOKENS):
+        is_b = number % 2 == (0 if starts_with_b else 1)
+        executor.use_prefetcher(prefetcher if is_b else None)
+        before, began_s = store.figures(), time.perf_counter()
+        for _ in range(WINDOW_TOKENS):
+            next(steps)
+        seconds, after = time.perf_counter() - began_s, store.figures()
+        windows.append(
+            Window(
+                is_b,
+                seconds,
+                after.stall_s - before.stall_s,
+                after.num_bytes - before.num_bytes,
+                after.misses - before.misses,
+            )
+        )
+    issued, used, wasted = store.prefetch_bytes()
+    more: dict[str, object] = {"issued": issued, "used": used, "wasted": wasted}
+    if prefetcher is not None:
+        figures = prefetcher.figures()
+        more |= {"state": figures.decode_state, "saved_s": figures.stall_saved_s}
+        more |= {"recall": figures.predictors[FUSED].recall}
+        prefetcher.close()
+    store.close()
+    return windows, reader.digest, more
+
+
+def online(
+    artifact: Artifact, texts: Sequence[Sequence[int]], percent: float, subjects: Sequence[str]
+) -> list[Row]:
+    """Measure each subject against demand-only, window by window."""
+    total = sum(entry.num_experts * entry.expert_bytes for entry in artifact.manifest.experts)
+    rows: list[Row] = []
+    digests: set[str] = set()
+    for subject in subjects:
+        mode = Mode.AUTO if subject == FUSED else Mode(subject)
+        probe = disk_speed(artifact.path / artifact.manifest.experts[0].file, 1.0)
+        passes = []
+        for starts_with_b in (False, True):
+            windows, digest, more = run_windows(
+                artifact, texts, int(total * percent / 100), mode, subject != FUSED, starts_with_b
+            )
+            passes.append(windows)
+            digests.add(digest)
+        rows.append(_compare(subject, percent, passes) | more | {"disk_gb_per_s": probe.gb_per_s})
+    assert len(digests) == 1, "prefetching changed a logit"
+    return rows
+
+
+def _compare(subject: str, percent: float, passes: Sequence[Sequence[Window]]) -> dict[str, object]:
+    # Window by window: B's time over A's; the first one fills the cache.
+    pairs = [
+        (one, two) if two.has_prefetch else (two, one)
+        for one, two in list(zip(*passes, strict=True))[1:]
+    ]
+    ratios = np.array([b.seconds / a.seconds for a, b in pairs])
+    logs = np.log(ratios)
+    error = float(logs.std(ddof=1) / len(logs) ** 0.5)
+
+    def rate(of: Callable[[tuple[Window, Window]], Window], what: str) -> float:
+        total: float = sum(getattr(of(pair), what) for pair in pairs)
+        return total / (len(pairs) * WINDOW_TOKENS)
+
+    row: dict[str, object] = {"subject": subject, "residency": percent, "windows": len(pairs)}
+    for label, of in (("a", lambda pair: pair[0]), ("b", lambda pair: pair[1])):
+        row[f"{label}_tok_s"] = 1 / rate(of, "seconds")
+        row[f"{label}_stall_ms"] = 1e3 * rate(of, "stall_s")
+        row[f"{label}_mb"] = rate(of, "read_bytes") / 1e6
+        row[f"{label}_misses"] = rate(of, "misses")
+    row["speedup"] = float(np.exp(-logs.mean()))
+    row["speedup_low"] = float(np.exp(-logs.mean() - 2 * error))
+    row["speedup_high"] = float(np.exp(-logs.mean() + 2 * error))
+    return row
+
+
+def print_offline(rows: Sequence[Row]) -> None:
+    show(
+        "offline: guesses of the next layer's experts",
+        rows,
+        {
+            "predictor": lambda row: row["predictor"],
+            "layer": lambda row: str(row["layer"]),
+            "recall@k": lambda row: f"{row['recall']:.3f}",
+            "precision": lambda row: f"{row['precision']:.3f}",
+            "taken / wanted": lambda row: f"{row['would_read_per_wanted']:.3f}",
+            "us a call": lambda row: f"{row['us_per_call']:.0f}",
+        },
+    )
+
+
+def print_forms(rows: Sequence[Row]) -> None:
+    show(
+        "forms of the pre-gate matrix",
+        rows,
+        {
+            "form": lambda row: row["form"],
+            "rows": lambda row: row["scheme"],
+            "first k kept": lambda row: f"{row['kept']:.4f}",
+            "recall@k": lambda row: f"{row['recall']:.4f}",
+            "choices": lambda row: f"{row['choices']:,}",
+        },
+    )
+
+
+def print_online(rows: Sequence[Row]) -> None:
+    show(
+        "online: demand-only (A) and prefetching (B), window by window",
+        rows,
+        {
+            "subject": lambda row: row["subject"],
+            "residency": lambda row: f"{row['residency']:.0f} %",
+            "A tok/s": lambda row: f"{row['a_tok_s']:.2f}",
+            "B tok/s": lambda row: f"{row['b_tok_s']:.2f}",
+            "speedup (95 %)": lambda row: (
+                f"{row['speedup']:.3f} ({row['speedup_low']:.3f}-{row['speedup_high']:.3f})"
+            ),
+            "stall ms A, B": lambda row: f"{row['a_stall_ms']:.1f}, {row['b_stall_ms']:.1f}",
+            "MB a token A, B": lambda row: f"{row['a_mb']:.1f}, {row['b_mb']:.1f}",
+            "used / issued": lambda row: f"{row['used'] / max(1, row['issued']):.2f}",
+            "governor": lambda row: str(row.get("state", "")),
+        },
+    )
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, nargs="?", default=default_model())
+    parser.add_argument("--texts", type=Path, default=ROOT / "bench" / "traces" / "texts.jsonl")
+    parser.add_argument("--tokens", type=int, default=3000)
+    parser.add_argument("--online-tokens", type=int, default=700)
+    parser.add_argument("--residency", type=float, nargs="+", default=[25, 50])
+    parser.add_argument("--subjects", nargs="+", default=[*PREDICTORS, FUSED, Mode.AUTO.value])
+    parser.add_argument("--ffn-dim", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--skip-offline", action="store_true")
+    parser.add_argument("--skip-online", action="store_true")
+    chosen = parser.parse_args()
+    ops.set_threads(chosen.threads)
+    artifact = Artifact.open(chosen.model)
+    found: dict[str, list[Row]] = {"offline": [], "format_loss": [], "online": []}
+    if not chosen.skip_offline:
+        calls = record_calls(artifact, token_ids(artifact, chosen.texts, chosen.tokens))
+        found["offline"] = offline(artifact, calls)
+        found["format_loss"] = format_loss(artifact, calls)
+        print_offline(found["offline"])
+        print_forms(found["format_loss"])
+    if not chosen.skip_online:
+        name = f"{artifact.name}-{artifact.identity[:8]}-ffn-{chosen.ffn_dim}.shoal"
+        out = ROOT / "build" / "bench" / name
+        widen(artifact, out, chosen.ffn_dim)
+        wide = Artifact.open(out)
+        texts = token_ids(wide, chosen.texts, chosen.online_tokens)
+        for percent in chosen.residency:
+            found["online"] += online(wide, texts, percent, chosen.subjects)
+        print_online(found["online"])
+    save(
+        "prefetch",
+        found["online"],
+        model=artifact.name,
+        identity=artifact.identity,
+        **{key: found[key] for key in ("offline", "format_loss")},
+    )
+
+
+if __name__ == "__main__":
+    main()
