@@ -23,19 +23,28 @@ SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class DiskSpeed:
-    """Random reads of BLOCK_BYTES, QUEUE_DEPTH in flight, O_DIRECT. tool: who measured."""
+    """Random O_DIRECT reads. tool: who measured."""
 
     gb_per_s: float
     tool: str
 
 
-def disk_speed(path: Path, seconds: float = SECONDS) -> DiskSpeed:
-    """Measure on a file that nobody writes to. Raises OSError where it cannot be read."""
+def disk_speed(
+    path: Path,
+    seconds: float = SECONDS,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+    queue_depth: int = QUEUE_DEPTH,
+) -> DiskSpeed:
+    """Measure on a file that nobody writes to. Raises OSError where it cannot be read.
+
+    block_bytes, queue_depth: of fio; our own reads are of BLOCK_BYTES, QUEUE_DEPTH of them.
+    """
     if shutil.which("fio") is None:
         return DiskSpeed(_own_probe(path, seconds), "own preads (fio is not installed)")
     version = subprocess.run(["fio", "--version"], capture_output=True, text=True, check=True)
-    options = [f"--filename={path}", "--rw=randread", f"--bs={BLOCK_BYTES}", "--direct=1"]
-    options += [f"--iodepth={QUEUE_DEPTH}", "--readonly", "--norandommap", "--output-format=json"]
+    options = [f"--filename={path}", "--rw=randread", f"--bs={block_bytes}", "--direct=1"]
+    options += [f"--iodepth={queue_depth}", "--readonly", "--norandommap", "--output-format=json"]
     options += ["--time_based", f"--runtime={seconds}", "--name=probe"]
     for engine in ("io_uring", "libaio"):  # containers often forbid the first
         command = ["fio", f"--ioengine={engine}", *options]

@@ -38,6 +38,7 @@ def main() -> None:
             return
         bench("make_synthetic.py", str(MODELS), "--experts", experts)
         bench("bench_model.py", str(model))
+    bench("bench_reads.py")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from client import examine
+from client import examine, examine_reads
 from client.examine import Finding, State
 
 PARTS: dict[str, Callable[[], Iterable[Finding]]] = {
@@ -16,12 +17,17 @@ PARTS: dict[str, Callable[[], Iterable[Finding]]] = {
     "Kernels": examine.kernels,
     "Memory": examine.memory,
     "Storage": examine.storage,
+    "Reads": examine_reads.reading,
     "Network": examine.network,
 }
 MARKS = {State.FINE: "[green]ok[/]", State.WARNING: "[yellow]!![/]", State.PROBLEM: "[red]no[/]"}
 
 
 def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="measure how fast this model's experts are read (1 s)"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     bandwidth: Annotated[
         bool, typer.Option("--bandwidth", help="measure how fast kernels read memory (2 s, 1 GiB)")
@@ -34,6 +40,8 @@ def doctor(
     parts = dict(PARTS)
     if bandwidth:
         parts["Bandwidth"] = examine.bandwidth
+    if model is not None:
+        parts["Model"] = partial(examine_reads.model_reads, model)
     findings = {title: list(look()) for title, look in parts.items()}
     everything = [finding for part in findings.values() for finding in part]
     healthy = all(finding.state is not State.PROBLEM for finding in everything)

@@ -4,13 +4,11 @@ The paths of the kernel's files are arguments, so that a test can hand in a mach
 """
 
 import importlib.metadata
-import mmap
 import os
 import platform
 import shutil
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -146,7 +144,7 @@ def memory(
 
 
 def storage() -> Iterator[Finding]:
-    """Where models live, which there are, and whether they can be read past the page cache."""
+    """Where models live, and which there are."""
     home = paths.shoal_home()
     origin = "by SHOAL_HOME" if os.environ.get("SHOAL_HOME") else "set SHOAL_HOME to move it"
     existing = next(p for p in (home, *home.parents) if p.exists())
@@ -162,8 +160,6 @@ def storage() -> Iterator[Finding]:
     else:
         yield Finding("home", text)
     yield from models()
-    where = paths.models_dir() if paths.models_dir().exists() else existing
-    yield direct_io(where)
 
 
 def models() -> Iterator[Finding]:
@@ -187,31 +183,6 @@ def models() -> Iterator[Finding]:
         layers = artifact.spec.num_layers
         value = f"{artifact.spec.family}, {layers} layers, {size / GIB:.2f} GiB on disk"
         yield Finding(f"model {path.stem}", f"{value}, {artifact.identity[:12]}")
-
-
-def direct_io(folder: Path) -> Finding:
-    """Whether the folder's file system reads with O_DIRECT, as expert nodes prefer to."""
-    name = "direct I/O"
-    flag = getattr(os, "O_DIRECT", None)
-    if flag is None:
-        return Finding(name, "this system has no O_DIRECT: reads are buffered")
-    buffer = mmap.mmap(-1, 4096)  # page-aligned, as O_DIRECT wants it
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        file.write(bytes(4096))
-        file.flush()
-        try:
-            descriptor = os.open(file.name, os.O_RDONLY | flag)
-        except OSError as error:
-            fix = "reads are buffered instead; a folder on ext4 or xfs has it"
-            return Finding(name, f"{folder}: {error.strerror}", State.WARNING, fix)
-        try:
-            os.preadv(descriptor, [buffer], 0)
-        except OSError as error:
-            fix = "reads are buffered instead; a folder on ext4 or xfs has it"
-            return Finding(name, f"{folder}: {error.strerror}", State.WARNING, fix)
-        finally:
-            os.close(descriptor)
-    return Finding(name, f"works in {folder}")
 
 
 def network(port: int = DEFAULT_NODE_PORT) -> Iterator[Finding]:

@@ -1,14 +1,17 @@
 """`shoal doctor` on machines that the test hands in, and on this one."""
 
 import json
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from client import cli, doctor, examine
+from client import cli, doctor, examine, examine_reads
 from client.examine import Finding, State
+from shoal.experts.options import Backend
+from support.tiny_model import make_tiny_artifact
 
 
 def test_a_quota_is_read_from_the_control_group(tmp_path: Path) -> None:
@@ -63,6 +66,35 @@ def test_a_broken_model_is_a_problem_that_names_it(
     [finding] = examine.models()
     assert finding.state is State.PROBLEM
     assert str(broken) in (finding.fix or "")
+
+
+def test_how_experts_are_read_is_told(tmp_path: Path) -> None:
+    [finding] = examine_reads.reading(tmp_path)
+    assert finding.value.split()[0] in list(Backend)
+    assert str(tmp_path) in finding.value
+
+
+def test_a_folder_that_cannot_be_written_to_is_not_examined() -> None:
+    if not Path("/proc").is_dir():
+        pytest.skip("no folder that even root cannot write to")
+    [finding] = examine_reads.reading(Path("/proc"))
+    assert finding.state is State.WARNING
+
+
+def test_the_reads_of_a_model_are_measured(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "PARTS", {})
+    monkeypatch.setattr(examine_reads, "PROBE_S", 0.0)
+    model = make_tiny_artifact(tmp_path)
+    assert cli.main(["doctor", str(model), "--json"]) == 0
+    findings = json.loads(capfd.readouterr().out)["findings"]
+    assert [finding["name"] for finding in findings] == ["model reads", "streaming"]
+    assert "GB/s by" in findings[0]["value"]
+    assert "tokens/s with every expert read" in findings[1]["value"]
+    expert = next((model / "experts").iterdir())
+    os.truncate(expert, 4096)
+    assert cli.main(["doctor", str(model), "--json"]) != 0
 
 
 def test_every_finding_that_is_not_fine_has_a_fix() -> None:
