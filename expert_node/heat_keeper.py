@@ -26,7 +26,7 @@ _log = get_logger("heat")
 
 @dataclass(frozen=True, slots=True)
 class HeatFigures:
-    """num_rows, num_calls: since the start. num_failures: writes that failed."""
+    """num_calls, num_rows: since the start. num_failures: writes that failed."""
 
     num_calls: int
     num_rows: int
@@ -39,24 +39,27 @@ class Prepared:
 
     geometry: Geometry
     path: Path | None
+    counts: bool
     before: HeatMap | None
 
 
 class HeatKeeper:
     """Counts every call, and writes the counts where somebody asked for it. Lives on the loop."""
 
-    def __init__(self, geometry: Geometry, path: Path | None) -> None:
+    def __init__(self, geometry: Geometry, path: Path | None, *, counts: bool = False) -> None:
         """Begin with what the file at `path` holds, halved.
+
+        Args:
+            path: None: nothing is written. counts: whether experts are counted all the same: it
+                costs a call some microseconds.
 
         Raises: UsageError: there is something else than a heat map of this model.
         """
         self._path = path
+        self._records = counts or path is not None
         self._recorder = Recorder(geometry, _before(path, geometry.identity))
-        self._rows_before = self._recorder.num_rows
         self._rows_written = self._recorder.num_rows
-        self._num_failures = 0
-        self._calls_before = 0
-        self._rows_closed = 0
+        self._num_calls = self._num_rows = self._num_failures = 0
 
     @property
     def path(self) -> Path | None:
@@ -64,7 +67,10 @@ class HeatKeeper:
 
     def on_call(self, stream_id: int, call: ExpertCall) -> None:
         """Count a call that was taken in."""
-        self._recorder.on_call(stream_id, call)
+        self._num_calls += 1
+        self._num_rows += call.row_offsets.size - 1
+        if self._records:
+            self._recorder.on_call(stream_id, call)
 
     def on_stream_end(self, stream_id: int) -> None:
         """Learn that a stream is over."""
@@ -76,28 +82,21 @@ class HeatKeeper:
 
     def figures(self) -> HeatFigures:
         """Return what was counted since the start. From any thread."""
-        return HeatFigures(
-            self._calls_before + self._recorder.num_calls,
-            self._rows_closed + self._recorder.num_rows - self._rows_before,
-            self._num_failures,
-        )
+        return HeatFigures(self._num_calls, self._num_rows, self._num_failures)
 
-    def prepare(self, geometry: Geometry, path: Path | None) -> "Prepared":
+    def prepare(self, geometry: Geometry, path: Path | None, *, counts: bool = False) -> "Prepared":
         """Read what `rebind` needs, on any thread. Raises as `__init__` does."""
         before = None if path == self._path else _before(path, geometry.identity)
-        return Prepared(geometry, path, before)
+        return Prepared(geometry, path, counts, before)
 
     def rebind(self, prepared: "Prepared") -> None:
         """Record for other experts, or into another file; what was counted goes on counting."""
+        self._records = prepared.counts or prepared.path is not None
         if (prepared.geometry, prepared.path) == (self._recorder.geometry, self._path):
             return
-        before = self._recorder
-        heat = before.heat() if prepared.path == self._path else prepared.before
-        recorder = Recorder(prepared.geometry, heat)
-        self._calls_before += before.num_calls
-        self._rows_closed += before.num_rows - self._rows_before
-        self._rows_before = self._rows_written = recorder.num_rows
-        self._recorder, self._path = recorder, prepared.path
+        heat = self._recorder.heat() if prepared.path == self._path else prepared.before
+        self._recorder, self._path = Recorder(prepared.geometry, heat), prepared.path
+        self._rows_written = self._recorder.num_rows
 
     async def write(self) -> None:
         """Write both files if something was counted since the last time."""

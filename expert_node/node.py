@@ -260,8 +260,10 @@ class Node:
         served = self._served
         plan = await asyncio.to_thread(served.plan, new, self._pins_heat(new))
         try:
-            geometry = _geometry(plan.artifact, plan.ownership)
-            prepared = await asyncio.to_thread(self._heat.prepare, geometry, new.record_heat)
+            geometry = _geometry(new, plan.artifact, plan.ownership)
+            prepared = await asyncio.to_thread(
+                self._heat.prepare, geometry, new.record_heat, counts=_follows_heat(new)
+            )
         except BaseException:
             plan.close()
             raise
@@ -290,7 +292,7 @@ class Node:
                 await asyncio.to_thread(self._served.settle)
 
     def _pins_heat(self, config: NodeConfig) -> HeatMap | None:
-        return self._heat.heat() if isinstance(config.pin_experts, int) else None
+        return self._heat.heat() if _follows_heat(config) else None
 
     async def _follow_heat(self) -> None:
         """Write what was recorded, and pin what is hottest now."""
@@ -298,7 +300,7 @@ class Node:
             await asyncio.sleep(WRITE_INTERVAL_S)
             await self._heat.write()
             config, served = self.config, self._served
-            if isinstance(config.pin_experts, int):
+            if _follows_heat(config):
                 heat = self._heat.heat()
                 served.store.pin(
                     pins_of(
@@ -358,7 +360,8 @@ class Node:
 
 def _open_parts(config: NodeConfig, artifact: Artifact) -> tuple[Served, HeatKeeper]:
     ownership = owned_by(artifact, config)
-    heat = HeatKeeper(_geometry(artifact, ownership), config.record_heat)
+    geometry = _geometry(config, artifact, ownership)
+    heat = HeatKeeper(geometry, config.record_heat, counts=_follows_heat(config))
     known = _warm_heat(config, artifact)
     return Served(config, artifact, ownership, known or heat.heat()), heat
 
@@ -368,7 +371,11 @@ def _warm_heat(config: NodeConfig, artifact: Artifact) -> HeatMap | None:
     return None if path is None else read_heat(path, artifact.identity, "--warmup-from")
 
 
-def _geometry(artifact: Artifact, ownership: Ownership) -> Geometry:
+def _follows_heat(config: NodeConfig) -> bool:
+    return isinstance(config.pin_experts, int)
+
+
+def _geometry(config: NodeConfig, artifact: Artifact, ownership: Ownership) -> Geometry:
     routers = {
         index: layer.router
         for index, layer in enumerate(artifact.spec.layers)
@@ -378,7 +385,7 @@ def _geometry(artifact: Artifact, ownership: Ownership) -> Geometry:
     return geometry_of(
         artifact.identity,
         {index: router.num_experts for index, router in routers.items()},
-        per_token.pop() if len(per_token) == 1 else None,
+        per_token.pop() if len(per_token) == 1 and config.record_heat is not None else None,
         {index: ownership.experts(index) for index in routers},
     )
 

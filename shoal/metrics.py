@@ -134,7 +134,6 @@ RELOAD_OK = _gauge("shoal_config_reload_success", "0 if the last reload was refu
 RELOAD_TIME = _gauge(
     "shoal_config_reload_timestamp_seconds", "of the last one that succeeded; 0: none"
 )
-HEAT_ROWS = _counter("shoal_heat_rows", "rows counted for the heat map")
 HEAT_FAILURES = _counter(
     "shoal_heat_write_failures", "times that --record-heat could not be written"
 )

@@ -156,8 +156,8 @@ def test_what_was_used_is_recorded_and_warms_the_next_start(
     assert trace.identity == artifact.identity
 
     size = expert_bytes(artifact)
-    flags = ("--warmup-from", str(heat_file), "--cache", str(7 * size), "--pin-experts", "3")
-    flags += ("--metrics-listen", "127.0.0.1:0", "--prefetch", "off")
+    flags = ["--warmup-from", str(heat_file), "--cache", str(7 * size), "--pin-experts", "3"]
+    flags += ["--metrics-listen", "127.0.0.1:0", "--prefetch", "off"]
     with running_node(model, tmp_path / "two", *flags) as node:
         warm = samples(node)
         assert warm["shoal_cache_experts"] == 7

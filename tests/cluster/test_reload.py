@@ -1,7 +1,12 @@
-"""A node that is told to read its configuration again: what changes, what stays, what never fails."""
+"""A node that reads its configuration again: what changes, what stays, what never fails."""
 
+import fcntl
 import json
+import os
 import signal
+import subprocess
+import sys
+import termios
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -100,8 +105,8 @@ def configured(model: Path, tmp_path: Path, transport: str) -> Iterator[Configur
     """A node that owns experts 0-3 by its file, on either transport."""
     file = tmp_path / "node.toml"
     write_settings(file, experts="0-3")
-    flags = ("--config", str(file), "--transport", transport, "--log-format", "json")
-    flags += ("--threads", "1", "--metrics-listen", "127.0.0.1:0")
+    flags = ["--config", str(file), "--transport", transport, "--log-format", "json"]
+    flags += ["--threads", "1", "--metrics-listen", "127.0.0.1:0"]
     with (
         running_node(model, tmp_path / "log", *flags) as node,
         connection(node.target) as channel,
@@ -200,7 +205,7 @@ def test_flags_win_also_at_a_reload(configured: Configured) -> None:
 def test_streams_from_before_are_served_as_they_were_promised(
     configured: Configured, artifact: Artifact, expected: Callable[[list[int], int], np.ndarray]
 ) -> None:
-    """1. a stream opens; 2. the node comes to own other experts; 3. the stream calls the old ones."""
+    """1. a stream opens; 2. the node comes to own others; 3. the stream calls the old ones."""
     stream = Stream(configured.channel)
     stream.open(describe(configured.channel))
     assert configured.reload(experts="8-15").error == ""
@@ -291,3 +296,27 @@ def test_a_node_may_be_told_to_leave_while_it_reloads(configured: Configured) ->
         configured.write(experts=str(number))
         configured.node.process.send_signal(signal.SIGHUP)
     assert configured.node.terminate() == 0
+
+
+def test_a_node_whose_terminal_is_gone_leaves(model: Path, tmp_path: Path) -> None:
+    """1. a node runs in a terminal; 2. somebody closes it; 3. that SIGHUP is no reload."""
+    ours, terminal = os.openpty()
+    command = [sys.executable, "-m", "expert_node", str(model), "--listen", "127.0.0.1:0"]
+    try:
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=terminal,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            )
+        os.close(terminal)
+        assert process.stdout is not None
+        with process.stdout as lines:
+            assert lines.readline().startswith(b"ready")
+    finally:
+        os.close(ours)
+    assert process.wait(60) == 0
+    assert "the terminal is gone" in (tmp_path / "log").read_text()
