@@ -98,7 +98,7 @@ class FadingLfu:
     bench/bench_cache.py (docs/expert-cache.md).
     """
 
-    HALF_LIFE = 8.0  # times the number of experts that fit
+    HALF_LIFE = 16.0  # times the number of experts that fit
     _LARGE = 1e200  # of a use: then all weights are scaled down
 
     def __init__(self, num_experts: int, half_life: float = HALF_LIFE) -> None:

@@ -26,7 +26,7 @@ class PerLayer:
             of the layer with the fewest such misses.
     """
 
-    GHOST_SHARE = 0.5  # of its quota: how far back an eviction counts as too early
+    GHOST_SHARE = 0.5  # of an even quota: how far back an eviction counts as too early
     STEP = 0.25  # places a ghost hit: four agree before a place changes hands
     FADE = 0.99  # of the hit counts, a ghost hit anywhere
 
@@ -80,7 +80,9 @@ class PerLayer:
         layer.num_experts -= 1
         layer.policy.remove(key)
         layer.ghosts[key] = None
-        while len(layer.ghosts) > max(1.0, layer.quota * self.GHOST_SHARE):
+        # As many for each layer: a share of its own quota would make the rich richer.
+        even = self._num_experts / len(self._layers)
+        while len(layer.ghosts) > max(1.0, even * self.GHOST_SHARE):
             layer.ghosts.popitem(last=False)
 
     def _layer(self, key: Key) -> _Layer:
