@@ -47,6 +47,7 @@ from shoal.rows import Rows
 
 F64 = NDArray[np.float64]
 WINDOW_TOKENS = 50
+PROMPT_ROWS = (4, 17, 32, 64, 128)
 FORMS = ((Format.BF16, 1), (Format.Q8_0, 1), (Format.Q4_K, 1), (Format.Q4_K, 2))
 
 
@@ -64,15 +65,19 @@ def routed_layers(artifact: Artifact) -> list[RoutedLayer]:
     ]
 
 
+def gates_of(artifact: Artifact) -> dict[int, Pregate]:
+    """Return the artifact's pre-gates by source layer."""
+    count = routed_layers(artifact)[0].experts_per_token
+    return {
+        entry.plan.layer: Pregate(artifact.read_pregate(entry), entry.plan.parts, count)
+        for entry in artifact.manifest.pregates
+    }
+
+
 def offline(artifact: Artifact, calls: Sequence[SeenCall]) -> list[Row]:
     """Return recall and precision of each predictor, of each target layer and of all."""
     layers = routed_layers(artifact)
-    gates = {
-        entry.plan.layer: Pregate(
-            artifact.read_pregate(entry), entry.plan.parts, layers[0].experts_per_token
-        )
-        for entry in artifact.manifest.pregates
-    }
+    gates = gates_of(artifact)
     rows: list[Row] = []
     for name, predictors in [*((name, (name,)) for name in PREDICTORS), (FUSED, PREDICTORS)]:
         guesser = Guesser(layers, gates, predictors)
@@ -95,6 +100,49 @@ def offline(artifact: Artifact, calls: Sequence[SeenCall]) -> list[Row]:
                 }
             )
     return rows
+
+
+def prompts(artifact: Artifact, calls: Sequence[SeenCall]) -> list[Row]:
+    """Return how many experts a chunk of a prompt touches, and how sure the first guesses are.
+
+    gates: all predictors; sweep: no pre-gate, so that guesses come in the order of the file.
+    first8: of the first eight guesses (about what a gap has room for), how many came true.
+    """
+    layers = routed_layers(artifact)
+    rows: list[Row] = []
+    for size in PROMPT_ROWS:
+        chunks = chunked(calls, len(layers), size)
+        row: dict[str, object] = {"rows": size, "calls": len(chunks)}
+        touched = [call.experts.size / layers[0].num_experts for call in chunks]
+        row["touched"] = float(np.mean(touched))
+        for name, predictors in (("gates", PREDICTORS), ("sweep", ("locality",))):
+            guesser = Guesser(layers, gates_of(artifact), predictors)
+            right = made = 0
+            for call in chunks:
+                guess = guesser.settle(0, call.layer, size, call.experts)
+                if guess is not None and call.layer > 0:
+                    right += int(np.isin(guess.experts[:8], call.experts).sum())
+                    made += 8
+                guesser.guess(0, call.layer, call.rows)
+            row[f"{name}_first8"] = right / made
+        rows.append(row)
+    return rows
+
+
+def chunked(calls: Sequence[SeenCall], num_layers: int, size: int) -> list[SeenCall]:
+    """Return the calls of chunks of `size` tokens, from those of single ones."""
+    found: list[SeenCall] = []
+    per_chunk = num_layers * size
+    for first in range(0, len(calls) - per_chunk + 1, per_chunk):
+        for place in range(num_layers):
+            group = calls[first + place : first + per_chunk : num_layers]
+            rows = [call.rows for call in group]
+            values = np.concatenate([each.values for each in rows])
+            scales = np.concatenate([each.scales for each in rows])
+            together = Rows(rows[0].scheme, rows[0].dim, values, scales)
+            experts = np.unique(np.concatenate([call.experts for call in group]))
+            found.append(SeenCall(group[0].layer, together, experts))
+    return found
 
 
 def format_loss(artifact: Artifact, calls: Sequence[SeenCall]) -> list[Row]:
@@ -282,6 +330,20 @@ def print_forms(rows: Sequence[Row]) -> None:
     )
 
 
+def print_prompts(rows: Sequence[Row]) -> None:
+    show(
+        "prompts: chunks of several rows",
+        rows,
+        {
+            "rows": lambda row: str(row["rows"]),
+            "experts touched": lambda row: f"{row['touched']:.3f}",
+            "first 8 right, gates": lambda row: f"{row['gates_first8']:.3f}",
+            "first 8 right, sweep": lambda row: f"{row['sweep_first8']:.3f}",
+            "calls": lambda row: str(row["calls"]),
+        },
+    )
+
+
 def print_online(rows: Sequence[Row]) -> None:
     show(
         "online: demand-only (A) and prefetching (B), window by window",
@@ -318,13 +380,15 @@ def main() -> None:
     chosen = parser.parse_args()
     ops.set_threads(chosen.threads)
     artifact = Artifact.open(chosen.model)
-    found: dict[str, list[Row]] = {"offline": [], "format_loss": [], "online": []}
+    found: dict[str, list[Row]] = {"online": []}
     if not chosen.skip_offline:
         calls = record_calls(artifact, token_ids(artifact, chosen.texts, chosen.tokens))
         found["offline"] = offline(artifact, calls)
         found["format_loss"] = format_loss(artifact, calls)
         print_offline(found["offline"])
+        found["prompts"] = prompts(artifact, calls)
         print_forms(found["format_loss"])
+        print_prompts(found["prompts"])
     if not chosen.skip_online:
         name = f"{artifact.name}-{artifact.identity[:8]}-ffn-{chosen.ffn_dim}.shoal"
         out = ROOT / "build" / "bench" / name
@@ -334,13 +398,8 @@ def main() -> None:
         for percent in chosen.residency:
             found["online"] += online(wide, texts, percent, chosen.subjects)
         print_online(found["online"])
-    save(
-        "prefetch",
-        found["online"],
-        model=artifact.name,
-        identity=artifact.identity,
-        **{key: found[key] for key in ("offline", "format_loss")},
-    )
+    rows = found.pop("online")
+    save("prefetch", rows, model=artifact.name, identity=artifact.identity, **found)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     guess(stream, call)    what will the next layer's call want?
 
 The unit is a call, not a row: its features are the best of its rows' and its truth the experts
-that any row wants. Calls of one row, of a few and of many have models of their own, as their rates
-differ. A call of many rows wants nearly everything: there the guess is every owned expert, in the
-order of the file, with the share that such calls have used.
+that any row wants. Calls of one row, of a few and of many have models of their own, and within
+these the number of rows is a feature. A long prompt's call wants nearly everything: its guess is
+then every owned expert, equals in the order of the file, and reading ahead is a sweep.
 
 History is kept per stream: two conversations that take turns do not spoil each other's.
 """
@@ -32,7 +32,8 @@ I64 = NDArray[np.int64]
 F64 = NDArray[np.float64]
 Truth = NDArray[np.bool_]
 
-FEW_ROWS = 16  # beyond it, rows want nearly every expert: 16 rows x 8 of 128 touch 64 % by chance
+FEW_ROWS = 16  # a batch of decodes; beyond it, prompts: 16 rows x 8 of 128 touch 64 % by chance
+SCORED_ROWS = 64  # of a prompt's chunk: what they agree on, 500 rows would not tell better
 PREGATE_BINS = 24
 FUSED = "fused"
 PREDICTORS = ("pregate", "markov", "locality")
@@ -41,8 +42,9 @@ _BINS = {
     "markov": (markov.BINS, markov.BINS),
     "locality": (locality.RECENT_BINS, locality.LATELY_BINS),
 }
-_JUDGE_EVERY = 4  # calls of a layer: judging the single predictors costs as much as the fused one
-_RATE_STEP = 1 / 8  # of the share of experts that calls of many rows use
+_TAUGHT_CALLS = 256  # of a layer: every one is learned from; recall is there after some fifty
+_JUDGE_EVERY = 4  # calls after that: learning costs as much as guessing
+_SIZE_BINS = 10  # the number of rows: up to 1, 2, 4, ... 512
 _NOTHING = np.empty(0, np.int64)
 WOULD_TAKE = 0.5  # a single predictor's precision is that of the experts it gives more than this
 
@@ -79,13 +81,13 @@ class RoutedLayer:
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """Owned experts of `target` by falling probability (many rows: by index), and those."""
+    """Owned experts of `target` by falling probability, equals by index; their probabilities."""
 
     target: int
     kind: CallKind
     experts: I64
     probabilities: F64
-    features: I64  # [features, E]; of many rows: none
+    features: I64  # [features, E]; the first one is the number of rows
 
 
 @dataclass(slots=True)
@@ -108,7 +110,7 @@ class _Models:
 
     def __init__(self, layer: RoutedLayer, predictors: Sequence[str]) -> None:
         rate = layer.experts_per_token / layer.num_experts
-        self.fused = Fusion([b for name in predictors for b in _BINS[name]], rate)
+        self.fused = Fusion([_SIZE_BINS, *(b for name in predictors for b in _BINS[name])], rate)
         alone = predictors if len(predictors) > 1 else ()  # a single one is the fused one
         self.single = {name: Fusion(_BINS[name], rate) for name in alone}
         self.calls = 0
@@ -139,10 +141,10 @@ class Guesser:
         }
         self._pregates = pregates
         self._predictors = tuple(predictors)
-        ends = [sum(len(_BINS[name]) for name in predictors[:n]) for n in range(len(predictors))]
+        firsts = [1 + sum(len(_BINS[b]) for b in predictors[:n]) for n in range(len(predictors))]
         self._rows = {
             name: slice(first, first + len(_BINS[name]))
-            for name, first in zip(predictors, ends, strict=True)
+            for name, first in zip(predictors, firsts, strict=True)
         }
         self._owned = {layer.layer: np.array(layer.owned, np.int64) for layer in layers}
         self._markov = {
@@ -155,9 +157,8 @@ class Guesser:
         self._models = {
             (layer.layer, kind): _Models(layer, self._predictors)
             for layer in layers
-            for kind in (CallKind.ONE, CallKind.FEW)
+            for kind in CallKind
         }
-        self._rates = dict.fromkeys(order, 0.0)  # share of owned experts that many rows use
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
         names = (FUSED, *predictors)
         self._counts = {(layer, name): _Count() for layer in order for name in names}
@@ -173,9 +174,6 @@ class Guesser:
         guess, history.pending = history.pending, None
         if guess is not None and (guess.target != layer or guess.kind is not kind):
             guess = None
-        if kind is CallKind.MANY:
-            share = experts.size / self._owned[layer].size
-            self._rates[layer] += _RATE_STEP * (share - self._rates[layer])
         if guess is not None:
             self._judge(guess, experts)
         self._remember(history, layer, kind, experts)
@@ -186,17 +184,11 @@ class Guesser:
         history = self._stream(stream)
         target, kind = self._next[layer], kind_of(rows.num_rows)
         owned = self._owned[target]
-        if kind is CallKind.MANY:
-            rates = np.full(owned.size, self._rates[target])
-            guess = Guess(target, kind, owned, rates, _NOTHING[None])
-        else:
-            features = self._features(history, layer, target, rows)
-            model = self._models[target, kind]
-            p = model.fused.probabilities(features)[owned]
-            order = np.argsort(-p, kind="stable")
-            guess = Guess(target, kind, owned[order], p[order], features)
-        history.pending = guess
-        return guess
+        features = self._features(history, layer, target, rows)
+        p = self._models[target, kind].fused.probabilities(features)[owned]
+        order = np.argsort(-p, kind="stable")
+        history.pending = Guess(target, kind, owned[order], p[order], features)
+        return history.pending
 
     def forget(self, stream: int) -> None:
         """The stream's pending guess will not be settled: calls were missed."""
@@ -230,12 +222,13 @@ class Guesser:
 
     def _features(self, history: _Stream, layer: int, target: int, rows: Rows) -> I64:
         num_experts = self._layers[target].num_experts
-        features: list[I64] = []
+        size = min((rows.num_rows - 1).bit_length(), _SIZE_BINS - 1)
+        features: list[I64] = [np.full((1, num_experts), size, np.int64)]
         for name in self._predictors:
             if name == "pregate":
                 gate = self._pregates.get(layer)
                 nothing = np.zeros((1, num_experts), np.int64)
-                features.append(gate.features(rows) if gate is not None else nothing)
+                features.append(gate.features(_some(rows)) if gate is not None else nothing)
             elif name == "markov":
                 features.append(self._markov[target].features(self._sets(history, target)))
             else:
@@ -248,16 +241,14 @@ class Guesser:
         return history.sets.get(one, _NOTHING), history.sets.get(two, _NOTHING)
 
     def _judge(self, guess: Guess, experts: I64) -> None:
+        model = self._models[guess.target, guess.kind]
+        model.calls += 1
+        if model.calls > _TAUGHT_CALLS and model.calls % _JUDGE_EVERY:
+            return
         truth = np.zeros(self._layers[guess.target].num_experts, np.bool_)
         truth[experts] = True
         self._count(FUSED, guess.target, guess.experts, guess.probabilities, truth)
-        if guess.kind is CallKind.MANY:
-            return
-        model = self._models[guess.target, guess.kind]
         model.fused.update(guess.features, truth)
-        model.calls += 1
-        if model.calls % _JUDGE_EVERY:
-            return
         owned = self._owned[guess.target]
         for name, fusion in model.single.items():
             features = guess.features[self._rows[name]]
@@ -284,3 +275,9 @@ class Guesser:
             if layer not in history.windows:
                 history.windows[layer] = LocalityWindow(self._layers[layer].num_experts)
             history.windows[layer].observe(experts)
+
+
+def _some(rows: Rows) -> Rows:
+    if rows.num_rows <= SCORED_ROWS:
+        return rows
+    return rows.take(np.arange(SCORED_ROWS) * rows.num_rows // SCORED_ROWS)
