@@ -99,12 +99,16 @@ def test_a_file_system_without_direct_reads_is_buffered_and_says_so(
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs to read from")
-def test_a_tmpfs_is_read_whatever_it_thinks_of_direct_reads(content: bytes) -> None:
+def test_a_tmpfs_is_read_whatever_it_thinks_of_direct_reads(file: Path, content: bytes) -> None:
     path = Path(f"/dev/shm/shoal-readers-{os.getpid()}")
     path.write_bytes(content)
     try:
         with closing(open_reader(None, None, [path])) as reader:
             assert read_one(reader, path, 8 * PAGE, 50)[1] == content[8 * PAGE : 58 * PAGE]
+            depth = reader.figures().queue_depth
+        if path.stat().st_dev != file.stat().st_dev:  # two drives have twice the places
+            with closing(open_reader(None, None, [path, file])) as reader:
+                assert reader.figures().queue_depth == 2 * depth
     finally:
         path.unlink()
 

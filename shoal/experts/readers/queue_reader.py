@@ -21,7 +21,8 @@ MAX_WAIT_S = 60.0  # of one system call: whoever waits longer asks again
 class Tuning:
     """What rarely needs to differ from what was measured.
 
-    chunk_bytes: a multiple of 4096. queue_depth: to begin with; of all drives together.
+    chunk_bytes: a multiple of 4096.
+    queue_depth: to begin with, of all drives together; None: DEFAULT_QUEUE_DEPTH a drive.
     keeps_page_cache: whether buffered reads leave their bytes there: for what is read once by a
         process that somebody starts again soon.
     bounce_limit_bytes: of buffers for chunks at misaligned places.
@@ -29,7 +30,7 @@ class Tuning:
     """
 
     chunk_bytes: int = CHUNK_BYTES
-    queue_depth: int = DEFAULT_QUEUE_DEPTH
+    queue_depth: int | None = None
     bounce_limit_bytes: int = MAX_BOUNCE_BYTES
     alignment_of: AlignmentOf = direct_alignment
     keeps_page_cache: bool = False
@@ -61,7 +62,8 @@ class QueueReader(ABC):
     def __init__(self, backend: Backend, paths: Collection[Path], tuning: Tuning) -> None:
         """Open the files. Raises OSError naming the one that cannot be opened."""
         self.backend = backend
-        self._queue = ReadQueue(chunk_bytes=tuning.chunk_bytes, queue_depth=tuning.queue_depth)
+        depth = tuning.queue_depth or DEFAULT_QUEUE_DEPTH * max(1, _num_drives(paths))
+        self._queue = ReadQueue(chunk_bytes=tuning.chunk_bytes, queue_depth=depth)
         self._lock = threading.Lock()
         self._alignment_of = None if backend is Backend.BUFFERED else tuning.alignment_of
         self._files = OpenFiles(paths, self._alignment_of)
@@ -235,3 +237,7 @@ class QueueReader(ABC):
             self._queue.put_back(chunk, now_s)
         except OSError as error:
             self._queue.finish(chunk, -(error.errno or errno.EIO), now_s)
+
+
+def _num_drives(paths: Collection[Path]) -> int:
+    return len({path.stat().st_dev for path in paths})
