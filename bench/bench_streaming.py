@@ -35,7 +35,6 @@ from shoal.artifact import Artifact
 from shoal.experts.routing_trace import decode_trace
 
 OVERHEAD_BYTES = 500_000_000  # DESIGN.md: coordinator 300 MB, node 200 MB beyond what they hold
-PROMPT_TOKENS = 4
 PROBE_S = 2.0
 TIMEOUT_S = 1800
 
@@ -57,7 +56,6 @@ class Bench:
     artifact: Artifact
     source: Path
     ids: tuple[int, ...]
-    num_tokens: int
     folder: Path
 
     @property
@@ -95,9 +93,9 @@ def command_of(bench: Bench, subject: Subject, percent: float) -> list[str]:
     if subject.routing == "trace":
         flags += ["--trace", str(bench.folder / ("trace.json" if subject.is_peer else "trace.npy"))]
     if subject.is_peer:
-        return decode_command(bench.source, bench.ids, bench.num_tokens, *flags)
+        return decode_command(bench.source, bench.ids, *flags)
     script = ["-P", str(ROOT / "bench" / "stream_decode.py"), str(bench.artifact.path)]
-    script += [",".join(map(str, bench.ids)), str(bench.num_tokens)]
+    script += [",".join(map(str, bench.ids))]
     return [sys.executable, *script, "--cache", str(bench.cache_bytes(percent)), *flags]
 
 
@@ -126,7 +124,7 @@ def measure(bench: Bench, subject: Subject, percent: float, phases: dict[str, sl
         "peak_bytes": usage.peak_bytes,
         "peak_rss_bytes": report["peak_rss_bytes"],
         "times_limited": usage.num_limited,
-        "answer": [report["token_ids"], report.get("logits_digest")],
+        "answer": report.get("logits_digest"),
         "disk": [before.gb_per_s, after.gb_per_s],
         "disk_tool": before.tool,
     }
@@ -141,30 +139,31 @@ def phase_figures(
 ) -> dict[str, Any]:
     """Return the figures of some of the tokens."""
     seconds = report["token_s"][phase]
-    first, last = phase.indices(len(report["token_s"]))[:2]
+    first, last, _ = phase.indices(len(report["token_s"]))
     disk = max(before.gb_per_s, after.gb_per_s) * 1e9
     figures: dict[str, Any] = {
         "tokens_per_s": len(seconds) / sum(seconds),
         "slowest_token_s": max(seconds),
     }
-    if "token_read_bytes" in report:
-        read = report["token_read_bytes"]
-        missed = (read[last] - read[first]) / len(seconds)
-        figures |= {"read_bytes_per_token": missed}
+    if "read_bytes" in report:
+        missed = (report["read_bytes"][last] - report["read_bytes"][first]) / len(seconds)
+        figures["read_bytes_per_token"] = missed
     else:
         start, end = report["figures"][first], report["figures"][last]
         moved = {key: (end[key] - start[key]) / len(seconds) for key in end}
         missed = moved["num_bytes"] - moved["prefetch_wasted_bytes"]
+        cpu_s = (report["cpu_s"][last] - report["cpu_s"][first]) / len(seconds)
         figures |= {
             "hit_rate": moved["hits"] / (moved["hits"] + moved["misses"]),
             "read_bytes_per_token": moved["num_bytes"],
             "stall_s_per_token": moved["stall_s"],
+            "cpu_s_per_token": cpu_s,
             "prefetch_used_bytes_per_token": moved["prefetch_used_bytes"],
             "prefetch_wasted_bytes_per_token": moved["prefetch_wasted_bytes"],
             "resident_bytes": end["resident_bytes"],
         }
     figures["missed_bytes_per_token"] = missed
-    figures["bound_tokens_per_s"] = disk / missed if missed else None
+    figures["bound_tokens_per_s"] = disk / max(missed, 1.0)
     figures["of_bound"] = figures["tokens_per_s"] * missed / disk
     return figures
 
@@ -175,7 +174,7 @@ def write_traces(path: Path | None, bench: Bench) -> None:
         return
     trace = decode_trace(path.read_bytes(), str(path))
     routers = [layer.router for layer in bench.artifact.spec.layers if layer.router is not None]
-    num_tokens = len(bench.ids) + bench.num_tokens
+    num_tokens = len(bench.ids)
     shape = (len(routers), routers[0].num_experts, routers[0].experts_per_token)
     experts = replayed_experts(trace, num_tokens, *shape)
     np.save(bench.folder / "trace.npy", experts)
@@ -203,7 +202,7 @@ def check_answers(rows: Sequence[Row]) -> None:
     for routing in {row["routing"] for row in rows}:
         mine = [r for r in rows if r["routing"] == routing and r["subject"].startswith("shoal")]
         if len({json.dumps(row["answer"]) for row in mine}) > 1:
-            sys.exit(f"error: routing {routing}: shoal gave different tokens or logits")
+            sys.exit(f"error: routing {routing}: shoal gave different logits")
 
 
 def print_table(rows: Sequence[Row], model: str) -> None:
@@ -236,7 +235,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--residency", type=float, nargs="+", default=[25.0, 50.0], help="percent")
-    parser.add_argument("--decode", type=int, default=40, help="tokens of one measurement")
+    parser.add_argument("--decode", type=int, default=40, help="random tokens of a measurement")
     parser.add_argument("--cold", type=int, default=8, help="first tokens")
     parser.add_argument("--warm", type=int, default=24, help="last tokens")
     parser.add_argument("--prefetch", nargs="+", default=["auto", "off"])
@@ -253,13 +252,13 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure round after round, so that a slow hour of the machine falls on everybody."""
     chosen = arguments()
-    ids = tuple(random.Random(0).choices(range(1000), k=PROMPT_TOKENS))
     phases = {"cold": slice(0, chosen.cold), "warm": slice(-chosen.warm, None)}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
         artifact = Artifact.open(chosen.model)
         source = chosen.model.with_suffix(".gguf")
-        bench = Bench(artifact, source, ids, chosen.decode, Path(name))
+        ids = random.Random(0).choices(range(artifact.spec.vocab_size), k=chosen.decode)
+        bench = Bench(artifact, source, tuple(ids), Path(name))
         write_traces(chosen.trace, bench)
         for _ in range(chosen.repeats):
             for percent in chosen.residency:

@@ -1,7 +1,7 @@
 """llama.cpp, to compare with: built from llama-cpp-python's source distribution, in its own venv.
 
 python bench/peer_llama.py                       # build it (minutes), say where it is
-python bench/peer_llama.py MODEL.gguf --decode 32 [--lazy] [--repack] [--trace FILE.json]
+python bench/peer_llama.py MODEL.gguf --ids 1,2,3 [--lazy] [--repack] [--trace FILE.json]
 
 Nothing of it is imported here: each measurement is a process of the peer's own Python that runs
 bench/peer_llama_decode.py. SHOAL_BENCH_LLAMA_PYTHON names another interpreter that has the same
@@ -62,24 +62,22 @@ def _version(python: Path) -> str:
     return done.stdout.strip() or "none"
 
 
-def decode_command(model: Path, ids: Sequence[int], decode: int, *flags: str) -> list[str]:
-    """Return the command that decodes greedily and prints a JSON object: see the runner."""
-    prompt = ",".join(map(str, ids))
-    return [str(peer_python()), "-I", str(RUNNER), str(model), prompt, str(decode), *flags]
+def decode_command(model: Path, ids: Sequence[int], *flags: str) -> list[str]:
+    """Return the command that decodes these tokens and prints a JSON object: see the runner."""
+    return [str(peer_python()), "-I", str(RUNNER), str(model), ",".join(map(str, ids)), *flags]
 
 
 def main() -> None:
     """Build the peer; run it once if there is a model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("--prompt", default="1,2,3,4,5,6,7,8", help="token ids")
-    parser.add_argument("--decode", type=int, default=32)
+    parser.add_argument("--ids", default="1,2,3,4,5,6,7,8", help="tokens to decode")
     chosen, flags = parser.parse_known_args()
     if chosen.model is None:
         print(peer_python())
         return
-    ids = [int(word) for word in chosen.prompt.split(",")]
-    command = decode_command(chosen.model, ids, chosen.decode, *flags)
+    ids = [int(word) for word in chosen.ids.split(",")]
+    command = decode_command(chosen.model, ids, *flags)
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     report: dict[str, Any] = json.loads(done.stdout)
     print(json.dumps(report, indent=1))

@@ -1,14 +1,15 @@
-"""One greedy decode by llama.cpp; run by the peer's own Python (bench/peer_llama.py).
+"""One decode by llama.cpp; run by the peer's own Python (bench/peer_llama.py).
 
-python peer_llama_decode.py MODEL.gguf IDS DECODE [--threads 2] [--repack] [--lazy]
-    [--trace FILE] [--show-routing]
+python peer_llama_decode.py MODEL.gguf IDS [--threads 2] [--repack] [--lazy] [--trace FILE]
+    [--show-routing]
 
-Prints one JSON object: seconds of loading, and of every token; the tokens; bytes read from disk
-by the end of the prompt and of each token. The model is memory-mapped. --repack: weights rearranged
-for speed, in memory of the process: not for models beyond RAM. --lazy: llama.cpp's own reading of
-marked tensors on demand. --trace: experts of each token, replayed: the numbers that a router's
-top-k wrote are overwritten as soon as they are computed (an eval callback; its cost is in the
-figures). --show-routing: print what was chosen.
+Every token is given, so that each engine reads the same text. Prints one JSON object: seconds of
+loading, and of every token; the best next tokens; bytes read from disk before the first token and
+after each. The model is memory-mapped. --repack: weights rearranged for speed, in memory of the
+process: not for models beyond RAM. --lazy: llama.cpp's own reading of marked tensors on demand.
+--trace: experts of each token, replayed: the numbers that a router's top-k wrote are overwritten as
+soon as they are computed (an eval callback; its cost is in the figures). --show-routing: print what
+was chosen.
 """
 
 import argparse
@@ -64,13 +65,12 @@ class Routing:
 
 
 def main() -> None:
-    """Load, read the prompt token by token, decode, report."""
+    """Load, decode, report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("ids")
-    parser.add_argument("decode", type=int)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--repack", action="store_true")
     parser.add_argument("--lazy", action="store_true")
     parser.add_argument("--trace", type=Path, help="JSON: tokens x layers x k expert ids")
@@ -79,35 +79,27 @@ def main() -> None:
     began_s = time.perf_counter()
     lib.llama_log_set(SILENT, None)
     model, context, routing = load(chosen)
-    loaded_s = time.perf_counter()
-    ids = [int(word) for word in chosen.ids.split(",")]
-    tokens: list[int] = []
+    load_s = time.perf_counter() - began_s
+    best: list[int] = []
     seconds: list[float] = []
-    num_read: list[int] = []
-    next_id = ids[0]
-    for position in range(len(ids) + chosen.decode - 1):
+    num_read = [read_bytes()]
+    for position, token in enumerate(map(int, chosen.ids.split(","))):
         if routing is not None:
             routing.token = position
-        start_s = time.perf_counter()
-        decoded = lib.llama_decode(context, batch_of(next_id))
-        if decoded != 0:
-            sys.exit(f"llama_decode: {decoded}")
-        best = argmax(lib.llama_get_logits(context), model)
-        seconds.append(time.perf_counter() - start_s)
+        began_s = time.perf_counter()
+        status = lib.llama_decode(context, batch_of(token))
+        if status != 0:
+            sys.exit(f"llama_decode: {status}")
+        best.append(argmax(lib.llama_get_logits(context), model))
+        seconds.append(time.perf_counter() - began_s)
         num_read.append(read_bytes())
-        if position + 1 < len(ids):
-            next_id = ids[position + 1]
-        else:
-            tokens.append(best)
-            next_id = best
     usage = resource.getrusage(resource.RUSAGE_SELF)
     report: dict[str, Any] = {
         "engine": f"llama-cpp-python {lib.__version__}",
-        "load_s": loaded_s - began_s,
-        "prompt_s": seconds[: len(ids)],
-        "token_s": seconds[len(ids) :],
-        "token_read_bytes": num_read[len(ids) - 1 :],
-        "token_ids": tokens,
+        "load_s": load_s,
+        "token_s": seconds,
+        "read_bytes": num_read,
+        "best": best,
         "major_faults": usage.ru_majflt,
         "peak_rss_bytes": usage.ru_maxrss * 1024,
     }

@@ -1,15 +1,17 @@
-"""One greedy decode with experts that stream, in a process of its own (bench/bench_streaming.py).
+"""One decode with experts that stream, in a process of its own (bench/bench_streaming.py).
 
-python bench/stream_decode.py MODEL IDS DECODE [--cache BYTES] [--node] [--prefetch off] [--io auto]
+python bench/stream_decode.py MODEL IDS [--cache BYTES] [--node] [--prefetch off] [--io auto]
     [--verify first] [--threads 2] [--trace FILE.npy]
 
-Prints one JSON object: seconds of every token, the tokens, the digest of the logits, and what the
-store had read, hit and waited by the end of each token. --node: the experts are on a node with
-that cache, one thread, in this process's memory cgroup. --trace: experts [tokens, layers, k] in
-place of the router's.
+Every token is given, so that each engine reads the same text: a model with random weights soon
+repeats itself. Prints one JSON object: seconds of every token, the best next tokens, a digest of
+all logits, and, before the first token and after each, this process's CPU seconds and what the
+store had read, hit and waited. --node: the experts are on a node with that cache, one thread, in
+this process's memory cgroup. --trace: experts [tokens, layers, k] in place of the router's.
 """
 
 import argparse
+import hashlib
 import json
 import resource
 import socket
@@ -18,7 +20,6 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,19 @@ import numpy as np
 
 from bench.replay import ReplayDispatch
 from client.node_process import NodeProcess, stop_all
+from coordinator.batch import Piece, make_batch
 from coordinator.cancellation import Cancellation
-from coordinator.engine import Engine, EngineConfig
 from coordinator.expert_dispatch import ExpertDispatch, LocalDispatch, open_remote_dispatch
 from coordinator.kv_arrays import KvArrays
-from coordinator.request import Finished, GenerationRequest, TokenGenerated
-from coordinator.tokenizer import NoTokenizer
+from coordinator.kv_cache import KvBlockPool, blocks_for
+from coordinator.sequence import Sequence
 from coordinator.transformer import Transformer
-from shoal import limits, ops
+from shoal import ops
 from shoal.artifact import Artifact
-from shoal.experts.executor import ExpertExecutor
-from shoal.experts.open_store import open_store
+from shoal.experts.local import LocalExperts
 from shoal.experts.options import Io, Mode, Verify
 from shoal.experts.ownership import Ownership
 from shoal.experts.store import StoreOptions
-from shoal.ops import SamplingParams
 
 READY_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 120.0
@@ -67,10 +66,15 @@ def open_local(
     options = StoreOptions(
         cache_bytes=chosen.cache, verify=Verify(chosen.verify), backend=Io(chosen.io).backend
     )
-    store = open_store(artifact, Ownership(dict(artifact.owned_experts)), options)
-    stack.callback(store.close)
-    executor = ExpertExecutor(artifact, store)
-    return LocalDispatch(executor), lambda: {key: asdict(store.figures())[key] for key in FIGURES}
+    owned = Ownership(dict(artifact.owned_experts))
+    local = LocalExperts(artifact, owned, options, Mode(chosen.prefetch))
+    stack.callback(local.close)
+
+    def read_figures() -> Figures:
+        figures = local.store.figures()
+        return {key: getattr(figures, key) for key in FIGURES}
+
+    return LocalDispatch(local.executor), read_figures
 
 
 def open_node(
@@ -106,48 +110,34 @@ def decode(
     artifact: Artifact,
     dispatch: ExpertDispatch,
     ids: list[int],
-    num_tokens: int,
     read_figures: Callable[[], Figures],
 ) -> Figures:
-    """Run one request; return its report."""
-    engine = Engine(
-        Transformer(artifact, dispatch),
-        NoTokenizer(artifact.generation_config),
-        lambda num_blocks: KvArrays(artifact.spec, artifact.kv_dtype, num_blocks),
-        EngineConfig(MAX_CONTEXT, limits.PREFILL_CHUNK),
-        time.perf_counter,
-    )
-    request = GenerationRequest(
-        prompt_ids=tuple(ids),
-        max_tokens=num_tokens,
-        sampling=SamplingParams(),
-        stop=(),
-        ignore_eos=True,
-        num_top_logprobs=None,
-    )
+    """Run one pass a token; return the report."""
+    transformer = Transformer(artifact, dispatch)
+    num_blocks = blocks_for(MAX_CONTEXT)
+    kv = KvArrays(artifact.spec, artifact.kv_dtype, num_blocks)
+    sequence = Sequence(KvBlockPool(num_blocks))
     seconds: list[float] = []
-    tokens: list[int] = []
-    figures: list[Figures] = []
-    events = engine.generate(request, Cancellation())
-    began_s, digest = time.perf_counter(), None
-    for event in events:
-        match event:
-            case TokenGenerated():
-                seconds.append(time.perf_counter() - began_s)
-                tokens.append(event.token_id)
-                figures.append(read_figures())
-                began_s = time.perf_counter()
-            case Finished(error=None):
-                digest = event.logits_digest
-            case Finished():
-                raise event.error or AssertionError("no error")
-            case _:
-                continue
+    best: list[int] = []
+    digest = hashlib.sha256()
+    figures, cpu_s = [read_figures()], [time.process_time()]
+    for token in ids:
+        began_s = time.perf_counter()
+        sequence.extend([token])
+        assert sequence.try_reserve(sequence.num_cached + 1), "beyond MAX_CONTEXT"
+        batch = make_batch([Piece(sequence, 1, wants_logits=True)])
+        logits = transformer.forward(batch, kv, Cancellation())[0]
+        sequence.advance(1)
+        best.append(int(logits.argmax()))
+        seconds.append(time.perf_counter() - began_s)
+        cpu_s.append(time.process_time())
+        figures.append(read_figures())
+        digest.update(logits.tobytes())
     return {
-        "prompt_s": seconds[0],
-        "token_s": seconds[1:],
-        "token_ids": tokens,
-        "logits_digest": digest,
+        "token_s": seconds,
+        "cpu_s": cpu_s,
+        "best": best,
+        "logits_digest": digest.hexdigest(),
         "figures": figures,
     }
 
@@ -157,7 +147,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("ids")
-    parser.add_argument("decode", type=int)
     parser.add_argument("--cache", type=int)
     parser.add_argument("--node", action="store_true")
     parser.add_argument("--prefetch", default=Mode.AUTO.value)
@@ -176,7 +165,7 @@ def main() -> None:
             layers = [i for i, layer in enumerate(artifact.spec.layers) if layer.router is not None]
             dispatch = ReplayDispatch(dispatch, np.load(chosen.trace), layers)
         ids = [int(word) for word in chosen.ids.split(",")]
-        report = decode(artifact, dispatch, ids, chosen.decode, read_figures)
+        report = decode(artifact, dispatch, ids, read_figures)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     report["peak_rss_bytes"] = usage.ru_maxrss * 1024
     report["total_s"] = time.perf_counter() - began_s

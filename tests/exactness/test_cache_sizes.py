@@ -1,5 +1,6 @@
 """Tokens and logits do not depend on how many experts fit in memory, or on how they come there."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,11 @@ import pytest
 from shoal.artifact import Artifact
 from shoal.errors import UsageError
 from shoal.experts.executor import ExpertExecutor
-from shoal.experts.options import Backend, Verify
-from support.streaming import continuation, num_experts, streaming_store
+from shoal.experts.local import LocalExperts
+from shoal.experts.options import Backend, Mode, Verify
+from shoal.experts.ownership import Ownership
+from shoal.experts.store import StoreOptions
+from support.streaming import continuation, expert_bytes, num_experts, streaming_store
 from support.tiny_model import make_tiny_artifact
 
 PROMPT = list(range(3, 27))  # in one pass: asks for more experts than most caches below hold
@@ -61,6 +65,16 @@ def test_every_way_of_checking_says_the_same_bits(
     checked = {Verify.ALWAYS: loads, Verify.NEVER: 0}
     assert figures.num_verified == checked.get(verify, figures.num_verified)
     assert figures.num_verified <= NUM_EXPERTS or verify is not Verify.FIRST
+
+
+@pytest.mark.parametrize("slots", [5, 24])
+@pytest.mark.parametrize("mode", list(Mode))
+def test_reading_ahead_changes_no_bit(mode: Mode, slots: int, path: Path, expected: Said) -> None:
+    artifact = Artifact.open(path)
+    options = StoreOptions(cache_bytes=slots * expert_bytes(artifact))
+    ownership = Ownership(dict(artifact.owned_experts))
+    with closing(LocalExperts(artifact, ownership, options, mode)) as local:
+        assert continuation(path, local.executor, PROMPT, NUM_TOKENS) == expected
 
 
 def test_a_cache_that_shrinks_and_grows_while_serving_says_the_same_bits(
