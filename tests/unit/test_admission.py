@@ -111,6 +111,57 @@ def test_calls_held_long_are_reported_waiting_or_running() -> None:
     assert {t.call_id for t in admission.held_since(1.0)} == {1, 2}
 
 
+def loading(admission: Admission, now_s: float = 0.0) -> int | None:
+    start = admission.start_loading(now_s).start
+    return start.call_id if start else None
+
+
+def test_calls_that_must_load_do_not_stand_before_the_others() -> None:
+    admission = Admission(max_waiting=8, max_loading=2)
+    for call_id in (1, 2, 3):
+        admission.admit(ticket(call_id), must_load=True)
+    admission.admit(ticket(4))
+    assert started(admission) == 4
+    assert [loading(admission) for _ in range(3)] == [1, 2, None]
+    admission.finish((1, 2))
+    assert loading(admission) == 3
+    admission.finish((1, 4))
+    assert (admission.num_loading, admission.num_held) == (2, 2)
+
+
+def test_a_running_call_that_must_load_makes_way_and_keeps_its_place() -> None:
+    admission = Admission(max_waiting=8, max_loading=1)
+    admission.admit(ticket(1, at=1.0))
+    admission.admit(ticket(2, at=2.0), must_load=True)
+    admission.admit(ticket(3, at=3.0))
+    assert started(admission) == 1
+    admission.must_load()
+    admission.check_integrity()
+    assert started(admission) == 3
+    assert loading(admission) == 1, "it came before the other"
+
+
+def test_bulk_calls_take_half_of_the_places_to_load() -> None:
+    admission = Admission(max_waiting=8, max_loading=2)
+    for call_id in (1, 2):
+        admission.admit(ticket(call_id, Lane.BULK), must_load=True)
+    assert [loading(admission), loading(admission)] == [1, None]
+    admission.admit(ticket(3), must_load=True)
+    assert loading(admission) == 3
+
+
+def test_a_loading_call_is_overdue_but_leaves_by_itself() -> None:
+    admission = Admission(max_waiting=8)
+    admission.admit(ticket(1, deadline=5.0), must_load=True)
+    admission.admit(ticket(2, deadline=5.0), must_load=True)
+    assert loading(admission) == 1
+    assert admission.expire(6.0) == (ticket(2, deadline=5.0),)
+    assert admission.overdue(6.0) == (ticket(1, deadline=5.0),)
+    assert admission.cancel((1, 1)) is None and admission.num_held == 1
+    admission.finish((1, 1))
+    assert admission.num_held == 0
+
+
 def test_finishing_a_call_that_does_not_run_is_a_bug() -> None:
     with pytest.raises(AssertionError):
         Admission(max_waiting=8).finish((1, 1))
@@ -119,9 +170,10 @@ def test_finishing_a_call_that_does_not_run_is_a_bug() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_every_admitted_call_leaves_exactly_once_on_a_random_walk(seed: int) -> None:
     rng = random.Random(seed)
-    admission = Admission(max_waiting=5)
+    admission = Admission(max_waiting=5, max_loading=2)
     admitted: list[tuple[int, int]] = []
     left: list[tuple[int, int]] = []
+    loads: list[tuple[int, int]] = []
     now_s = 0.0
     for call_id in range(300):
         now_s += rng.random()
@@ -131,13 +183,23 @@ def test_every_admitted_call_leaves_exactly_once_on_a_random_walk(seed: int) -> 
                 new = ticket(
                     call_id, lane, stream=stream, at=now_s, deadline=now_s + rng.random() * 9
                 )
-                if admission.admit(new) is None:
+                if admission.admit(new, must_load=rng.random() < 0.3) is None:
                     admitted.append(new.key)
             case 3:
                 left += [t.key for t in admission.start_next(now_s).expired]
+                if admission.running is not None and rng.random() < 0.3:
+                    admission.must_load()
+                chosen = admission.start_loading(now_s)
+                left += [t.key for t in chosen.expired]
+                if chosen.start is not None:
+                    loads.append(chosen.start.key)
             case 4:
                 if admission.running is not None:
                     key = admission.running.key
+                    admission.finish(key)
+                    left.append(key)
+                elif loads:
+                    key = loads.pop(rng.randrange(len(loads)))
                     admission.finish(key)
                     left.append(key)
             case _:
