@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_HEAD_SCALE = 0.05  # of the output table, from the embedding
+_COPY_SCALE = 0.3  # of what a head brings back, by head
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -201,20 +204,28 @@ def geometry_dict(g: Geometry) -> dict[str, Any]:
 
 
 def _initialise(model: Fables) -> None:
-    # The residual stream begins as the token itself, large, and branches begin as nothing: with
-    # small embeddings a token's identity drowns in what the branches add, and the model does not
-    # learn to copy a name (measured: two million tokens without a trace of it).
-    for name, p in model.named_parameters():
-        if p.dim() < 2:
-            continue
-        if "embed" in name:
-            nn.init.normal_(p)
-        elif "lm_head" in name:
-            nn.init.normal_(p, std=0.02)
-        elif name.endswith(("o_proj.weight", "down")):
-            nn.init.zeros_(p)
-        else:
-            nn.init.normal_(p, std=0.5 / math.sqrt(p.shape[-1]))
+    """Begin as a machine that copies a little: heads bring back the tokens they look at.
+
+    The residual stream begins as the token itself, large, and experts begin as nothing: with small
+    embeddings a token's identity drowns in what the branches add. Values and outputs begin as each
+    other's transposes, and the head as the embedding: then only where to look must be learned
+    before a name can be said again, and gradients point there from the first step. (Measured:
+    without both, two million tokens without a trace of copying.) Source of the idea: A. Trockman,
+    J. Z. Kolter, "Mimetic initialization of self-attention layers", 2023.
+    """
+    g = model.g
+    nn.init.normal_(model.embed_tokens.weight)
+    model.lm_head.weight.data = _HEAD_SCALE * model.embed_tokens.weight.data
+    for layer in model.layers:
+        attention, experts = layer.self_attn, layer.mlp
+        for p in (attention.q_proj.weight, attention.k_proj.weight, experts.gate.weight):
+            nn.init.normal_(p, std=0.5 / math.sqrt(g.hidden))
+        nn.init.orthogonal_(attention.v_proj.weight)
+        values = attention.v_proj.weight.data.view(g.kv_heads, g.head_dim, g.hidden)
+        back = values.repeat_interleave(g.heads // g.kv_heads, 0)
+        attention.o_proj.weight.data = _COPY_SCALE * back.reshape(-1, g.hidden).T.contiguous()
+        nn.init.normal_(experts.gate_up, std=0.5 / math.sqrt(g.hidden))
+        nn.init.zeros_(experts.down)
 
 
 def _angles(g: Geometry, length: int) -> tuple[Tensor, Tensor]:
