@@ -64,9 +64,9 @@ def test_demand_goes_before_prefetch_that_came_first() -> None:
 
 
 def test_prefetches_hold_only_a_part_of_the_device() -> None:
-    queue = queue_of(read(1, pages=30, prefetch=True), depth=8)
+    queue = queue_of(read(1, pages=30, prefetch=True), depth=2 * PREFETCH_SHARE)
     chunks = queue.next_chunks(0.0)
-    assert len(chunks) == 8 // PREFETCH_SHARE
+    assert len(chunks) == 2
     assert queue.delay_s(0.0) is None  # until one of them ends
     finish_all(queue, chunks[:1])
     assert len(queue.next_chunks(0.0)) == 1
@@ -82,10 +82,11 @@ def test_a_promoted_prefetch_is_the_last_demand_in_line() -> None:
 
 
 def test_a_promoted_prefetch_frees_its_part_of_the_device() -> None:
-    queue = queue_of(read(1, pages=8, prefetch=True), read(2, pages=8, prefetch=True), depth=8)
+    guesses = [read(tag, pages=4, prefetch=True) for tag in (1, 2)]
+    queue = queue_of(*guesses, depth=2 * PREFETCH_SHARE)
     assert tags(queue.next_chunks(0.0)) == [1, 1]
     queue.promote(1)
-    assert tags(queue.next_chunks(0.0)) == [1] * 6
+    assert tags(queue.next_chunks(0.0)) == [1, 1, 2, 2]
 
 
 def test_a_cancelled_prefetch_ends_when_the_device_has_let_go_of_it() -> None:

@@ -17,15 +17,16 @@ from shoal.experts.readers.reader import LATENCY_BOUNDS_S, Done, Read, Source
 from shoal.experts.readers.token_bucket import TokenBucket
 from shoal.limits import KIB, MAX_READ_QUEUE_DEPTH, READ_ALIGNMENT
 
-# bench/bench_reads.py: smaller chunks cost bandwidth on a cold disk, larger ones parallelism.
+# bench/bench_reads.py: smaller chunks cost bandwidth on a cold disk and time of ours, larger ones
+# parallelism within an expert; of 32 places some are never empty while the processors are busy.
 CHUNK_BYTES = 1024 * KIB
-DEFAULT_QUEUE_DEPTH = 16
+DEFAULT_QUEUE_DEPTH = 32
 MAX_ATTEMPTS = 3  # on one copy
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.005, 0.05
 # ECANCELED: a kernel takes queued requests back when the thread that submitted them ends.
 PASSING = frozenset({errno.EIO, errno.EINTR, errno.EAGAIN, errno.ETIMEDOUT, errno.ECANCELED})
 AT_ONCE = frozenset({errno.EINTR, errno.ECANCELED})
-PREFETCH_SHARE = 4  # prefetches hold at most one in so many places at the device
+PREFETCH_SHARE = 8  # prefetches hold at most one in so many places at the device
 
 
 @dataclass(slots=True, eq=False)
