@@ -86,20 +86,20 @@ SHOAL_INLINE Ints multiply(const Ints& w, __m256i x) {
 // 16 columns of a row group: the nibbles of four cell rows.
 struct Quad {
   Ints w[4];
-  SHOAL_INLINE Quad load(const uint8_t* cells, int shift) {
-    Quad q;
-    for (int j = 0; j < 4; ++j) q.w[j] = nibbles(cells + j * kCellRow, shift);
-    return q;
-  }
-  // Pair sums with 16 values.
-  Ints dot(const int8_t* x) const {
-    Ints first = add16(multiply(w[0], broadcast4(x)), multiply(w[1], broadcast4(x + 4)));
-    settle(&first);
-    Ints second = add16(multiply(w[2], broadcast4(x + 8)), multiply(w[3], broadcast4(x + 12)));
-    settle(&second);
-    return add16(first, second);
-  }
 };
+SHOAL_INLINE Quad load_quad(const uint8_t* cells, int shift) {
+  Quad q;
+  for (int j = 0; j < 4; ++j) q.w[j] = nibbles(cells + j * kCellRow, shift);
+  return q;
+}
+// Pair sums with 16 values.
+SHOAL_INLINE Ints dot16(const Quad& q, const int8_t* x) {
+  Ints first = add16(multiply(q.w[0], broadcast4(x)), multiply(q.w[1], broadcast4(x + 4)));
+  settle(&first);
+  Ints second = add16(multiply(q.w[2], broadcast4(x + 8)), multiply(q.w[3], broadcast4(x + 12)));
+  settle(&second);
+  return add16(first, second);
+}
 
 // Calls take(t, pair sums of row t) for 32 columns: four cell rows at `cells`, shifted by `shift`,
 // then four at `cells2`, shifted by `shift2`.
@@ -107,12 +107,12 @@ template <int N, class F>
 SHOAL_INLINE void dot32(const uint8_t* cells, int shift, const uint8_t* cells2, int shift2,
                         const int8_t* x, F&& take) {
   Ints pairs[N];
-  const Quad first = Quad::load(cells, shift);
-  for (int t = 0, n = rolled<N>(); t < n; ++t) pairs[t] = first.dot(x + t * kBlock);
-  asm("" : "+r"(cells2));  // or bytes loaded above are kept, in memory
-  const Quad second = Quad::load(cells2, shift2);
+  asm("" : "+r"(cells), "+r"(cells2));  // or bytes loaded twice are kept, in memory
+  const Quad first = load_quad(cells, shift);
+  for (int t = 0, n = rolled<N>(); t < n; ++t) pairs[t] = dot16(first, x + t * kBlock);
+  const Quad second = load_quad(cells2, shift2);
   for (int t = 0, n = rolled<N>(); t < n; ++t)
-    take(t, add16(pairs[t], second.dot(x + t * kBlock + 16)));
+    take(t, add16(pairs[t], dot16(second, x + t * kBlock + 16)));
 }
 
 template <int N>
@@ -212,8 +212,9 @@ SHOAL_INLINE void q4_k_sub_block(const uint8_t* record, int c, const int8_t* x, 
   const uint8_t* cells = record + Q4_K::quants + c * Q4_K::chunk;
   const Ints scale = load_sub_scales(record + Q4_K::scales + (2 * c + Shift / 4) * kLanes);
   dot32<N>(cells, Shift, cells + 4 * kCellRow, Shift, x, [&](int t, const Ints& s) {
-    const Ints scaled = sum_pairs(s, scale);
-    dots[t] = c + Shift == 0 ? scaled : add32(dots[t], scaled);
+    Ints sum = sum_pairs(s, scale);
+    if (c + Shift > 0) sum = add32(dots[t], sum);
+    dots[t].low = sum.low, dots[t].high = sum.high;  // as a struct: four halves, through memory
   });
 }
 
