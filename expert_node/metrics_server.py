@@ -8,6 +8,8 @@ from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import AF_INET, AF_INET6
+from socketserver import TCPServer
+from typing import cast
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -62,9 +64,15 @@ class _Server(ThreadingHTTPServer):
         self, listen: ListenAddress, registry: CollectorRegistry, is_ready: Callable[[], bool]
     ) -> None:
         self.registry, self.is_ready = registry, is_ready
+        self._host = listen.host
         self._places = threading.Semaphore(limits.MAX_METRICS_REQUESTS)
         self.address_family = AF_INET6 if ":" in listen.host else AF_INET
         super().__init__((listen.host, listen.port), _Handler)
+
+    def server_bind(self) -> None:
+        """Bind, without asking the name service who we are, as http.server would."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self._host, self.server_address[1]
 
     def process_request(self, request, client_address) -> None:  # type: ignore[no-untyped-def]
         if not self._places.acquire(blocking=False):
@@ -83,21 +91,21 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server
     timeout = REQUEST_TIMEOUT_S
     server_version = "shoal"
     sys_version = ""
 
     def do_GET(self) -> None:
         """Answer one request."""
+        server = cast(_Server, self.server)
         match self.path.partition("?")[0]:
             case "/metrics":
                 encode, kind = choose_encoder(self.headers.get("Accept", ""))
-                self._answer(HTTPStatus.OK, encode(self.server.registry), kind)
+                self._answer(HTTPStatus.OK, encode(server.registry), kind)
             case "/health":
                 self._answer(HTTPStatus.OK, b"ok\n")
             case "/ready":
-                is_ready = self.server.is_ready()
+                is_ready = server.is_ready()
                 status = HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE
                 self._answer(status, b"ready\n" if is_ready else b"not ready\n")
             case _:

@@ -60,6 +60,7 @@ class PaceKeeper:
         self._before: ReaderFigures | None = None
         self._lock = threading.Lock()
         self._is_closed = False
+        self._told: set[str] = set()  # files whose fallback the log has
         self._own_depth: int | None = None  # what the store reads with when nobody paces it
         self._applied: tuple[int | None, int | None, bool] | None = None
         full = Pace(PacingState.FULL, self._limits.max_queue_depth, max_bytes_per_s, True)
@@ -110,6 +111,7 @@ class PaceKeeper:
         before = self.view.pace
         self.view = PaceView(pace, temperatures)
         self._apply(pace)
+        self._tell_fallbacks(reader)
         if pace.state is not before.state:
             report = _log.info if pace.state is PacingState.FULL else _log.warning
             report(
@@ -119,6 +121,12 @@ class PaceKeeper:
                 queue_depth=pace.queue_depth,
                 prefetch=pace.allows_prefetch,
             )
+
+    def _tell_fallbacks(self, reader: ReaderFigures | None) -> None:
+        for file, why in ({} if reader is None else reader.fallbacks).items():
+            if file not in self._told:
+                self._told.add(file)
+                _log.warning("a file is read in a lesser way", file=file, why=why)
 
     def _sampled(
         self, temperatures: tuple[Temperature, ...], reader: ReaderFigures | None

@@ -78,6 +78,8 @@ class Served:
         self._epoch = secrets.token_hex(8)
         self._lingering: dict[int, tuple[Former, ...]] = {}  # by open stream
         self._lock = threading.Lock()  # of what lingers: streams come and go on the event loop
+        self._changing = threading.Lock()  # `close` waits for a change that its asker gave up
+        self._is_closed = False
         self.store: StreamingStore = open_store(
             artifact,
             ownership,
@@ -167,6 +169,10 @@ class Served:
 
         Raises: UsageError, NotOwned, OSError; then what was is in force again.
         """
+        with self._changing:
+            return self._carry_out(plan, open_streams)
+
+    def _carry_out(self, plan: Plan, open_streams: Collection[int]) -> list[str]:
         old = (self.artifact, self.ownership, self._signature)
         changed: list[str] = []
         try:
@@ -207,13 +213,18 @@ class Served:
 
     def settle(self) -> None:
         """Stop to serve what only streams that have ended could call."""
-        if self._everything()[1].ranges != self.store.ownership.ranges:
+        with self._changing:
+            is_settled = self._everything()[1].ranges == self.store.ownership.ranges
+            if self._is_closed or is_settled:
+                return
             self._serve_all(self._config)
-            _log.info("former experts are let go: no stream is left that knew of them")
+        _log.info("former experts are let go: no stream is left that knew of them")
 
     def close(self) -> None:
         """Let go of everything. No call may be under way."""
-        self.executor.close()
+        with self._changing:
+            self._is_closed = True
+            self.executor.close()
 
     def _rebind(self, plan: Plan, open_streams: Collection[int]) -> list[str]:
         changed = []

@@ -33,12 +33,13 @@ class Drive:
         return self.pacer.on_sample(Sample(self.now_s, celsius, warning_c, num_bytes=num_bytes))
 
     def reads(self, p99_s: float, seconds: float = 1, num: int = READS) -> Pace:
+        paces = []
         for _ in range(int(seconds)):
             self.now_s += 1
             sample = Sample(self.now_s, None, None, num, num << 18, p99_s)
-            pace = self.pacer.on_sample(sample)
+            paces.append(self.pacer.on_sample(sample))
         self.pacer.check_integrity()
-        return pace
+        return paces[-1]
 
 
 def test_a_cool_drive_is_read_at_full_depth() -> None:
@@ -150,10 +151,7 @@ def test_what_stays_slow_becomes_normal() -> None:
 def test_a_few_reads_say_nothing() -> None:
     drive = Drive()
     drive.reads(0.004, seconds=20)
-    for _ in range(60):
-        drive.now_s += 1
-        pace = drive.pacer.on_sample(Sample(drive.now_s, None, None, 3, 3 << 18, 1.0))
-    assert pace.state is PacingState.FULL
+    assert drive.reads(1.0, seconds=60, num=3).state is PacingState.FULL
 
 
 def test_heat_and_slowness_together_take_the_smaller_depth() -> None:
