@@ -6,7 +6,6 @@ costs a warning and a count, never a call: the file that was there stays.
 
 import asyncio
 import os
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,16 +148,16 @@ def read_heat(path: Path, identity: str, name: str) -> HeatMap:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all. Raises OSError; what was there then still is."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "wb") as stream:
+        with partial.open("wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(name).replace(path)
+        partial.replace(path)
     except BaseException:
         with suppress(OSError):
-            Path(name).unlink()
+            partial.unlink()
         raise
 
 
