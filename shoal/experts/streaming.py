@@ -76,8 +76,7 @@ class StreamingStore:
         self._set_budget()
         self._reader = open_reader(self._catalogue.paths)
         self._own_queue_depth = self._reader.figures().queue_depth
-        if cache_bytes is not None:
-            self._register()
+        self._register()
         self._loader = threading.Thread(target=self._load, name="shoal-loader")
         self._loader.start()
 
@@ -167,7 +166,8 @@ class StreamingStore:
 
     def num_demand_reads(self) -> int:
         """How many demand reads are queued or under way."""
-        return self._cache.num_pending
+        with self._lock:
+            return self._cache.num_pending
 
     def prefetch_bytes(self) -> tuple[int, int, int]:
         """Return the bytes so far (issued, used by a call, dropped without use)."""
@@ -233,8 +233,7 @@ class StreamingStore:
             self._cache.check_budget(self._budget(num_bytes, self._catalogue))
             self._cache_bytes = num_bytes
             self._set_budget()
-            if num_bytes is not None:
-                self._register()
+            self._register()
             self._go_on()
 
     def set_verify(self, verify: Verify) -> None:
@@ -275,8 +274,7 @@ class StreamingStore:
             self.ownership = ownership
             self._cache.own(catalogue.sizes)
             self._set_budget()
-            if self._cache_bytes is not None:
-                self._register()
+            self._register()
             self._go_on()
 
     def figures(self) -> StoreFigures:
@@ -379,11 +377,12 @@ class StreamingStore:
         self._has_closed_part = budget < extents.capacity
 
     def _register(self) -> None:
-        self._reader.register(self._arena.parts_below(self._cache.extents.limit))
+        # What is read once gains nothing from it; what was registered before must not stay.
+        limit = self._cache.extents.limit if self._cache_bytes is not None else 0
+        self._reader.register(self._arena.parts_below(limit))
 
     def _give_back(self) -> None:
-        if self._cache_bytes is not None:
-            self._register()  # before the pages go: registered memory would keep them
+        self._register()  # before the pages go: registered memory would keep them
         for address in self._cache.extents.drop_closed_segments():
             self._arena.drop(address)
         self._arena.give_back_from(self._cache.extents.limit)

@@ -18,6 +18,7 @@ from shoal.errors import (
 )
 from shoal.experts.cache.arena import Arena
 from shoal.experts.catalogue import Catalogue
+from shoal.experts.options import Backend
 from shoal.experts.ownership import Ownership
 from support.stores import LAYER, expected, held, size_of, take, whole
 from support.tiny_model import make_tiny_artifact
@@ -60,6 +61,17 @@ def test_a_smaller_cache_serves_on_and_a_larger_one_holds_more(
     assert store.figures().budget_bytes == store.num_bytes
     with pytest.raises(UsageError):
         store.resize(size_of(artifact))
+
+
+@pytest.mark.parametrize("backend", Backend)
+def test_a_cache_that_shrinks_and_grows_gives_the_right_bytes(
+    artifact: Artifact, opened: ExitStack, backend: Backend
+) -> None:
+    store = whole(artifact, opened, cache_bytes=30 * size_of(artifact), backend=backend)
+    for places in (30, 4, 48, 2, 20, None, 3, 10):
+        store.resize(None if places is None else places * size_of(artifact))
+        for layer in range(3):
+            assert take(store, layer, range(16)) == expected(artifact, layer, range(16))
 
 
 def test_memory_that_an_arena_gives_back_is_the_systems_again() -> None:
