@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from client import cli, doctor
 from shoal import __version__, errors
@@ -31,8 +32,11 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 def test_every_verb_of_the_table_is_there(verb: str) -> None:
     module, _, name = cli.VERBS[verb].target.partition(":")
     function = getattr(importlib.import_module(module), name)
-    assert inspect.isfunction(function)
-    assert inspect.getdoc(function), "typer shows the docstring as the verb's help"
+    parts = [function]
+    if isinstance(function, typer.Typer):  # a verb of several commands
+        parts = [command.callback for command in function.registered_commands]
+    assert parts and all(map(inspect.isfunction, parts))
+    assert all(map(inspect.getdoc, parts)), "typer shows the docstring as the verb's help"
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
