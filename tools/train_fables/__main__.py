@@ -1,6 +1,6 @@
 """Everything, from nothing to the files of the repository, in one command.
 
-    python -m tools.train_fables OUT [--minutes 44] [--megabytes 75] [--threads 1]
+    python -m tools.train_fables OUT [--minutes 45] [--megabytes 75] [--threads 1]
 
 What is in OUT already is not made again: a stopped run goes on where it was.
 """
@@ -15,7 +15,7 @@ def main() -> None:
     """Make the text, train, export, convert, measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=44)
+    parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--megabytes", type=int, default=75)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Training: within a budget of seconds, resumable, the learning rate zero when it ends.
 
-    python -m tools.train_fables.train OUT --minutes 44 [--threads 1]
+    python -m tools.train_fables.train OUT --minutes 45 [--threads 1]
 
 Reads OUT/train.npz and OUT/seed.npz (of `prepare`); writes OUT/log.jsonl, OUT/checkpoint.pt and,
 at the end, OUT/final.pt. A stopped process (SIGSTOP) loses no budget: a step that took very long
@@ -27,7 +27,7 @@ from tools.train_fables.muon import Muon
 
 BATCH_TOKENS = 3072
 LENGTHS = (256,) * 11 + (1024,)  # of rows, in turn: long ones so that all positions are met
-NAME_WEIGHTS = ((0.4, 5.0), (1.0, 1.0))  # of names in the loss, until that share of the budget
+NAME_WEIGHTS = ((0.25, 5.0), (0.5, 2.0), (1.0, 1.0))  # of names in the loss, until that share
 BALANCE_WEIGHTS = ((0.15, 0.01), (1.0, 0.04))  # until that share of the budget: free, then fair
 MUON_LR, ADAM_LR, EMBEDDING_LR = 0.015, 3e-3, 1e-2
 MUON_DECAY = 0.5  # bounds the matrices' norms by 2, and so what branches add to the residual
@@ -221,7 +221,7 @@ def main() -> None:
     """Train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=44)
+    parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
