@@ -41,7 +41,7 @@ from shoal.sizes import format_size
 OVERHEAD_BYTES = 200 * MIB  # of a process beside its experts: 150-190 MiB seen under load
 _log = get_logger("served")
 Signature = tuple[tuple[str, int, int, int], ...]
-Former = tuple[ExpertFiles, Ownership]
+Former = tuple[Artifact, Ownership]
 GRACE = -1  # no stream's id: whoever asked Describe before the change and opens a stream after it
 
 
@@ -235,7 +235,13 @@ class Served:
             former = (self.artifact, self.ownership)
             with self._lock:
                 for stream_id in (*open_streams, GRACE):
-                    self._lingering[stream_id] = (*self._lingering.get(stream_id, ()), former)
+                    known = self._lingering.get(stream_id, ())
+                    self._lingering[stream_id] = _with(known, former)
+        if plan.signature != self._signature:
+            with self._lock:
+                for stream_id, formers in self._lingering.items():
+                    kept = tuple(_still_there(each, plan.artifact) for each in formers)
+                    self._lingering[stream_id] = kept
         self.artifact, self.ownership = plan.artifact, plan.ownership
         self._signature = plan.signature
         self._serve_all(plan.config)
@@ -384,6 +390,26 @@ def signature_of(artifact: Artifact) -> Signature:
     stats = [(name, (artifact.path / name).stat()) for name in names]
     found = [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return ((str(artifact.path), 0, 0, 0), *found)
+
+
+def _with(formers: tuple[Former, ...], former: Former) -> tuple[Former, ...]:
+    # A storm of reloads between two configurations is two formers, not one a reload.
+    known = {(artifact.path, ownership.ranges) for artifact, ownership in formers}
+    is_new = (former[0].path, former[1].ranges) not in known
+    return (*formers, former) if is_new else formers
+
+
+def _still_there(former: Former, artifact: Artifact) -> Former:
+    # Files that were replaced no longer have what the new ones lack.
+    files, ownership = former
+    if files.path != artifact.path:
+        return former
+    held = artifact.owned_experts
+    experts = {
+        layer: set(ownership.experts(layer)) & set(held.get(layer, ()))
+        for layer in ownership.layers
+    }
+    return artifact, Ownership(experts)
 
 
 def _largest(artifact: Artifact, ownership: Ownership) -> int:

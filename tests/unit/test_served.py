@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from expert_node.config import NodeConfig, parse_listen
 from expert_node.pins import pins_of, warm_up_order
 from expert_node.served import GRACE, Served, check_memory, owned_by
 from shoal.artifact import Artifact
+from shoal.artifact.slicing import node_part, write_slice
 from shoal.errors import NotOwned, UsageError
 from shoal.experts.heat import HeatMap, encode_heat
 from shoal.experts.options import Mode, Verify
@@ -83,6 +85,36 @@ def test_a_stream_that_saw_two_changes_is_served_all_that_it_was_promised(
     served.on_stream_end(1)
     served.settle()
     assert [serves(served, index) for index in (0, 4, 8)] == [False, True, True]
+
+
+def test_a_storm_of_changes_between_two_ranges_does_not_pile_up(
+    served: Served, config: NodeConfig
+) -> None:
+    for number in range(20):
+        change(served, config, 1, experts="4-7" if number % 2 else "8-11")
+    assert max(map(len, served._lingering.values())) == 3, "0-3, 4-7 and 8-11"
+    assert all(serves(served, index) for index in (0, 4, 8))
+
+
+def test_what_a_replaced_slice_lacks_is_not_read_from_it(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    """1. a node serves a slice; 2. another takes its place on disk; 3. a stream is still on."""
+    path = tmp_path / "slice.shoal"
+    for_all = NodeConfig(path, parse_listen("127.0.0.1:0"), verify=Verify.NEVER)
+
+    def write(experts: range) -> Artifact:
+        part = node_part(artifact.manifest, experts, None)
+        write_slice(artifact, part, path, lambda _num_bytes: None, force=True)
+        return Artifact.open(path)
+
+    opened = write(range(8))
+    served = Served(for_all, opened, owned_by(opened, for_all), None)
+    write(range(4, 12))
+    with closing(served):
+        assert change(served, for_all, 1) != []
+        served.settle()
+        assert [serves(served, index) for index in (0, 3, 4, 11)] == [False, False, True, True]
 
 
 def test_a_change_that_fails_midway_is_undone(
