@@ -1,13 +1,13 @@
 """Decoding with experts that do not fit in memory: shoal and llama.cpp under one memory cap.
 
-python bench/bench_streaming.py MODEL.shoal [--residency 25 50] [--decode 40] [--cold 8] [--warm 24]
-    [--prefetch auto off] [--trace bench/traces/FILE] [--without-peer] [--repeats 3]
+python bench/bench_streaming.py MODEL.shoal [--residency 25 50] [--tokens 160] [--peer-tokens 32]
+    [--prefetch auto off] [--trace bench/traces/fables.trace] [--repeats 3] [--peer-repeats 1]
 
 Each measurement is a process of its own in a memory cgroup whose limit counts page cache: dense
 weights, the share of the experts' bytes that is asked for, and OVERHEAD_BYTES. shoal's cache has
 exactly that share; llama.cpp maps MODEL.gguf, which lies beside the artifact, and has the page
-cache. Cold: the first tokens after nothing was cached; warm: the last ones. Random weights route at
-random: with --trace, both engines also follow recorded routing.
+cache. Cold: the first tokens, with no expert in memory yet; warm: the last ones. Random weights
+do not route as trained ones do: with --trace, both engines also follow recorded routing.
 
 The bound is the drive's bandwidth (random O_DIRECT reads without any of our code, before and after
 each measurement; the better one) over the bytes per token that had to come from it.
@@ -20,13 +20,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.disk_probe import DiskSpeed, disk_speed, files_of, forget
+from bench.disk_probe import DiskSpeed, disk_speed, files_of, forget, read_ahead
 from bench.measure import ROOT, Row, save, show, spread
 from bench.memory_cap import MemoryCap
 from bench.peer_llama import VERSION, decode_command
@@ -36,17 +37,20 @@ from shoal.experts.routing_trace import decode_trace
 
 OVERHEAD_BYTES = 500_000_000  # DESIGN.md: coordinator 300 MB, node 200 MB beyond what they hold
 PROBE_S = 2.0
+COLD_TOKENS = 8
 TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """An engine and its settings. routing: "own" or "trace"."""
+    """An engine and its settings. routing: "own" or "trace". num_tokens: of a measurement."""
 
     name: str
     routing: str
     flags: tuple[str, ...]
+    num_tokens: int
     is_peer: bool = False
+    read_ahead_kib: int | None = None  # None: the machine's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,36 +79,44 @@ class Bench:
         return self.dense_bytes + self.cache_bytes(percent) + OVERHEAD_BYTES
 
 
-def subjects(chosen: argparse.Namespace) -> Iterator[Subject]:
-    """Yield what is compared, in the order of one round."""
+def subjects(chosen: argparse.Namespace, turn: int) -> Iterator[Subject]:
+    """Yield what is compared in that round, in order."""
+    shared = ("--verify", chosen.verify, "--io", chosen.io, "--prefetch")
     for routing in ("own", "trace") if chosen.trace is not None else ("own",):
         for prefetch in chosen.prefetch:
-            flags = ("--prefetch", prefetch, "--verify", chosen.verify, "--io", chosen.io)
-            yield Subject(f"shoal, prefetch {prefetch}", routing, flags)
-            if not chosen.without_node:
-                yield Subject(f"shoal node, prefetch {prefetch}", routing, ("--node", *flags))
-        if not chosen.without_peer:
-            yield Subject("llama.cpp, mmap", routing, ("--lazy",), is_peer=True)
+            name = f"shoal, prefetch {prefetch}"
+            yield Subject(name, routing, (*shared, prefetch), chosen.tokens)
+        if not chosen.without_node:
+            flags = ("--node", *shared, chosen.prefetch[-1])
+            yield Subject(f"shoal node, prefetch {flags[-1]}", routing, flags, chosen.tokens)
+        if turn < chosen.peer_repeats:
+            for kib in chosen.peer_read_ahead:
+                name = f"llama.cpp, read-ahead {kib} KiB"
+                yield Subject(name, routing, (), chosen.peer_tokens, True, kib)
 
 
 def command_of(bench: Bench, subject: Subject, percent: float) -> list[str]:
     """Return the command that measures it."""
-    flags = list(subject.flags)
+    flags, ids = list(subject.flags), bench.ids[: subject.num_tokens]
     if subject.routing == "trace":
         flags += ["--trace", str(bench.folder / ("trace.json" if subject.is_peer else "trace.npy"))]
     if subject.is_peer:
-        return decode_command(bench.source, bench.ids, *flags)
+        return decode_command(bench.source, ids, *flags)
     script = ["-P", str(ROOT / "bench" / "stream_decode.py"), str(bench.artifact.path)]
-    script += [",".join(map(str, bench.ids))]
+    script += [",".join(map(str, ids))]
     return [sys.executable, *script, "--cache", str(bench.cache_bytes(percent)), *flags]
 
 
-def measure(bench: Bench, subject: Subject, percent: float, phases: dict[str, slice]) -> list[Row]:
+def measure(bench: Bench, subject: Subject, percent: float) -> list[Row]:
     """Measure once; return a row a phase."""
-    files = [*files_of(bench.artifact.path), bench.source]
-    forget(files)
+    phases = {"cold": slice(0, COLD_TOKENS), "warm": slice(subject.num_tokens * 2 // 5, None)}
+    experts = [path for path in files_of(bench.artifact.path) if path.parent.name == "experts"]
+    forget([*experts, bench.source])
     before = disk_speed(bench.source, PROBE_S)
-    with MemoryCap("shoal-bench", bench.cap_bytes(percent)) as cap:
+    with ExitStack() as stack:
+        cap = stack.enter_context(MemoryCap("shoal-bench", bench.cap_bytes(percent)))
+        if subject.read_ahead_kib is not None:
+            stack.enter_context(read_ahead(bench.source, subject.read_ahead_kib))
         done = subprocess.run(
             cap.command(command_of(bench, subject, percent)),
             stdout=subprocess.PIPE,
@@ -235,14 +247,14 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--residency", type=float, nargs="+", default=[25.0, 50.0], help="percent")
-    parser.add_argument("--decode", type=int, default=40, help="random tokens of a measurement")
-    parser.add_argument("--cold", type=int, default=8, help="first tokens")
-    parser.add_argument("--warm", type=int, default=24, help="last tokens")
-    parser.add_argument("--prefetch", nargs="+", default=["auto", "off"])
+    parser.add_argument("--tokens", type=int, default=160, help="random ones, of a measurement")
+    parser.add_argument("--peer-tokens", type=int, default=32)
+    parser.add_argument("--peer-read-ahead", type=int, nargs="+", default=[128], help="KiB")
+    parser.add_argument("--peer-repeats", type=int, default=1)
+    parser.add_argument("--prefetch", nargs="+", default=["off", "auto"])
     parser.add_argument("--verify", default="first")
     parser.add_argument("--io", default="auto")
     parser.add_argument("--trace", type=Path)
-    parser.add_argument("--without-peer", action="store_true")
     parser.add_argument("--without-node", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--name", default="streaming", help="of the result file")
@@ -252,18 +264,17 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure round after round, so that a slow hour of the machine falls on everybody."""
     chosen = arguments()
-    phases = {"cold": slice(0, chosen.cold), "warm": slice(-chosen.warm, None)}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
         artifact = Artifact.open(chosen.model)
         source = chosen.model.with_suffix(".gguf")
-        ids = random.Random(0).choices(range(artifact.spec.vocab_size), k=chosen.decode)
+        ids = random.Random(0).choices(range(artifact.spec.vocab_size), k=chosen.tokens)
         bench = Bench(artifact, source, tuple(ids), Path(name))
         write_traces(chosen.trace, bench)
-        for _ in range(chosen.repeats):
+        for turn in range(chosen.repeats):
             for percent in chosen.residency:
-                for subject in subjects(chosen):
-                    rows += measure(bench, subject, percent, phases)
+                for subject in subjects(chosen, turn):
+                    rows += measure(bench, subject, percent)
                     print(
                         f"{percent:g} % {subject.name} ({subject.routing}): "
                         + ", ".join(

@@ -11,8 +11,9 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,23 @@ def _own_probe(path: Path, seconds: float) -> float:
         return num_bytes / (time.perf_counter() - began_s) / 1e9
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def read_ahead(path: Path, kib: int) -> Iterator[int]:
+    """Let the kernel read that much ahead on the file's drive for the block; yield what it was.
+
+    A setting of the whole machine, restored at the end. Needs root.
+    """
+    device = path.stat().st_dev
+    folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    setting = (folder if (folder / "queue").exists() else folder.parent) / "queue/read_ahead_kb"
+    before = setting.read_text().strip()
+    setting.write_text(str(kib))
+    try:
+        yield int(before)
+    finally:
+        setting.write_text(before)
 
 
 def files_of(path: Path) -> list[Path]:
