@@ -124,7 +124,7 @@ def sums(reply: pb.Reply, artifact: Artifact) -> np.ndarray:
 
 
 def test_a_reload_puts_the_file_in_force(configured: Configured, artifact: Artifact) -> None:
-    small = 3 * expert_bytes(artifact)
+    small, before = 3 * expert_bytes(artifact), describe(configured.channel)
     reply = configured.reload(experts="4-9", cache=str(small), verify="always", log_level="debug")
     assert reply.error == ""
     assert sorted(reply.changed)[:3] == [
@@ -133,19 +133,14 @@ def test_a_reload_puts_the_file_in_force(configured: Configured, artifact: Artif
         "log-level: info -> debug",
     ]
     assert configured.owned() == [(4, 9)]
+    after = describe(configured.channel)
+    assert after.instance_epoch == before.instance_epoch, "it is the same process"
+    assert after.identity == before.identity and after.ready
     assert configured.metric("shoal_cache_budget_bytes") == small
     large = 6 * expert_bytes(artifact)
     assert configured.reload(experts="4-9", cache=str(large)).error == ""
     assert configured.metric("shoal_cache_budget_bytes") == large
     assert configured.metric('shoal_config_reloads_total{result="success"}') == 2
-
-
-def test_the_epoch_of_an_instance_survives_a_reload(configured: Configured) -> None:
-    before = describe(configured.channel)
-    assert configured.reload(experts="4-9").error == ""
-    after = describe(configured.channel)
-    assert after.instance_epoch == before.instance_epoch
-    assert after.identity == before.identity and after.ready
 
 
 @only_fast
@@ -194,14 +189,11 @@ def test_what_needs_a_new_start_is_named_and_kept(configured: Configured) -> Non
         "insecure: False -> True",
     }
     assert configured.metric('shoal_read_backend{backend="buffered"}') == 1, "of what fits whole"
+    reply = configured.reload(experts="0-3", threads=2, log_format="console")
+    assert not reply.kept and not reply.changed, "flags win also at a reload"
 
 
 @only_fast
-def test_flags_win_also_at_a_reload(configured: Configured) -> None:
-    reply = configured.reload(experts="0-3", threads=2, log_format="console")
-    assert not reply.kept and not reply.changed
-
-
 def test_streams_from_before_are_served_as_they_were_promised(
     configured: Configured, artifact: Artifact, expected: Callable[[list[int], int], np.ndarray]
 ) -> None:
@@ -259,6 +251,7 @@ def test_a_slice_takes_the_place_of_another_while_calls_go_on(
         stream.cancel()
 
 
+@only_fast
 def test_no_call_fails_in_a_storm_of_signals(
     configured: Configured, artifact: Artifact, expected: Callable[[list[int], int], np.ndarray]
 ) -> None:
