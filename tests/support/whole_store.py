@@ -1,7 +1,8 @@
 """WholeStore: every owned expert read beforehand, one by one: the oracle of stores that stream."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Self
 
 from shoal.artifact import Artifact
 from shoal.experts.executor import ExpertExecutor
@@ -37,7 +38,7 @@ class WholeStore:
         """There is nothing to give back."""
 
 
-class WholeAcquisition(AbstractContextManager["WholeAcquisition"]):
+class WholeAcquisition:
     """One wave."""
 
     is_whole = True
@@ -52,7 +53,15 @@ class WholeAcquisition(AbstractContextManager["WholeAcquisition"]):
     def __iter__(self) -> Iterator[Wave]:
         yield self._wave
 
-    def __exit__(self, *_: object) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         """Nothing is held."""
 
 

@@ -227,6 +227,16 @@ def test_other_owned_experts_keep_what_stays_owned() -> None:
     load(cache, 0, 11)
 
 
+def test_experts_too_large_for_the_pieces_of_a_grown_cache_are_refused() -> None:
+    cache = make_cache({(0, index): PAGE for index in range(8)}, 2 * PAGE)
+    cache.extents.grow(3 * PAGE)
+    cache.set_budget(5 * PAGE)
+    larger = {(1, index): 2 * PAGE for index in range(8)}
+    cache.check_budget(5 * PAGE, larger)
+    with pytest.raises(UsageError, match="pieces too short"):
+        cache.check_budget(5 * PAGE, {key: 5 * PAGE // 2 for key in larger})
+
+
 class World:
     """Many calls, a reader that ends reads in any order, and a budget that moves."""
 

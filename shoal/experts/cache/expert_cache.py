@@ -21,7 +21,7 @@ evicted, and pins leave places for two of the largest experts. So the first dema
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from shoal.errors import UsageError
+from shoal.experts.cache.budget import check_budget
 from shoal.experts.cache.entries import Counters, Demand, Entry
 from shoal.experts.cache.extents import Extents
 from shoal.experts.cache.policy import CachePolicy, Key
@@ -30,11 +30,6 @@ from shoal.limits import MIB
 # Demand reads under way: 64 chunks of 1 MiB keep the deepest queue of a drive full.
 MAX_LOADING_BYTES = 64 * MIB
 MAX_UNUSED_PREFETCH_SHARE = 4  # one part in so many of the budget may hold unused prefetches
-
-
-def smallest_budget(sizes: Mapping[Key, int]) -> int:
-    """Return the least bytes that serve these experts: two of the largest, or all."""
-    return min(2 * max(sizes.values(), default=0), sum(sizes.values()))
 
 
 class ExpertCache:
@@ -308,13 +303,7 @@ class ExpertCache:
 
     def check_budget(self, num_bytes: int, sizes: Mapping[Key, int] | None = None) -> None:
         """Raise UsageError if that budget is too small for what is (or would be) owned."""
-        sizes = self._sizes if sizes is None else sizes
-        least = smallest_budget(sizes)
-        if num_bytes < least:
-            raise UsageError(
-                f"a cache of {num_bytes} bytes is too small: two of the largest expert, the least "
-                f"that can serve, take {least} bytes ({least / 2**20:.1f} MiB); raise --cache"
-            )
+        check_budget(num_bytes, self._sizes if sizes is None else sizes, self.extents)
 
     def set_budget(self, num_bytes: int) -> None:
         """Use the first `num_bytes` of the arena, whose segments must be there already.

@@ -78,6 +78,16 @@ class Extents:
             places += max(0, end - at) // num_bytes
         return places
 
+    def num_places_of(self, num_bytes: int, open_bytes: int) -> int:
+        """How many extents of that size would fit if so many bytes were open, grown if need be."""
+        sizes = [size for _, size in self.segments]
+        sizes.append(max(0, open_bytes - self.capacity))
+        places = 0
+        for size in sizes:
+            places += max(0, min(size, open_bytes)) // num_bytes
+            open_bytes -= size
+        return places
+
     def drop_closed_segments(self) -> list[int]:
         """Forget the segments that lie beyond the limit whole and free; return their addresses."""
         dropped: list[int] = []

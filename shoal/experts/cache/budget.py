@@ -1,0 +1,33 @@
+"""Which budgets can serve which experts (core)."""
+
+from collections.abc import Mapping
+
+from shoal.errors import UsageError
+from shoal.experts.cache.extents import Extents
+from shoal.experts.cache.policy import Key
+
+
+def smallest_budget(sizes: Mapping[Key, int]) -> int:
+    """Return the least bytes that serve these experts: two of the largest, or all."""
+    return min(2 * max(sizes.values(), default=0), sum(sizes.values()))
+
+
+def check_budget(num_bytes: int, sizes: Mapping[Key, int], extents: Extents) -> None:
+    """Raise UsageError where so many bytes of an arena cannot hold two of the largest expert.
+
+    Args:
+        sizes: owned expert -> bytes. extents: of the arena, which may grow to the budget.
+    """
+    least = smallest_budget(sizes)
+    if num_bytes < least:
+        raise UsageError(
+            f"a cache of {num_bytes} bytes is too small: two of the largest expert, the least "
+            f"that can serve, take {least} bytes ({least / 2**20:.1f} MiB); raise --cache"
+        )
+    largest = max(sizes.values(), default=0)
+    is_contended = num_bytes < sum(sizes.values())
+    if is_contended and extents.num_places_of(largest, num_bytes) < 2:
+        raise UsageError(
+            f"the memory of this cache is in pieces too short for two experts of {largest} bytes, "
+            "which were not owned when it was opened: start anew"
+        )
