@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shoal.artifact import Artifact
@@ -272,6 +273,43 @@ def test_calls_that_need_more_than_fits_get_on_with_each_other(
             calls = [threads.submit(compute, executor, artifact, sorted(w)) for w in wants]
             for want, call in zip(wants, calls, strict=True):
                 assert call.result(GIVE_UP_S) == expected(sorted(want))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_seeded_faults_give_right_sums_or_an_error_that_names_its_expert(
+    seed: int, files: FuseFiles, path: Path, expected: Callable[[list[int]], bytes]
+) -> None:
+    """1. Half of the experts get faults: a few errors, errors for ever, short reads. 2. Four
+    callers ask for random experts. 3. Each call is right, or names an expert that stays lost.
+    4. The faults go; every expert is served.
+    """
+    rng = np.random.default_rng(seed)
+    lost: set[int] = set()
+    for expert in rng.permutation(16)[:8].tolist():
+        match rng.integers(3):
+            case 0:
+                fail(files, path, expert, times=int(rng.integers(1, 3)))
+            case 1:
+                fail(files, path, expert, times=None)
+                lost.add(expert)
+            case _:
+                name, where = place(path, expert)
+                size = int(rng.integers(1, where.num_bytes))
+                files.shorten(name, size, offset=where.offset, num_bytes=where.num_bytes, times=1)
+    wants = [sorted(rng.permutation(16)[:3].tolist()) for _ in range(24)]
+    with streaming_store(files.path, 4) as store:
+        executor = ExpertExecutor(artifact := Artifact.open(files.path), store)
+        with ThreadPoolExecutor(4) as threads:
+            calls = [threads.submit(compute, executor, artifact, want) for want in wants]
+            for want, call in zip(wants, calls, strict=True):
+                if lost.isdisjoint(want):
+                    assert call.result(GIVE_UP_S) == expected(want)
+                else:
+                    with pytest.raises(ExpertUnavailable) as failed:
+                        call.result(GIVE_UP_S)
+                    assert any(f"expert {e} of" in str(failed.value) for e in lost & set(want))
+        files.clear()
+        assert compute(executor, artifact, list(range(16))) == expected(list(range(16)))
 
 
 def wait_for_waiting(store: ExpertStore, count: int) -> None:
