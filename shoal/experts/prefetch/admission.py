@@ -15,8 +15,9 @@ bandwidth. Whether a demand read is queued is the store's to know: it then begin
 
 from collections.abc import Iterable
 
-# How likely the victim of a wrong guess would have been used before it had to go anyway, at most:
-# docs/prefetch.md replays traces with several values; 0.5 asks for p above a third.
+# Hits that a wrong guess costs by the place it takes until it is evicted, as a slot less would: the
+# slope of the hit rate over slots, times the calls that a slot is held. 0.5 at a quarter of the
+# experts in memory (docs/prefetch.md). It asks for p above a third.
 VICTIM_WORTH = 0.5
 MAX_GAP_S = 0.25  # a gap to count on; beyond it a user is thinking, not a coordinator computing
 _STEP = 1 / 8  # of the running means

@@ -42,8 +42,8 @@ _BINS = {
     "markov": (markov.BINS, markov.BINS),
     "locality": (locality.RECENT_BINS, locality.LATELY_BINS),
 }
-_TAUGHT_CALLS = 256  # of a layer: every one is learned from; recall is there after some fifty
-_JUDGE_EVERY = 4  # calls after that: learning costs as much as guessing
+_TAUGHT_CALLS = 128  # of a layer: every one is learned from; recall is there after some fifty
+_JUDGE_EVERY = 8  # calls after that: learning costs as much as guessing
 _SIZE_BINS = 10  # the number of rows: up to 1, 2, 4, ... 512
 _NOTHING = np.empty(0, np.int64)
 WOULD_TAKE = 0.5  # a single predictor's precision is that of the experts it gives more than this

@@ -23,6 +23,8 @@ BINS = 20
 _PRIOR = np.float32(4)  # uses of the layer's own frequencies that each row of counts begins with
 _HALF_LIFE_CALLS = 4096  # of a count: a text's topic passes, the model's habits stay
 _DECAY = 0.5 ** (1 / _HALF_LIFE_CALLS)
+_TAUGHT_CALLS = 128  # so many refresh what they teach at once
+_REFRESH_CALLS = 4  # afterwards: logarithms cost more than all else here
 _RESCALE_AT = 2.0**20  # newer calls weigh more; before float32 loses units, all is scaled down
 
 
@@ -37,8 +39,12 @@ class SetMarkov:
         self._pairs = [np.zeros((count, num_experts), np.float32) for count in num_before]
         self._uses = [np.zeros(count, np.float32) for count in num_before]
         self._own = np.zeros(num_experts, np.float32)
+        self._num_calls = 0
         self._calls = 0.0
         self._weight = 1.0  # of the newest call: grows by 1 / _DECAY instead of decaying all counts
+        # What scores are made of, refreshed now and then: log(P(f|a) / pi(f)), and log pi(f).
+        self._ratios = [np.zeros_like(pairs) for pairs in self._pairs]
+        self._frequency = np.zeros(num_experts, np.float32)
 
     def observe(self, before: tuple[I64, I64], experts: I64) -> None:
         """Learn that `experts` followed the sets `before` (one layer before, two before)."""
@@ -46,29 +52,38 @@ class SetMarkov:
         if self._weight > _RESCALE_AT:
             self._rescale()
         weight = np.float32(self._weight)
-        for pairs, uses, earlier in zip(self._pairs, self._uses, before, strict=True):
-            if earlier.size:
-                pairs[earlier[:, None], experts] += weight
-                uses[earlier] += weight
         self._own[experts] += weight
         self._calls += self._weight
+        self._num_calls += 1
+        for pairs, uses, earlier in zip(self._pairs, self._uses, before, strict=True):
+            pairs[earlier[:, None], experts] += weight
+            uses[earlier] += weight
+        if self._num_calls <= _TAUGHT_CALLS or self._num_calls % _REFRESH_CALLS == 0:
+            self._refresh(before)
 
     def scores(self, before: tuple[I64, I64]) -> F32:
         """Return both log scores [2, E]; experts that were never used score lowest."""
-        frequency = (self._own + np.float32(0.01)) / np.float32(max(self._calls, 1.0) + 1.0)
-        scores = np.tile(np.log(frequency), (2, 1))
-        prior = _PRIOR * np.float32(self._weight)
-        for row, pairs, uses, earlier in zip(scores, self._pairs, self._uses, before, strict=True):
-            if earlier.size:
-                seen = pairs[earlier] + prior * frequency
-                expected = (uses[earlier] + prior)[:, None] * frequency
-                row += np.log(seen / expected).sum(axis=0)
-        return scores
+        one, two = (
+            ratios[earlier].sum(axis=0)
+            for ratios, earlier in zip(self._ratios, before, strict=True)
+        )
+        return np.stack([one, two]) + self._frequency
 
     def features(self, before: tuple[I64, I64]) -> I64:
         """Return the bins [2, E] of the scores, a bin for each half of a factor e."""
         bins = (self.scores(before) * 2 + (BINS - 4)).astype(np.int64)
         return np.minimum(np.maximum(bins, 0), BINS - 1)
+
+    def _refresh(self, before: tuple[I64, I64]) -> None:
+        frequency = (self._own + np.float32(0.01)) / np.float32(max(self._calls, 1.0) + 1.0)
+        self._frequency = np.log(frequency)
+        prior = _PRIOR * np.float32(self._weight)
+        for ratios, pairs, uses, earlier in zip(
+            self._ratios, self._pairs, self._uses, before, strict=True
+        ):
+            seen = pairs[earlier] + prior * frequency
+            expected = (uses[earlier] + prior)[:, None] * frequency
+            ratios[earlier] = np.log(seen / expected)
 
     def _rescale(self) -> None:
         factor = np.float32(1 / self._weight)

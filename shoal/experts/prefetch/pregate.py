@@ -15,7 +15,7 @@ from shoal.rows import Rows
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 
-_BINS_A_SPREAD = 5.0  # bins for each standard deviation of a row's scores
+_BINS_A_SPREAD = 7.0  # bins for each mean distance of a row's scores from the middle
 
 
 class Pregate:
@@ -36,8 +36,8 @@ class Pregate:
     def features(self, rows: Rows) -> I64:
         """Return the bins [1, E]: how far an expert is inside some row's choice, or outside all.
 
-        The unit is the spread of the row's scores, zero lies half way between the last expert
-        that would be chosen and the first that would not.
+        Zero lies half way between the last expert that would be chosen and the first that would
+        not; the unit is the scores' mean distance from there.
         """
         with np.errstate(all="ignore"):  # rows may hold anything: the call itself is refused later
             scores = self.scores(rows)
@@ -45,9 +45,9 @@ class Pregate:
             kth = (num_experts - chosen - 1, num_experts - chosen)
             parted = np.partition(scores, kth, axis=1)
             middle = (parted[:, kth[0]] + parted[:, kth[1]]) / 2
-            spread = scores.std(axis=1) + np.float32(1e-20)
-            margins = ((scores - middle[:, None]) / spread[:, None]).max(axis=0)
-        places = margins * np.float32(_BINS_A_SPREAD) + PREGATE_BINS // 2
-        places = np.minimum(np.maximum(np.nan_to_num(places), 0), PREGATE_BINS - 1)
-        bins: I64 = places.astype(np.int64).reshape(1, -1)
+            above = scores - middle[:, None]
+            spread = np.abs(above).mean(axis=1) + np.float32(1e-20)
+            margins = (above / spread[:, None]).max(axis=0)
+            places = (margins * np.float32(_BINS_A_SPREAD) + PREGATE_BINS // 2).astype(np.int64)
+        bins: I64 = np.minimum(np.maximum(places, 0), PREGATE_BINS - 1).reshape(1, -1)
         return bins
