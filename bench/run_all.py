@@ -26,6 +26,7 @@ def main() -> None:
     chosen = parser.parse_args()
     bench("bench_kernels.py")
     bench("bench_dispatch.py")
+    bench("bench_cache.py")
     MODELS.mkdir(parents=True, exist_ok=True)
     for experts in chosen.experts:
         model = MODELS / f"qwen3-30b-a3b-12-layers-{experts}-seed-0.shoal"

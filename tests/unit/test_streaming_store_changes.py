@@ -1,12 +1,14 @@
 """StreamingStore while it serves: another size, other files, other experts, other directories."""
 
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -72,6 +74,56 @@ def test_a_cache_that_shrinks_and_grows_gives_the_right_bytes(
         store.resize(None if places is None else places * size_of(artifact))
         for layer in range(3):
             assert take(store, layer, range(16)) == expected(artifact, layer, range(16))
+
+
+@pytest.mark.parametrize("backend", [Backend.IO_URING, Backend.PREAD])
+def test_calls_get_the_right_bytes_in_a_storm_of_changes(
+    artifact: Artifact, opened: ExitStack, backend: Backend
+) -> None:
+    """Five threads take experts; one resizes, pins, prefetches, cancels and rebinds meanwhile."""
+    store = whole(artifact, opened, cache_bytes=6 * size_of(artifact), backend=backend)
+    right = {layer: expected(artifact, layer, range(16)) for layer in range(3)}
+    is_over = threading.Event()
+
+    def take_many(seed: int) -> int:
+        rng = np.random.default_rng(seed)
+        for _ in range(40):
+            layer, count = int(rng.integers(3)), int(rng.integers(1, 17))
+            experts = rng.permutation(16)[:count].tolist()
+            if rng.random() < 0.2:  # gives up after the first wave
+                with store.acquire(layer, experts) as got:
+                    next(iter(got))
+            else:
+                assert take(store, layer, experts) == [right[layer][index] for index in experts]
+        return seed
+
+    def change() -> int:
+        rng = np.random.default_rng(99)
+        num_changes = 0
+        while not is_over.is_set():
+            num_changes += 1
+            match rng.integers(6):
+                case 0:
+                    store.resize(int(rng.integers(2, 49)) * size_of(artifact))
+                case 1:
+                    store.pin([(1, index) for index in range(rng.integers(4))])
+                case 2:
+                    store.cancel_prefetch()
+                case 3:
+                    kept = {layer: range(rng.integers(4, 17)) for layer in range(3)}
+                    store.rebind(artifact, Ownership(kept))
+                case _:
+                    store.prefetch(int(rng.integers(3)), rng.permutation(16)[:4].tolist())
+        return num_changes
+
+    with ThreadPoolExecutor(6) as threads:
+        changes = threads.submit(change)
+        try:
+            assert list(threads.map(take_many, range(5))) == list(range(5))
+        finally:
+            is_over.set()
+        assert changes.result() > 20, "nothing changed"
+    assert store.figures().num_waiting == 0
 
 
 def test_memory_that_an_arena_gives_back_is_the_systems_again() -> None:
