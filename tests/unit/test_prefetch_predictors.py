@@ -254,7 +254,8 @@ class TestGuesser:
         chance = CHOSEN / NUM_EXPERTS
         assert figures.recall > {"pregate": 0.9, "markov": 3 * chance, "locality": 3 * chance}[name]
         assert figures.admitted > 100, "it never dares"
-        assert figures.precision > 0.6, "what it is sure of comes true"
+        surely = {"pregate": 0.9, "markov": 0.45, "locality": 0.6}[name]
+        assert figures.precision > surely, "what it is sure of comes true"
 
     def test_fused_beats_each_alone(self) -> None:
         # Without the oracle: half of each set is the chain's to find, half the window's.
