@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,7 +138,7 @@ def chunked(calls: Sequence[SeenCall], num_layers: int, size: int) -> list[SeenC
         for place in range(num_layers):
             group = calls[first + place : first + per_chunk : num_layers]
             rows = [call.rows for call in group]
-            values = np.concatenate([each.values for each in rows])
+            values: Any = np.concatenate([each.values for each in rows])  # of either dtype
             scales = np.concatenate([each.scales for each in rows])
             together = Rows(rows[0].scheme, rows[0].dim, values, scales)
             experts = np.unique(np.concatenate([call.experts for call in group]))

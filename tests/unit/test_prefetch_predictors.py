@@ -294,7 +294,8 @@ class TestGuesser:
         for _ in range(120):
             for stream, experts in ((1, one), (2, two)):
                 guesser.settle(stream, 0, 1, experts)
-                guess = guesser.guess(stream, 0, rows_of(1))
+                guesser.guess(stream, 0, rows_of(1))
+        guess = guesser.guess(2, 0, rows_of(1))
         assert set(guess.experts[:4].tolist()) == set(two.tolist())
         assert guesser.figures()["locality"].recall > 0.9
 
@@ -309,7 +310,8 @@ class TestGuesser:
         for _ in range(40):
             for layer in (0, 1):
                 guesser.settle(0, layer, 200, np.arange(NUM_EXPERTS))
-                guess = guesser.guess(0, layer, rows_of(200))
+                guesser.guess(0, layer, rows_of(200))
+        guess = guesser.guess(0, 1, rows_of(200))
         assert guess.kind is CallKind.MANY
         assert guess.experts.tolist() == list(range(NUM_EXPERTS))
         assert guess.probabilities.min() > 0.95
