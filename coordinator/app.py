@@ -5,10 +5,11 @@ start_engine: kernels checked, nodes met and verified, weights read. Then reques
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from coordinator.cancellation import Cancellation
 from coordinator.chat_template import ChatTemplate
@@ -21,13 +22,22 @@ from coordinator.tokenizer import NoTokenizer, Tokenizer
 from coordinator.transformer import Transformer
 from shoal import limits, numerics, ops
 from shoal.artifact import Artifact
-from shoal.errors import RequestError, UsageError
+from shoal.errors import CorruptArtifact, RequestError, UsageError
 from shoal.experts.local import LocalExperts
 from shoal.experts.options import Mode
 from shoal.experts.ownership import Ownership
 from shoal.experts.store import StoreOptions, WarmUpProgress
 from shoal.paths import resolve_model
 from shoal.transport import Transport
+
+# Parameters that generation_config.json may hold, and what each is.
+_OWN_SAMPLING: dict[str, tuple[type, ...]] = {
+    "temperature": (int, float),
+    "top_k": (int,),
+    "top_p": (int, float),
+    "min_p": (int, float),
+    "repetition_penalty": (int, float),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,25 @@ class OpenedModel:
         """Return how long the model's own generation_config.json lets an answer become."""
         longest = self.artifact.generation_config.get("max_new_tokens")
         return longest if type(longest) is int and longest > 0 else otherwise
+
+    def sampling(self, given: Mapping[str, Any]) -> ops.SamplingParams:
+        """Return how tokens are chosen: as given, else as the model's makers say, else greedily.
+
+        generation_config.json counts where its do_sample is true, as in transformers.
+
+        Raises: RequestError for a value out of range; CorruptArtifact for one that is no number.
+        """
+        config = self.artifact.generation_config
+        own: dict[str, Any] = {}
+        for name, kinds in _OWN_SAMPLING.items():
+            value = config.get(name)
+            if config.get("do_sample") is not True or value is None or name in given:
+                continue
+            if type(value) not in kinds:
+                where = f"{self.artifact.path}: generation_config.json"
+                raise CorruptArtifact(f"{where}: {name} = {value!r}: not such a number")
+            own[name] = value
+        return ops.SamplingParams(**own, **given)
 
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError for a request that this model cannot serve."""

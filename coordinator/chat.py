@@ -5,8 +5,9 @@ the prefix that it shares with the turn before.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from coordinator.app import (
     Coordinator,
@@ -21,18 +22,20 @@ from coordinator.interrupt import cancel_on_interrupt
 from coordinator.report import Transcript, figures_line
 from coordinator.request import Finished, GenerationRequest, TokenGenerated
 from shoal.errors import RequestError, ShoalError, UsageError
-from shoal.ops import SamplingParams
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /exit leaves"
 
 
 @dataclass(frozen=True, slots=True)
 class ChatConfig:
-    """max_tokens: of one answer at most; less where the context ends before."""
+    """max_tokens: of one answer at most; less where the context ends before.
+
+    sampling: of SamplingParams, what is not the model's own.
+    """
 
     system: str | None
     max_tokens: int
-    sampling: SamplingParams
+    sampling: Mapping[str, Any]
     stop: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -124,7 +127,7 @@ class _Conversation:
         return GenerationRequest(
             prompt_ids=prompt_ids,
             max_tokens=min(self._chat.max_tokens, room),
-            sampling=self._chat.sampling,
+            sampling=model.sampling(self._chat.sampling),
             stop=self._chat.stop,
         )
 

@@ -6,7 +6,7 @@ Nothing heavy is imported before a command runs, so that `--help` is quick.
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,6 @@ from shoal.transport import Transport
 if TYPE_CHECKING:
     from coordinator.app import CoordinatorConfig, Feedback
     from shoal.experts.store import WarmUpProgress
-    from shoal.ops import SamplingParams
 
 LOAD_SILENCE_S = 0.5
 
@@ -40,24 +39,27 @@ Stop = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How tokens are chosen."""
+    """How tokens are chosen. None: as the model's generation_config.json says, or greedily."""
 
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0
-    top_k: Annotated[int, typer.Option(help="sample from the K likeliest only; 0: from all")] = 0
-    top_p: Annotated[float, typer.Option(help="sample from the likeliest that hold this mass")] = (
-        1.0
-    )
-    min_p: Annotated[float, typer.Option(help="drop tokens below this share of the likeliest")] = (
-        0.0
-    )
-    repetition_penalty: Annotated[float, typer.Option(help="above 1: repeat less")] = 1.0
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0: always the likeliest token; default: the model's own, or 0"),
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(help="sample from the K likeliest only; 0: from all")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="sample from the likeliest that hold this mass")
+    ] = None
+    min_p: Annotated[
+        float | None, typer.Option(help="drop tokens below this share of the likeliest")
+    ] = None
+    repetition_penalty: Annotated[float | None, typer.Option(help="above 1: repeat less")] = None
     seed: Annotated[int, typer.Option(help="the same seed gives the same tokens, everywhere")] = 0
 
-    def params(self) -> "SamplingParams":
-        """Return what the engine takes."""
-        from shoal.ops import SamplingParams
-
-        return SamplingParams(**asdict(self))
+    def given(self) -> dict[str, Any]:
+        """Return what the command line says."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +190,7 @@ def run(
             is_chat=chat,
             system=system,
             max_tokens=max_tokens,
-            sampling=sampling.params(),
+            sampling=sampling.given(),
             stop=tuple(stop or ()),
             ignore_eos=ignore_eos,
             num_top_logprobs=top_logprobs if json else None,
@@ -214,7 +216,7 @@ def chat(
 
     run_chat(
         engine.config(model),
-        ChatConfig(system, max_tokens, sampling.params(), tuple(stop or ())),
+        ChatConfig(system, max_tokens, sampling.given(), tuple(stop or ())),
         _feedback(),
     )
 

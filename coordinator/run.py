@@ -1,7 +1,9 @@
 """`shoal run`: one request, its text streamed to stdout, its figures to stderr."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from coordinator.app import CoordinatorConfig, Feedback, OpenedModel, message, start_engine
 from coordinator.interrupt import cancel_on_interrupt
@@ -9,7 +11,6 @@ from coordinator.report import Transcript, figures_line, json_report
 from coordinator.request import Finished, FinishReason, GenerationRequest, TokenGenerated
 from coordinator.tokenizer import NoTokenizer
 from shoal.errors import UsageError
-from shoal.ops import SamplingParams
 
 MAX_TOKENS = 128  # where neither the command line nor the model says
 
@@ -23,7 +24,7 @@ class RunRequest:
     is_chat: bool
     system: str | None
     max_tokens: int | None  # None: the model's own
-    sampling: SamplingParams
+    sampling: Mapping[str, Any]  # of SamplingParams, what is not the model's own
     stop: tuple[str, ...]
     ignore_eos: bool
     num_top_logprobs: int | None  # None: stream text; else collect one JSON object
@@ -48,7 +49,7 @@ def run_once(
     request = GenerationRequest(
         prompt_ids=_prompt_ids(model, asked),
         max_tokens=model.max_tokens(MAX_TOKENS) if asked.max_tokens is None else asked.max_tokens,
-        sampling=asked.sampling,
+        sampling=model.sampling(asked.sampling),
         stop=asked.stop,
         ignore_eos=asked.ignore_eos,
         num_top_logprobs=asked.num_top_logprobs,

@@ -24,7 +24,14 @@ from tools.train_fables.model import Fables, Geometry
 from tools.train_fables.train import Rows
 
 TOLERANCE = 1e-4  # on logits of either implementation in float32
-GENERATION = {"eos_token_id": 0, "max_new_tokens": 400}
+# Sampled by default: the likeliest name of somebody new is always that of somebody known.
+GENERATION = {
+    "eos_token_id": 0,
+    "max_new_tokens": 400,
+    "do_sample": True,
+    "temperature": 0.7,
+    "min_p": 0.02,
+}
 
 
 def load(path: Path) -> Fables:

@@ -55,12 +55,12 @@ def write_curves(path: Path, log: Sequence[Mapping[str, Any]], levels: Mapping[s
 
 
 def write_heat_map(path: Path, domains: Sequence[str], shares: NDArray[np.float64]) -> None:
-    """Draw shares [layers, domains, experts] (1: as by chance), log scale 1/8 white to 8 black."""
+    """Draw shares [layers, domains, experts] (1: as by chance), log scale 1/4 white to 4 dark."""
     layers, rows, experts = shares.shape
     cell, left, top, gap = 18, 70, 34, 26
     squares: dict[int, list[str]] = {}
     parts = [
-        '<text x="70" y="14">share of an expert in a domain: white 1/8 of chance, dark 8x</text>'
+        '<text x="70" y="14">share of an expert in a domain: white a quarter of chance, dark four times</text>'
     ]
     for layer in range(layers):
         y0 = top + layer * (rows * cell + gap)
@@ -70,7 +70,7 @@ def write_heat_map(path: Path, domains: Sequence[str], shares: NDArray[np.float6
             parts.append(f'<text x="{left - 6}" y="{y + 13}" text-anchor="end">{domain}</text>')
             for expert in range(experts):
                 share = max(float(shares[layer, row, expert]), 1e-9)
-                place = (math.log2(share) + 3) / 6 * (_SHADES - 1)
+                place = (math.log2(share) + 2) / 4 * (_SHADES - 1)
                 shade = round(min(max(place, 0), _SHADES - 1))
                 move = f"M{left + expert * cell} {y}h{cell - 1}v{cell - 1}h-{cell - 1}z"
                 squares.setdefault(shade, []).append(move)

@@ -18,7 +18,7 @@ def stories_page(prompt: str, told: Mapping[int, str]) -> str:
     """Return the stories, each with the command that tells it again."""
     parts: list[str] = []
     for seed, text in told.items():
-        command = f'shoal run "{prompt}" --temperature 0.8 --seed {seed}'
+        command = f'shoal run "{prompt}" --seed {seed}'
         quoted = "\n".join(f"> {line}".rstrip() for line in (prompt + text).strip().split("\n"))
         parts.append(f"`{command}`\n\n{quoted}")
     return "\n\n".join(parts)
