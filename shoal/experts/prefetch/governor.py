@@ -9,20 +9,23 @@ nothing is learned or guessed, so they are demand-only in truth. The cost of a c
 prefetching's own work included, a wanted expert at a time. The first calls of a window belong to
 the one before (what it left in the cache) and are not counted.
 
-Prefetching goes on only if it wins by more than the noise between pairs; a clear loss ends a trial
-at once; a draw is off.
+Prefetching goes on only if it wins by more than the noise between pairs; a clear win or loss ends a
+trial early; a draw is off.
 """
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-MIN_PAIRS = 2  # before a win is believed
-MAX_PAIRS = 4  # then a draw is a draw
-CLEAR_LOSS = 0.05  # of a call's cost, in one pair: ends the trial
-MIN_GAIN = 0.01  # of a call's cost: less is not worth the reads
-ON_WINDOWS = 24  # until the verdict is tried again
-OFF_WINDOWS = 24  # likewise, at first
-MAX_OFF_WINDOWS = 24 * 64  # doubled at each trial lost, up to this
+LEARN_WINDOWS = 3  # before a trial: predictors need some 25 tokens
+MIN_PAIRS = 3  # before a win is believed
+MAX_PAIRS = 6  # then a draw is a draw
+CLEAR_GAIN = 0.08  # of a call's cost, in each of two pairs: enough
+CLEAR_LOSS = 0.05  # likewise, on the mean: ends the trial
+MIN_GAIN = 0.015  # of a call's cost: less is not worth the reads
+SURE = 1.5  # standard errors of the mean that a gain must exceed
+ON_WINDOWS = 48  # until the verdict is tried again
+OFF_WINDOWS = 48  # likewise, at first
+MAX_OFF_WINDOWS = 48 * 64  # doubled at each trial lost, up to this
 
 
 class State(StrEnum):
@@ -67,7 +70,7 @@ class Governor:
         self._state = State.LEARN
         self._window = _Window()
         self._trial = _Trial()
-        self._windows_left = 1
+        self._windows_left = LEARN_WINDOWS
         self._off_windows = OFF_WINDOWS
         self._is_b = False
         self._verdict: State | None = None
@@ -113,18 +116,20 @@ class Governor:
         if self._windows_left:
             return
         if self._state is State.OFF:
-            self._state, self._windows_left = State.LEARN, 1
+            self._state, self._windows_left = State.LEARN, LEARN_WINDOWS
         else:
             self._state, self._trial, self._is_b = State.TRIAL, _Trial(), False
 
     def _judge(self, last: _Window) -> None:
         gains = self._trial.gains()
-        mean = sum(gains) / len(gains)
-        spread = (max(gains) - min(gains)) / 2 if len(gains) > 1 else 0.0
-        noise = spread / len(gains) ** 0.5
-        is_last = len(gains) == MAX_PAIRS
+        count = len(gains)
+        mean = sum(gains) / count
+        squares = sum((gain - mean) ** 2 for gain in gains) / max(1, count - 1)
+        is_clear = count == 2 and min(gains) > CLEAR_GAIN
+        is_gain = count >= MIN_PAIRS and mean > max(MIN_GAIN, SURE * (squares / count) ** 0.5)
+        is_last = count == MAX_PAIRS
         self.saved_s += gains[-1] * self._trial.off[-1] * last.experts
-        if len(gains) >= MIN_PAIRS and mean > max(MIN_GAIN, noise):
+        if is_clear or is_gain:
             self._gain_s = mean * sum(self._trial.off) / len(self._trial.off)
             self._settle(State.ON, ON_WINDOWS)
             self._off_windows = OFF_WINDOWS

@@ -16,8 +16,8 @@ from shoal.experts.prefetch.pregate import Pregate
 from shoal.limits import MAX_MARKOV_BYTES
 from shoal.model_spec import RouterKind, RouterSpec
 
-_DECODE_PASSES, _PREFILL_PASSES = 16, 1  # of a governor's window: tokens, and chunks of a prompt
-_GUARD_PASSES = 2  # of the 16: what the window before left in the cache
+_DECODE_PASSES, _PREFILL_PASSES = 8, 1  # of a governor's window: tokens, and chunks of a prompt
+_GUARD_PASSES = 2  # of the 8: what the window before left in the cache
 
 
 def open_prefetcher(
