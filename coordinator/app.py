@@ -6,7 +6,7 @@ start_engine: kernels checked, nodes met and verified, weights read. Then reques
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -14,8 +14,15 @@ from typing import Any
 from coordinator.cancellation import Cancellation
 from coordinator.chat_template import ChatTemplate
 from coordinator.engine import Engine, EngineConfig
-from coordinator.expert_dispatch import ExpertDispatch, LocalDispatch, open_remote_dispatch
+from coordinator.expert_dispatch import (
+    SHARD_WAIT_S,
+    ExpertDispatch,
+    LocalDispatch,
+    RemoteDispatch,
+    open_remote_dispatch,
+)
 from coordinator.kv_arrays import KvArrays
+from coordinator.map_reload import reload_on_hangup
 from coordinator.report import ModelLabel, Transcript
 from coordinator.request import Event, Finished, GenerationRequest, PromptRead, TokenGenerated
 from coordinator.tokenizer import NoTokenizer, Tokenizer
@@ -55,6 +62,7 @@ class CoordinatorConfig:
     max_context: int | None = None
     prefill_chunk: int = limits.PREFILL_CHUNK
     call_timeout_s: float = 10.0
+    shard_wait_s: float = SHARD_WAIT_S
     transport: Transport = Transport.AUTO
     store: StoreOptions = field(default_factory=StoreOptions)
     prefetch: Mode = Mode.AUTO
@@ -66,6 +74,11 @@ class CoordinatorConfig:
             raise UsageError(
                 f"--call-timeout {self.call_timeout_s}: must be above 0 and at most "
                 f"{limits.MAX_CALL_TIMEOUT_S} seconds"
+            )
+        if not 0 <= self.shard_wait_s <= limits.MAX_SHARD_WAIT_S:
+            raise UsageError(
+                f"--shard-wait {self.shard_wait_s}: must be in 0..{limits.MAX_SHARD_WAIT_S:g} "
+                "seconds"
             )
 
 
@@ -196,7 +209,11 @@ def start_engine(model: OpenedModel, feedback: Feedback) -> Iterator[Coordinator
             model.engine_config,
             time.perf_counter,
         )
-        yield Coordinator(model, engine, dispatch)
+        has_file = config.moe_shards is not None and config.moe_shards.startswith("@")
+        with ExitStack() as stack:
+            if isinstance(dispatch, RemoteDispatch) and has_file:
+                stack.enter_context(reload_on_hangup(dispatch, feedback.tell))
+            yield Coordinator(model, engine, dispatch)
     finally:
         dispatch.close()
 
@@ -209,6 +226,7 @@ def _open_dispatch(
             artifact,
             config.moe_shards,
             config.call_timeout_s,
+            shard_wait_s=config.shard_wait_s,
             transport=config.transport,
             store=config.store,
             prefetch=config.prefetch,

@@ -1,7 +1,8 @@
 """One layer's routed rows, cut into expert calls by owner and by size (core).
 
-Per endpoint a row is sent once, with all of its experts there. The calls of an endpoint cover its
-rows in ascending order; how they are cut cannot change a bit of the result, only its speed.
+Per slot (the replicas that own some experts) a row is sent once, with all of its experts there. The
+calls of a slot cover its rows in ascending order; how they are cut cannot change a bit of the
+result, only its speed.
 """
 
 from collections import Counter
@@ -27,14 +28,14 @@ _OFFSETS = [_constant((0, num_pairs)) for num_pairs in range(limits.MAX_EXPERTS_
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of one layer for one endpoint.
+    """Rows of one layer for one slot.
 
-    endpoint: index into the placement's endpoints.
+    slot: index into the placement's slots.
     rows: [T] int32, ascending, distinct: which of the layer's rows these are.
     row_offsets, experts, weights: as in shoal.experts.call.ExpertCall.
     """
 
-    endpoint: int
+    slot: int
     rows: NDArray[np.int32]
     row_offsets: NDArray[np.int32]
     experts: NDArray[np.int32]
@@ -48,7 +49,7 @@ class Part:
         """Return the rows first..last-1 of this part as a part of its own."""
         begin, end = int(self.row_offsets[first]), int(self.row_offsets[last])
         return Part(
-            self.endpoint,
+            self.slot,
             self.rows[first:last],
             self.row_offsets[first : last + 1] - self.row_offsets[first],
             self.experts[begin:end],
@@ -57,7 +58,7 @@ class Part:
 
 
 def by_owner(plan: RoutingPlan, owners: NDArray[np.int32]) -> list[Part]:
-    """Split a plan into one part per endpoint that owns any of its experts.
+    """Split a plan into one part per slot that owns any of its experts.
 
     Args:
         owners: [E] int32, from Placement.owners.
@@ -71,14 +72,14 @@ def by_owner(plan: RoutingPlan, owners: NDArray[np.int32]) -> list[Part]:
     if (owner == first_owner).all():
         return [_whole(plan, first_owner)]
     parts = []
-    for endpoint in np.flatnonzero(np.bincount(owner)):
-        pairs = np.flatnonzero(owner == endpoint)  # ascending: grouped by row
+    for slot in np.flatnonzero(np.bincount(owner)):
+        pairs = np.flatnonzero(owner == slot)  # ascending: grouped by row
         counts = np.bincount(pairs // per_row, minlength=num_rows)
         rows = np.flatnonzero(counts)
         offsets = np.zeros(rows.size + 1, np.int32)
         np.cumsum(counts[rows], out=offsets[1:])
         parts.append(
-            Part(int(endpoint), rows.astype(np.int32), offsets, experts[pairs], weights[pairs])
+            Part(int(slot), rows.astype(np.int32), offsets, experts[pairs], weights[pairs])
         )
     return parts
 
@@ -92,18 +93,18 @@ def _one_row(
     experts, weights = experts[order], weights[order]
     counts = Counter(owner.tolist())
     parts, begin = [], 0
-    for endpoint in sorted(counts):
-        end = begin + counts[endpoint]
+    for slot in sorted(counts):
+        end = begin + counts[slot]
         offsets = _OFFSETS[end - begin]
-        parts.append(Part(endpoint, _FIRST_ROW, offsets, experts[begin:end], weights[begin:end]))
+        parts.append(Part(slot, _FIRST_ROW, offsets, experts[begin:end], weights[begin:end]))
         begin = end
     return parts
 
 
-def _whole(plan: RoutingPlan, endpoint: int) -> Part:
+def _whole(plan: RoutingPlan, slot: int) -> Part:
     num_rows, per_row = plan.experts.shape
     return Part(
-        endpoint,
+        slot,
         np.arange(num_rows, dtype=np.int32),
         np.arange(0, num_rows * per_row + 1, per_row, dtype=np.int32),
         plan.experts.reshape(-1),

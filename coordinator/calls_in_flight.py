@@ -6,33 +6,41 @@ it on one thread at a time.
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.dispatch import (
+from coordinator.dispatch import Dispatcher
+from coordinator.dispatch_events import (
     Accept,
     Cancel,
+    CloseNode,
     Command,
-    Dispatcher,
     Event,
     Fail,
     Failed,
     FanoutAbandoned,
     FanoutStarted,
     Finish,
+    GiveUpWaiting,
     Lane,
-    LaneOpened,
     NewCall,
+    NodeAbsent,
     NodeDraining,
     NodeLost,
+    NodeOpened,
+    NodeRetired,
+    Progressed,
+    ReleaseNode,
     Replied,
     Send,
     Ticked,
     TimeOut,
 )
+from coordinator.node_health import NodeHealth
 from shoal import errors, wire
 from shoal.v1 import expert_pb2 as pb
 
@@ -41,22 +49,34 @@ _fanout_ids = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class OutgoingCall:
-    """An encoded call. rows: [T'] int32, which rows of the layer it carries."""
+    """An encoded call.
+
+    candidates: nodes that own its experts, the preferred one first. shard: their range, in words.
+    rows: [T'] int32, which rows of the layer it carries. work: see NewCall.
+    """
 
     call_id: int
-    node: int
+    candidates: tuple[int, ...]
     lane: Lane
     frame: bytes
     rows: NDArray[np.int32]
+    work: float
+    shard: str
 
 
 @dataclass(slots=True)
 class Fanout:
-    """One layer's calls on their way. Ended once, by whoever moves the frames."""
+    """One layer's calls on their way. Ended once, by whoever moves the frames.
+
+    replies, answered_by: of each call, by its id. retries: ids of further attempts.
+    """
 
     calls: Sequence[OutgoingCall]
     fanout_id: int = field(default_factory=lambda: next(_fanout_ids))
     replies: dict[int, pb.Reply] = field(default_factory=dict)
+    answered_by: dict[int, int] = field(default_factory=dict)
+    retries: list[int] = field(default_factory=list)
+    bytes_up: int = 0
     bytes_down: int = 0
     error: errors.ShoalError | None = None
     is_ended: bool = False
@@ -83,50 +103,58 @@ class CallsInFlight:
     """Carries out the dispatch core's commands.
 
     Args:
-        names: the nodes' endpoints, for messages.
-        call_timeout_s: how long a fan-out may take, for messages.
-        send: takes a serialised ClientFrame for a node's lane.
+        names: the nodes' endpoints, for messages; it may grow.
+        call_timeout_s, shard_wait_s: see Dispatcher.
+        wires: what moves the frames.
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        call_timeout_s: float,
-        send: Callable[[int, Lane, bytes], None],
+        self, names: Sequence[str], call_timeout_s: float, shard_wait_s: float, wires: "Wires"
     ) -> None:
         self._names = names
         self._call_timeout_s = call_timeout_s
-        self._send = send
-        self._dispatcher = Dispatcher()
+        self._shard_wait_s = shard_wait_s
+        self._wires = wires
+        self._dispatcher = Dispatcher(call_timeout_s, shard_wait_s, names.__getitem__)
         self.num_ended = 0  # fan-outs, so far
         self._fanouts: dict[int, Fanout] = {}
         self._calls: dict[int, tuple[Fanout, OutgoingCall]] = {}
+        self._call_of_retry: dict[int, int] = {}
 
     @property
     def has_bulk(self) -> bool:
         """Whether a fan-out in flight has a call on the bulk lane."""
         return any(call.lane is Lane.BULK for _, call in self._calls.values())
 
-    def lane_opened(self, node: int, lane: Lane, credit_bytes: int) -> None:
-        self._on(LaneOpened(node, lane, credit_bytes))
+    @property
+    def is_idle(self) -> bool:
+        """Whether no tick is needed."""
+        return self._dispatcher.is_idle
 
-    def lost(self, node: int, error: errors.NodeError) -> None:
-        """A node's connection is gone."""
-        self._on(NodeLost(node, error))
+    def health(self, node: int) -> NodeHealth | None:
+        """Return what is known of a node, for figures."""
+        return self._dispatcher.health(node)
+
+    def on(self, event: NodeOpened | NodeAbsent | NodeLost | NodeRetired) -> None:
+        """Take what became of a node."""
+        self._on(event)
 
     def tick(self, now_s: float) -> None:
-        """Look at the deadlines."""
+        """Look for what is late."""
         self._on(Ticked(now_s))
 
-    def start(self, fanout: Fanout, deadline_s: float) -> None:
-        """Send a fan-out's calls, or queue them for credit."""
+    def start(self, fanout: Fanout, now_s: float) -> None:
+        """Send a fan-out's calls, or queue them for credit or a node."""
         self._fanouts[fanout.fanout_id] = fanout
+        new_calls = []
         for call in fanout.calls:
             self._calls[call.call_id] = fanout, call
-        new_calls = tuple(
-            NewCall(call.call_id, call.node, call.lane, len(call.frame)) for call in fanout.calls
-        )
-        self._on(FanoutStarted(fanout.fanout_id, new_calls, deadline_s))
+            num_bytes = len(call.frame)
+            fanout.bytes_up += num_bytes
+            new_calls.append(
+                NewCall(call.call_id, call.candidates, call.lane, num_bytes, call.work)
+            )
+        self._on(FanoutStarted(fanout.fanout_id, tuple(new_calls), now_s))
 
     def abandon(self, fanout: Fanout) -> None:
         """Take a fan-out's calls back, if it is still in flight."""
@@ -139,37 +167,46 @@ class CallsInFlight:
         for fanout_id in list(self._fanouts):
             self._end(fanout_id, closed())
 
-    def on_frame(self, node: int, frame: pb.NodeFrame, num_bytes: int) -> None:
+    def on_frame(self, node: int, frame: pb.NodeFrame, num_bytes: int, now_s: float) -> None:
         """Take a frame of a node. Raises MalformedMessage: it makes no sense there."""
         match frame.WhichOneof("frame"):
             case "reply":
-                reply = frame.reply
-                for command in self._dispatcher.on(Replied(reply.call_id, node)):
-                    if isinstance(command, Accept):
-                        self._accept(reply, num_bytes)
-                    else:
-                        self._do(command)
+                self._on_reply(node, frame.reply, num_bytes, now_s)
             case "failure":
                 failure = frame.failure
                 error = self._error_of(failure, self._names[node])
-                self._on(Failed(failure.call_id, node, error))
+                is_final = isinstance(error, errors.NumericError | errors.MalformedMessage)
+                self._on(Failed(failure.call_id, node, error, is_final, now_s))
             case "progress":
-                pass  # its call is held and alive; deadlines are absolute
+                self._on(Progressed(node, tuple(frame.progress.call_ids), now_s))
             case "draining":
                 reason, name = frame.draining.reason, self._names[node]
                 error = errors.NodeDraining(f"node {name} is draining ({reason}): use another node")
-                self._on(NodeDraining(node, error))
+                self._on(NodeDraining(node, error, now_s))
             case _:
                 raise errors.MalformedMessage(
                     f"node {self._names[node]} sent a frame that nobody asked for"
                 )
 
+    def _on_reply(self, node: int, reply: pb.Reply, num_bytes: int, now_s: float) -> None:
+        busy_s = (reply.queue_us + reply.compute_us) * 1e-6
+        event = Replied(reply.call_id, node, now_s, busy_s, reply.load_us * 1e-6)
+        for command in self._dispatcher.on(event):
+            if isinstance(command, Accept):
+                fanout, _ = self._calls[command.call_id]
+                fanout.replies[command.call_id] = reply
+                fanout.answered_by[command.call_id] = node
+                fanout.bytes_down += num_bytes
+            else:
+                self._do(command)
+
     def _error_of(self, failure: pb.Failure, name: str) -> errors.ShoalError:
         error = wire.error_of(failure, name)
-        if not isinstance(error, errors.NumericError) or failure.call_id not in self._calls:
+        call_id = self._call_of_retry.get(failure.call_id, failure.call_id)
+        if not isinstance(error, errors.NumericError) or call_id not in self._calls:
             return error
         # The node speaks of its call's rows; the caller knows the layer's.
-        _, call = self._calls[failure.call_id]
+        _, call = self._calls[call_id]
         rows = tuple(int(call.rows[row]) for row in error.rows if row < call.rows.size)
         return errors.NumericError(str(error), rows)
 
@@ -179,19 +216,37 @@ class CallsInFlight:
 
     def _do(self, command: Command) -> None:
         match command:
-            case Send(call_id, node, lane):
-                self._send(node, lane, self._calls[call_id][1].frame)
-            case Cancel(call_id, node, lane):
-                frame = pb.ClientFrame(cancel=pb.Cancel(call_id=call_id))
-                self._send(node, lane, frame.SerializeToString())
+            case Send(attempt_id, call_id, node, lane):
+                frame = self._calls[call_id][1].frame
+                if attempt_id != call_id:
+                    frame = self._again(attempt_id, call_id, frame)
+                self._wires.send(node, lane, frame)
             case Finish(fanout_id):
                 self._end(fanout_id, None)
+            case Cancel(attempt_id, node, lane):
+                cancel = pb.ClientFrame(cancel=pb.Cancel(call_id=attempt_id))
+                self._wires.send(node, lane, cancel.SerializeToString())
             case Fail(fanout_id, _, error):
                 self._end(fanout_id, error)
-            case TimeOut(fanout_id, node):
+            case TimeOut(fanout_id, _, node):
                 self._end(fanout_id, self._timeout_of(node))
+            case GiveUpWaiting(fanout_id, call_id, causes):
+                self._end(fanout_id, self._nobody_for(call_id, causes))
+            case CloseNode(node, silent_s):
+                self._wires.close_node(node, silent_s)
+            case ReleaseNode(node):
+                self._wires.release_node(node)
             case Accept():
                 raise AssertionError("only a reply is accepted")
+
+    def _again(self, attempt_id: int, call_id: int, frame: bytes) -> bytes:
+        fanout, _ = self._calls[call_id]
+        self._call_of_retry[attempt_id] = call_id
+        fanout.retries.append(attempt_id)
+        fanout.bytes_up += len(frame)
+        message = pb.ClientFrame.FromString(frame)
+        message.call.call_id = attempt_id
+        return message.SerializeToString()
 
     def _timeout_of(self, node: int) -> errors.CallTimeout:
         return errors.CallTimeout(
@@ -199,10 +254,13 @@ class CallsInFlight:
             "hangs or is overloaded; restart it, or allow more time with --call-timeout"
         )
 
-    def _accept(self, reply: pb.Reply, num_bytes: int) -> None:
-        fanout, _ = self._calls[reply.call_id]
-        fanout.replies[reply.call_id] = reply
-        fanout.bytes_down += num_bytes
+    def _nobody_for(
+        self, call_id: int, causes: tuple[errors.ShoalError, ...]
+    ) -> errors.ShardUnavailable:
+        why = "; ".join(map(str, causes)) or "its nodes were lost"
+        waited = f" (waited {self._shard_wait_s:g} s: --shard-wait)" if self._shard_wait_s else ""
+        shard = self._calls[call_id][1].shard
+        return errors.ShardUnavailable(f"no node is left for {shard}{waited}: {why}")
 
     def _end(self, fanout_id: int, error: errors.ShoalError | None) -> None:
         self.num_ended += 1
@@ -212,7 +270,25 @@ class CallsInFlight:
         fanout = self._fanouts.pop(fanout_id)
         for call in fanout.calls:
             del self._calls[call.call_id]
+        for attempt_id in fanout.retries:
+            del self._call_of_retry[attempt_id]
         return fanout
+
+
+class Wires(Protocol):
+    """What moves frames: a transport. Called on the thread that feeds CallsInFlight."""
+
+    def send(self, node: int, lane: Lane, frame: bytes) -> None:
+        """Take a serialised ClientFrame for an open node."""
+        ...
+
+    def close_node(self, node: int, silent_s: float) -> None:
+        """Break off the connections of a node that is silent, and meet it anew."""
+        ...
+
+    def release_node(self, node: int) -> None:
+        """Close the connections of a node that the map names no more."""
+        ...
 
 
 def closed() -> errors.NodeUnreachable:

@@ -70,8 +70,8 @@ class EngineOptions:
         str | None,
         typer.Option(
             metavar="MAP",
-            help="who computes which experts: 0-63=grpc://a:50051,64-127=grpc://b:50051 or "
-            "@file.toml; without it, this process does",
+            help="who computes which experts: 0-63=grpc://a:50051,64-127=grpc://b:50051, "
+            "replicas as a|b, or @file.toml; without it, this process does",
             show_default=False,
         ),
     ] = None
@@ -112,6 +112,10 @@ class EngineOptions:
     call_timeout: Annotated[
         float, typer.Option(help="seconds that a node may take for one layer")
     ] = 10.0
+    shard_wait: Annotated[
+        float,
+        typer.Option(help="seconds to wait for a node when a range of experts has none left"),
+    ] = 30.0
     transport: Annotated[
         Transport, typer.Option(help="to nodes: grpcio, or our own framing (fast, auto)")
     ] = Transport.AUTO
@@ -129,6 +133,7 @@ class EngineOptions:
             max_context=self.max_context,
             prefill_chunk=self.prefill_chunk,
             call_timeout_s=self.call_timeout,
+            shard_wait_s=self.shard_wait,
             transport=self.transport,
             store=StoreOptions(
                 cache_bytes=cache,

@@ -1,342 +1,500 @@
-"""Which expert calls are in flight, and how each fan-out ends (core).
+"""Which expert calls are in flight and where, and how each fan-out ends (core).
 
 A state machine without I/O, clock or randomness: feed it events, do the commands it returns.
 Rule: everything that decides about a call in flight lives here; the shell only does as it is told.
 
-A *fan-out* is one layer's calls to its owners; it ends in exactly one `Finish` or `Fail`, or is
-abandoned by its caller. A *call* holds its stream's credit from `Send` to the node's terminal
-frame, whatever became of its fan-out:
+A *fan-out* is one layer's calls; it ends in exactly one `Finish`, `Fail`, `TimeOut` or
+`GiveUpWaiting`, or is abandoned by its caller. A *call* is sent to one of the replicas of its
+experts, and to another one when the first is silent, late, lost or refuses; the first whole reply
+wins, every other is dropped. A call without a node waits, for `shard_wait_s` at most.
 
-                 credit             reply
-    QUEUED ------------------> SENT --------> (gone)  the last one of a fan-out: Finish
-       |  fan-out over           | fan-out over: Cancel
-       v                         v     any terminal frame
-    (gone)                    ORPHANED ----------------> (gone)
+An *attempt* is one sending. It holds its stream's credit from `Send` to the node's terminal frame,
+whatever became of its call:
 
-Events about a call that is gone are late or duplicate news from the network: they change nothing.
-A node that is lost or draining takes no new call: a fan-out that needs it fails at once.
+               credit            reply
+    QUEUED ----------> SENT ----------------> (gone)   the call's first: Accept
+       | call over       | call over: Cancel
+       v                 v     any terminal frame, or the node is lost
+    (gone)            ORPHANED --------------> (gone)
+
+Events about an attempt that is gone are late or duplicate news: they change nothing. A call that
+two nodes died of fails and takes no third one with it: a node has died when it comes back as
+another process or not at all (`NodeAbsent`), not when a connection merely broke.
 """
 
-from collections import deque
-from dataclasses import dataclass, field
-from enum import IntEnum
+from collections.abc import Callable
 
-from shoal.errors import ShoalError
-
-
-class Lane(IntEnum):
-    """The connection that a call travels on; values as in shoal.v1.Lane."""
-
-    INTERACTIVE = 1
-    BULK = 2
-
-
-@dataclass(frozen=True, slots=True)
-class NewCall:
-    """A call to make. `num_bytes`: of its request, what it costs of the stream's credit."""
-
-    call_id: int
-    node: int
-    lane: Lane
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class LaneOpened:
-    node: int
-    lane: Lane
-    credit_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class FanoutStarted:
-    fanout_id: int
-    calls: tuple[NewCall, ...]
-    deadline_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class FanoutAbandoned:
-    fanout_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Replied:
-    call_id: int
-    node: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    call_id: int
-    node: int
-    error: ShoalError
-
-
-@dataclass(frozen=True, slots=True)
-class NodeLost:
-    node: int
-    error: ShoalError
-
-
-@dataclass(frozen=True, slots=True)
-class NodeDraining:
-    node: int
-    error: ShoalError
-
-
-@dataclass(frozen=True, slots=True)
-class Ticked:
-    now_s: float
-
-
-Event = (
-    LaneOpened
-    | FanoutStarted
-    | FanoutAbandoned
-    | Replied
-    | Failed
-    | NodeLost
-    | NodeDraining
-    | Ticked
+from coordinator import calls_and_nodes
+from coordinator.attempt_watch import Verdict, judge, silence
+from coordinator.calls_and_nodes import Attempt, Call, Fanout, Node, Stream
+from coordinator.dispatch_events import (
+    Accept,
+    Cancel,
+    CloseNode,
+    Command,
+    Event,
+    Fail,
+    Failed,
+    FanoutAbandoned,
+    FanoutStarted,
+    Finish,
+    GiveUpWaiting,
+    NodeAbsent,
+    NodeDraining,
+    NodeLost,
+    NodeOpened,
+    NodeRetired,
+    Progressed,
+    ReleaseNode,
+    Replied,
+    Send,
+    Ticked,
+    TimeOut,
 )
+from coordinator.node_health import SLOW_RESIDUAL, NodeHealth
+from coordinator.replica_choice import choose, judge_slow
+from shoal import errors
 
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    call_id: int
-    node: int
-    lane: Lane
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    call_id: int
-    node: int
-    lane: Lane
-
-
-@dataclass(frozen=True, slots=True)
-class Accept:
-    """The reply just reported counts: keep its sums."""
-
-    call_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    fanout_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    fanout_id: int
-    node: int
-    error: ShoalError
-
-
-@dataclass(frozen=True, slots=True)
-class TimeOut:
-    """Fail for want of an answer from this node before the fan-out's deadline."""
-
-    fanout_id: int
-    node: int
-
-
-Command = Send | Cancel | Accept | Finish | Fail | TimeOut
-
-
-@dataclass(slots=True)
-class _Call:
-    new: NewCall
-    fanout_id: int
-    is_sent: bool = False
-    is_orphan: bool = False
-
-
-@dataclass(slots=True)
-class _Fanout:
-    waits_for: set[int]
-    deadline_s: float
-
-
-@dataclass(slots=True)
-class _Stream:
-    credit_bytes: int
-    used_bytes: int = 0
-    queue: deque[int] = field(default_factory=deque)
-
-    def has_credit(self, num_bytes: int) -> bool:
-        # A lone call always goes: the node's own bound on messages judges it, not we.
-        return self.used_bytes == 0 or self.used_bytes + num_bytes <= self.credit_bytes
+FIRST_RETRY_ID = 1 << 48  # calls are numbered from 1 by their makers, further attempts from here
+HEDGE_SHARE, HEDGE_BURST = 0.05, 16.0  # of calls that have a choice (Tail at Scale: 2 to 5 %)
+MAX_ATTEMPTS = 16  # of one call: then the network is not what it could be retried on
+DEATHS = 2
 
 
 class Dispatcher:
-    """Owns every expert call in flight. `on` is the only way to change it."""
+    """Owns every expert call in flight. `on` is the only way to change it.
 
-    def __init__(self) -> None:
-        self._calls: dict[int, _Call] = {}
-        self._fanouts: dict[int, _Fanout] = {}
-        self._streams: dict[tuple[int, Lane], _Stream] = {}
-        self._closed: dict[int, ShoalError] = {}  # nodes that take no new call, and why
+    Args:
+        call_timeout_s: how long one node may work on one call.
+        shard_wait_s: how long a call waits for a node.
+        name_of: a node's name, for messages.
+    """
+
+    def __init__(
+        self, call_timeout_s: float, shard_wait_s: float, name_of: Callable[[int], str] = str
+    ) -> None:
+        self._name_of = name_of
+        self._call_timeout_s = call_timeout_s
+        self._shard_wait_s = shard_wait_s
+        self._calls: dict[int, Call] = {}
+        self._attempts: dict[int, Attempt] = {}
+        self._fanouts: dict[int, Fanout] = {}
+        self._nodes: dict[int, Node] = {}
+        self._waiting: dict[int, Call] = {}
+        self._next_attempt_id = FIRST_RETRY_ID
+        self._hedge_tokens = HEDGE_BURST
+        self._now_s = 0.0  # of the last event that told
 
     @property
-    def num_fanouts(self) -> int:
-        return len(self._fanouts)
+    def is_idle(self) -> bool:
+        """Whether nothing can become late."""
+        return not (self._attempts or self._waiting)
 
     def on(self, event: Event) -> list[Command]:
         """Take one event; return the commands to carry out, in order."""
-        match event:
-            case Replied(call_id, node):
-                return self._on_replied(call_id, node)
+        out: list[Command] = []
+        match event:  # the commonest first
+            case Replied():
+                self._on_replied(event, out)
             case FanoutStarted():
-                return self._on_started(event)
+                self._on_started(event, out)
             case Ticked(now_s):
-                return self._on_ticked(now_s)
-            case Failed(call_id, node, error):
-                return self._on_failed(call_id, node, error)
+                self._on_ticked(now_s, out)
+            case Progressed(node, attempt_ids, now_s):
+                self._on_progressed(node, attempt_ids, now_s)
+            case Failed():
+                self._on_failed(event, out)
             case FanoutAbandoned(fanout_id):
-                return self._end(fanout_id) if fanout_id in self._fanouts else []
-            case NodeLost(node, error):
-                return self._on_lost(node, error)
-            case NodeDraining(node, error):
-                self._closed.setdefault(node, error)
-                return []
-            case LaneOpened(node, lane, credit_bytes):
-                assert (node, lane) not in self._streams, f"node {node} opened {lane} twice"
-                self._streams[node, lane] = _Stream(credit_bytes)
-                return []
+                if fanout_id in self._fanouts:
+                    self._end(self._fanouts[fanout_id], out)
+            case NodeLost(node, error, broke, now_s):
+                if node in self._nodes and self._nodes[node].is_open:
+                    self._lose(self._nodes[node], error, broke, now_s, out)
+            case NodeAbsent(node, error, now_s):
+                self._on_absent(node, error, now_s, out)
+            case NodeDraining(node, error, _) | NodeRetired(node, error):
+                self._on_leaving(node, error, isinstance(event, NodeRetired), out)
+            case NodeOpened():
+                self._on_opened(event, out)
+        return out
 
-    def _on_started(self, event: FanoutStarted) -> list[Command]:
+    def health(self, node: int) -> NodeHealth | None:
+        """Return what is known of a node, for figures; None: it was never open."""
+        return self._nodes[node].health if node in self._nodes else None
+
+    # Calls.
+
+    def _on_started(self, event: FanoutStarted, out: list[Command]) -> None:
         assert event.fanout_id not in self._fanouts, f"fan-out {event.fanout_id} started twice"
         assert event.calls, f"fan-out {event.fanout_id} calls nobody"
-        for call in event.calls:
-            assert call.call_id not in self._calls, f"call {call.call_id} made twice"
-            if call.node in self._closed:
-                return [Fail(event.fanout_id, call.node, self._closed[call.node])]
-        ids = {call.call_id for call in event.calls}
-        assert len(ids) == len(event.calls), f"fan-out {event.fanout_id} repeats a call"
-        self._fanouts[event.fanout_id] = _Fanout(ids, event.deadline_s)
-        commands: list[Command] = []
-        for call in event.calls:
-            self._calls[call.call_id] = _Call(call, event.fanout_id)
-            self._streams[call.node, call.lane].queue.append(call.call_id)
-            commands += self._send_queued(call.node, call.lane)
-        return commands
+        self._now_s = event.now_s
+        fanout = Fanout(event.fanout_id)
+        calls = [Call(new, fanout) for new in event.calls]
+        for call in calls:
+            call_id = call.new.call_id
+            assert call_id not in self._calls, f"call {call_id} made twice"
+            self._calls[call_id] = call
+            fanout.calls[call_id] = call
+        self._fanouts[event.fanout_id] = fanout
+        for call in calls:
+            if len(call.new.candidates) > 1 and self._hedge_tokens < HEDGE_BURST:
+                self._hedge_tokens += HEDGE_SHARE
+            self._place(call, event.now_s, out)
+            if fanout.is_over:
+                return
 
-    def _on_replied(self, call_id: int, node: int) -> list[Command]:
-        call = self._settle(call_id, node)
-        if call is None:
-            return []
-        released = self._send_queued(node, call.new.lane)
-        if call.is_orphan:
-            return released
-        fanout = self._fanouts[call.fanout_id]
-        fanout.waits_for.remove(call_id)
-        if fanout.waits_for:
-            return [Accept(call_id), *released]
-        del self._fanouts[call.fanout_id]
-        return [Accept(call_id), Finish(call.fanout_id), *released]
+    def _place(self, call: Call, now_s: float, out: list[Command]) -> bool:
+        """Send a call that nobody is known to work on; without a node for it, let it wait."""
+        num_lost = call.num_deaths + call.num_unexplained + len(call.attempts)
+        node = choose(call, self._nodes, now_s) if num_lost < DEATHS else None
+        if node is not None:
+            self._waiting.pop(call.new.call_id, None)
+            self._attempt(call, node, now_s, out)
+            return True
+        if call.attempts:
+            return False
+        if call.failed and call.failed.issuperset(call.new.candidates):
+            assert call.error is not None
+            self._fail(call, call.error, out)
+            return False
+        if call.is_hopeless(self._nodes):  # whoever asks is told to ask again, by the new map
+            self._fail(call, errors.NodeUnreachable("its nodes have left the shard map"), out)
+            return False
+        self._waiting[call.new.call_id] = call
+        if call.waits_since_s is None:
+            call.waits_since_s = now_s
+        self._wait_no_longer(call, now_s, out)
+        return False
 
-    def _on_failed(self, call_id: int, node: int, error: ShoalError) -> list[Command]:
-        call = self._settle(call_id, node)
-        if call is None:
-            return []
-        if call.is_orphan:
-            return self._send_queued(node, call.new.lane)
-        return [
-            Fail(call.fanout_id, node, error),
-            *self._end(call.fanout_id),
-            *self._send_queued(node, call.new.lane),
-        ]
+    def _attempt(self, call: Call, node: Node, now_s: float, out: list[Command]) -> None:
+        if call.num_attempts:
+            attempt_id, self._next_attempt_id = self._next_attempt_id, self._next_attempt_id + 1
+        else:
+            attempt_id = call.new.call_id
+        call.num_attempts += 1
+        call.waits_since_s = None
+        attempt = Attempt(attempt_id, call, node, now_s)
+        self._attempts[attempt_id] = attempt
+        call.attempts.append(attempt)
+        node.work += call.new.work
+        stream = node.streams[call.new.lane]
+        if stream.queue or not stream.has_credit(call.new.num_bytes):
+            stream.queue.append(attempt)
+        else:
+            self._send(attempt, stream, out)
 
-    def _on_lost(self, node: int, error: ShoalError) -> list[Command]:
-        if not any((node, lane) in self._streams for lane in Lane):
-            return []  # told again, by its other lane
-        self._closed[node] = error
-        victims: dict[int, None] = {}  # an ordered set of fan-outs
-        for call_id, call in list(self._calls.items()):
-            if call.new.node == node:
-                del self._calls[call_id]
-                if not call.is_orphan:
-                    self._fanouts[call.fanout_id].waits_for.remove(call_id)
-                    victims[call.fanout_id] = None
-        for lane in Lane:
-            self._streams.pop((node, lane), None)
-        commands: list[Command] = []
-        for fanout_id in victims:
-            commands += [Fail(fanout_id, node, error), *self._end(fanout_id)]
-        return commands
+    def _send(self, attempt: Attempt, stream: Stream, out: list[Command]) -> None:
+        new = attempt.call.new
+        stream.used_bytes += new.num_bytes
+        attempt.is_sent = True
+        out.append(Send(attempt.attempt_id, new.call_id, attempt.node.node_id, new.lane))
 
-    def _on_ticked(self, now_s: float) -> list[Command]:
-        commands: list[Command] = []
-        for fanout_id, fanout in list(self._fanouts.items()):
-            if fanout.deadline_s <= now_s:
-                slowest = self._calls[min(fanout.waits_for)].new.node
-                commands += [TimeOut(fanout_id, slowest), *self._end(fanout_id)]
-        return commands
+    def _send_queued(self, stream: Stream, out: list[Command]) -> None:
+        while stream.queue and stream.has_credit(stream.queue[0].call.new.num_bytes):
+            attempt = stream.queue.popleft()
+            attempt.sent_s = attempt.heard_s = self._now_s
+            self._send(attempt, stream, out)
 
-    def _settle(self, call_id: int, node: int) -> _Call | None:
-        """Forget a call that its node has ended, and give its credit back."""
-        call = self._calls.get(call_id)
-        if call is None or call.new.node != node or not call.is_sent:
-            return None
-        del self._calls[call_id]
-        self._streams[node, call.new.lane].used_bytes -= call.new.num_bytes
-        return call
+    def _on_replied(self, event: Replied, out: list[Command]) -> None:
+        self._now_s = now_s = event.now_s
+        attempt = self._settle(event.attempt_id, event.node, now_s)
+        if attempt is None:
+            return
+        call, node = attempt.call, attempt.node
+        latency_s = now_s - attempt.sent_s
+        residual = node.health.replied(call.new.work, latency_s, event.busy_s, event.load_s, now_s)
+        if residual > SLOW_RESIDUAL:
+            judge_slow(node, residual, self._nodes, now_s)
+        if not attempt.is_orphan:
+            out.append(Accept(call.new.call_id))
+            fanout = call.fanout
+            del self._calls[call.new.call_id]
+            del fanout.calls[call.new.call_id]
+            if len(call.attempts) > 1:
+                self._win_race(attempt, now_s, out)
+            call.attempts.clear()
+            if not fanout.calls:
+                fanout.is_over = True
+                del self._fanouts[fanout.fanout_id]
+                out.append(Finish(fanout.fanout_id))
+        stream = node.streams[call.new.lane]
+        if stream.queue:
+            self._send_queued(stream, out)
 
-    def _end(self, fanout_id: int) -> list[Command]:
-        """Forget a fan-out: its queued calls are dropped, those sent become orphans."""
-        commands: list[Command] = []
-        unblocked: dict[tuple[int, Lane], None] = {}
-        for call_id in sorted(self._fanouts.pop(fanout_id).waits_for):
-            call = self._calls.get(call_id)
-            if call is None:
-                continue  # the one that failed
-            if call.is_sent:
-                call.is_orphan = True
-                commands.append(Cancel(call_id, call.new.node, call.new.lane))
+    def _win_race(self, winner: Attempt, now_s: float, out: list[Command]) -> None:
+        """Take the call's other attempts back, and note which earlier one was slower."""
+        call = winner.call
+        for loser in call.attempts[: call.attempts.index(winner)]:
+            if loser.node.health.lost_hedge():
+                loser.node.health.demote(now_s)
+        call.attempts.remove(winner)
+        for stream in self._take_back(call, out):
+            self._send_queued(stream, out)
+
+    def _on_failed(self, event: Failed, out: list[Command]) -> None:
+        self._now_s = event.now_s
+        attempt = self._settle(event.attempt_id, event.node, event.now_s)
+        if attempt is None:
+            return
+        call, node = attempt.call, attempt.node
+        if not attempt.is_orphan:
+            call.attempts.remove(attempt)
+            call.error = event.error
+            if event.is_final:
+                self._fail(call, event.error, out)
             else:
-                del self._calls[call_id]
-                self._streams[call.new.node, call.new.lane].queue.remove(call_id)
-                unblocked[call.new.node, call.new.lane] = None
-        for node, lane in unblocked:
-            commands += self._send_queued(node, lane)
-        return commands
+                if isinstance(event.error, errors.NodeDraining):
+                    self._leave(node, event.error, out)
+                else:
+                    node.health.failed(event.now_s)
+                    call.failed.add(node.node_id)
+                self._help(call, event.now_s, out)
+        if node.is_open:
+            self._send_queued(node.streams[call.new.lane], out)
 
-    def _send_queued(self, node: int, lane: Lane) -> list[Command]:
-        stream = self._streams.get((node, lane))
-        commands: list[Command] = []
-        while stream and stream.queue:
-            call = self._calls[stream.queue[0]]
-            if not stream.has_credit(call.new.num_bytes):
-                break
-            stream.queue.popleft()
-            stream.used_bytes += call.new.num_bytes
-            call.is_sent = True
-            commands.append(Send(call.new.call_id, node, lane))
-        return commands
+    def _on_progressed(self, node_id: int, attempt_ids: tuple[int, ...], now_s: float) -> None:
+        node = self._nodes.get(node_id)
+        if node is None or not node.is_open:
+            return
+        node.heard_s, node.health.is_suspect = now_s, False
+        for attempt_id in attempt_ids:
+            attempt = self._attempts.get(attempt_id)
+            if attempt is not None and attempt.node is node:
+                attempt.heard_s = now_s
+
+    # Time.
+
+    def _on_ticked(self, now_s: float, out: list[Command]) -> None:
+        self._now_s = now_s
+        for attempt in list(self._attempts.values()):
+            if attempt.attempt_id in self._attempts:  # not ended by the one before
+                self._watch(attempt, now_s, out)
+        for call in list(self._waiting.values()):
+            if call.new.call_id in self._waiting:
+                self._wait_no_longer(call, now_s, out)
+        for node in list(self._nodes.values()):
+            if node.is_retired and not any(a.node is node for a in self._attempts.values()):
+                del self._nodes[node.node_id]
+                out.append(ReleaseNode(node.node_id))
+
+    def _watch(self, attempt: Attempt, now_s: float, out: list[Command]) -> None:
+        """Do what an attempt's lateness asks for."""
+        node = attempt.node
+        match judge(attempt, now_s, self._call_timeout_s):
+            case Verdict.SLOW:
+                self._hedge(attempt, now_s, out)
+            case Verdict.STUCK:
+                self._try_another(attempt, now_s, out)
+            case Verdict.SILENT:
+                node.health.is_suspect = True
+                self._try_another(attempt, now_s, out)
+            case Verdict.OVERDUE:
+                if not attempt.has_missed:
+                    attempt.has_missed = True
+                    node.health.missed_deadline(now_s)
+                self._try_another(attempt, now_s, out)
+            case Verdict.TIMED_OUT:
+                self._time_out(attempt, now_s, out)
+            case Verdict.DEAD:
+                silent_s = now_s - node.heard_s
+                out.append(CloseNode(node.node_id, silent_s))
+                error = silence(self._name_of(node.node_id), silent_s)
+                self._lose(node, error, False, now_s, out)
+
+    def _hedge(self, attempt: Attempt, now_s: float, out: list[Command]) -> None:
+        call = attempt.call
+        if attempt.is_late or not call.may_be_hedged or self._hedge_tokens < 1.0:
+            return
+        other = choose(call, self._nodes, now_s)
+        if other is not None and other.health.rank(now_s) == 0:
+            call.is_hedged = True
+            self._hedge_tokens -= 1.0
+            self._attempt(call, other, now_s, out)
+
+    def _try_another(self, attempt: Attempt, now_s: float, out: list[Command]) -> None:
+        """Ask another replica as well, once for each attempt; the first one may still win."""
+        call = attempt.call
+        if attempt.is_late or attempt.is_orphan or call.num_attempts >= MAX_ATTEMPTS:
+            return
+        if all(other.is_late or other is attempt for other in call.attempts):
+            attempt.is_late = self._place(call, now_s, out)
+
+    def _time_out(self, attempt: Attempt, now_s: float, out: list[Command]) -> None:
+        call, node = attempt.call, attempt.node
+        call.attempts.remove(attempt)
+        attempt.is_orphan = True
+        out.append(Cancel(attempt.attempt_id, node.node_id, call.new.lane))
+        call.failed.add(node.node_id)
+        if not call.attempts and call.failed.issuperset(call.new.candidates):
+            out.append(TimeOut(call.fanout.fanout_id, call.new.call_id, node.node_id))
+            self._end(call.fanout, out)
+        else:
+            self._help(call, now_s, out)
+
+    def _help(self, call: Call, now_s: float, out: list[Command]) -> None:
+        """Find another node for a call, unless one has it and is not late."""
+        if all(attempt.is_late for attempt in call.attempts):
+            self._place(call, now_s, out)
+
+    def _wait_no_longer(self, call: Call, now_s: float, out: list[Command]) -> None:
+        assert call.waits_since_s is not None
+        if now_s - call.waits_since_s >= self._shard_wait_s:
+            known = [self._nodes[node] for node in call.new.candidates if node in self._nodes]
+            causes = tuple(node.error for node in known if node.error is not None)
+            out.append(GiveUpWaiting(call.fanout.fanout_id, call.new.call_id, causes))
+            self._end(call.fanout, out)
+
+    # Nodes.
+
+    def _on_opened(self, event: NodeOpened, out: list[Command]) -> None:
+        node = self._nodes.get(event.node)
+        if node is None:
+            node = self._nodes[event.node] = Node(event.node, event.rtt_s)
+        assert not node.is_open, f"node {event.node} opened twice"
+        victims = node.open(event.credit_bytes, event.rtt_s, event.now_s)
+        self._explain(victims, not event.is_same_process, event.now_s, out)
+        for call in list(self._waiting.values()):
+            if call.new.call_id in self._waiting and event.node in call.new.candidates:
+                call.failed.discard(event.node)
+                self._place(call, event.now_s, out)
+
+    def _on_absent(
+        self, node_id: int, error: errors.ShoalError, now_s: float, out: list[Command]
+    ) -> None:
+        node = self._nodes.get(node_id)
+        if node is None:
+            node = self._nodes[node_id] = Node(node_id, 0.0)
+        if node.is_open:
+            return
+        node.error = error
+        victims, node.victims = node.victims, []
+        self._explain(victims, True, now_s, out)
+
+    def _explain(self, victims: list[Call], died: bool, now_s: float, out: list[Command]) -> None:
+        """Say of calls that a node had when it was lost whether it died."""
+        for call in victims:
+            if self._calls.get(call.new.call_id) is not call:
+                continue  # over
+            call.num_unexplained -= 1
+            if not (died and self._bury(call, out)):
+                self._help(call, now_s, out)
+
+    def _bury(self, call: Call, out: list[Command]) -> bool:
+        """Count a node that died with this call; True: that was one too many."""
+        call.num_deaths += 1
+        if call.num_deaths < DEATHS:
+            return False
+        assert call.error is not None
+        both = f"{call.error} (a call that lost two nodes is asked of no third)"
+        self._fail(call, type(call.error)(both), out)
+        return True
+
+    def _on_leaving(
+        self, node_id: int, error: errors.ShoalError, is_retired: bool, out: list[Command]
+    ) -> None:
+        node = self._nodes.get(node_id)
+        if node is None:
+            if not is_retired:
+                return
+            node = self._nodes[node_id] = Node(node_id, 0.0)
+        node.is_retired = node.is_retired or is_retired
+        self._leave(node, error, out)
+        for call in list(self._waiting.values()) if is_retired else ():
+            if call.new.call_id in self._waiting:
+                self._place(call, self._now_s, out)
+
+    def _leave(self, node: Node, error: errors.ShoalError, out: list[Command]) -> None:
+        """Ask nothing new of a node: what is queued for it goes elsewhere."""
+        queued = node.leave(error)
+        for attempt in queued:
+            del self._attempts[attempt.attempt_id]
+        for attempt in queued:
+            if not attempt.call.fanout.is_over:
+                attempt.call.error = error
+                self._help(attempt.call, self._now_s, out)
+
+    def _lose(
+        self,
+        node: Node,
+        error: errors.ShoalError,
+        broke_protocol: bool,
+        now_s: float,
+        out: list[Command],
+    ) -> None:
+        node.close(error)
+        mine = [attempt for attempt in self._attempts.values() if attempt.node is node]
+        for attempt in mine:
+            del self._attempts[attempt.attempt_id]
+            if not attempt.is_orphan:
+                attempt.call.attempts.remove(attempt)
+        for attempt in mine:
+            call = attempt.call
+            if attempt.is_orphan or call.fanout.is_over:
+                continue
+            call.error = error
+            if broke_protocol:
+                if self._bury(call, out):
+                    continue
+            elif attempt.is_sent:
+                call.num_unexplained += 1
+                node.victims.append(call)
+            if call.num_attempts >= MAX_ATTEMPTS:
+                self._fail(call, error, out)
+            else:
+                self._help(call, now_s, out)
+
+    # Ends.
+
+    def _fail(self, call: Call, error: errors.ShoalError, out: list[Command]) -> None:
+        out.append(Fail(call.fanout.fanout_id, call.new.call_id, error))
+        self._end(call.fanout, out)
+
+    def _end(self, fanout: Fanout, out: list[Command]) -> None:
+        """Forget a fan-out and its calls."""
+        fanout.is_over = True
+        del self._fanouts[fanout.fanout_id]
+        unblocked: list[Stream] = []
+        for call_id, call in fanout.calls.items():
+            del self._calls[call_id]
+            self._waiting.pop(call_id, None)
+            unblocked += self._take_back(call, out)
+        fanout.calls.clear()
+        for stream in unblocked:
+            self._send_queued(stream, out)
+
+    def _take_back(self, call: Call, out: list[Command]) -> list[Stream]:
+        """Take back a call's attempts: those queued are dropped, those sent become orphans.
+
+        Return the streams on which others may go now.
+        """
+        unblocked = []
+        for attempt in call.attempts:
+            node, lane = attempt.node, call.new.lane
+            if attempt.is_sent:
+                attempt.is_orphan = True
+                out.append(Cancel(attempt.attempt_id, node.node_id, lane))
+            else:
+                del self._attempts[attempt.attempt_id]
+                node.work -= call.new.work
+                node.streams[lane].queue.remove(attempt)
+                unblocked.append(node.streams[lane])
+        call.attempts.clear()
+        return unblocked
+
+    def _settle(self, attempt_id: int, node_id: int, now_s: float) -> Attempt | None:
+        """Forget an attempt that its node has ended, and give its credit back."""
+        attempt = self._attempts.get(attempt_id)
+        if attempt is None or attempt.node.node_id != node_id or not attempt.is_sent:
+            return None
+        del self._attempts[attempt_id]
+        node, new = attempt.node, attempt.call.new
+        node.streams[new.lane].used_bytes -= new.num_bytes
+        node.work -= new.work
+        node.heard_s, node.health.is_suspect = now_s, False
+        return attempt
 
     def check_integrity(self) -> None:
         """Assert what holds between events."""
-        for call_id, call in self._calls.items():
-            stream = self._streams[call.new.node, call.new.lane]
-            assert call.is_sent != (call_id in stream.queue), f"call {call_id}: sent and queued"
-            if call.is_orphan:
-                assert call.is_sent, f"call {call_id} waits for nothing"
-            else:
-                assert call_id in self._fanouts[call.fanout_id].waits_for
-        for fanout_id, fanout in self._fanouts.items():
-            assert fanout.waits_for, f"fan-out {fanout_id} waits for nobody"
-            assert fanout.waits_for <= self._calls.keys(), f"fan-out {fanout_id} lost a call"
-        for (node, lane), stream in self._streams.items():
-            sent = [
-                call.new.num_bytes
-                for call in self._calls.values()
-                if call.is_sent and (call.new.node, call.new.lane) == (node, lane)
-            ]
-            assert stream.used_bytes == sum(sent), f"node {node} {lane}: credit leaks"
-            assert stream.used_bytes <= stream.credit_bytes or len(sent) == 1
-            if stream.queue:
-                head = self._calls[stream.queue[0]].new
-                assert not stream.has_credit(head.num_bytes), f"node {node} {lane} sleeps"
+        calls_and_nodes.check_integrity(
+            self._calls, self._attempts, self._fanouts, self._nodes, self._waiting
+        )

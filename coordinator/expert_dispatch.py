@@ -8,6 +8,7 @@ and in whatever order the parts came, the bits are the same.
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 from coordinator import call_split
 from coordinator.call_split import Part
 from coordinator.calls_in_flight import Fanout, OutgoingCall
-from coordinator.dispatch import Lane
+from coordinator.dispatch_events import Lane
 from coordinator.dispatch_stats import DispatchStats
 from coordinator.fast_client import FastClient
-from coordinator.handshake import Expected, NodeFacts, check_node
-from coordinator.node_client import ExpertClient, NodeClient
+from coordinator.handshake import Expected, NodeFacts, check_node, check_rows
+from coordinator.node_client import ExpertClient, NodeClient, Patience
+from coordinator.node_health import NodeHealth
+from coordinator.node_keeper import Terms
 from coordinator.node_link import Greeting
 from coordinator.placement import Placement
 from shoal import __version__, errors, limits, numerics, shard_map, wire
@@ -39,12 +42,18 @@ from shoal.shard_map import EndpointKind
 from shoal.transport import Transport
 
 READY_TIMEOUT_S = 600.0  # warm-up: 500 GB at 1 GB/s
+SHARD_WAIT_S = 30.0  # a node restarts and is met again within that
 
 # Rows of one message on the bulk connection. A chunk of 512 makes two: the first one's reply
 # travels while the node computes the second. Measured on 64 experts of Qwen3-30B-A3B's size, 4 a
 # row: 256 rows at a time cost what 512 do, 128 cost 12 % more, 64 45 % (each expert's weights are
 # read again for each message).
 BULK_ROWS_PER_CALL = 256
+
+# What a call's work is reckoned with. Only the ratio matters: a node's own speed is learned.
+MEMORY_BYTES_PER_US = 10_000
+WIRE_BYTES_PER_US = 100
+MANY_EXPERTS = 128  # a call of more pairs than that repeats experts
 
 
 class PendingSums(Protocol):
@@ -130,6 +139,7 @@ def open_remote_dispatch(
     moe_shards: str,
     call_timeout_s: float = 10.0,
     *,
+    shard_wait_s: float = SHARD_WAIT_S,
     transport: Transport = Transport.AUTO,
     store: StoreOptions | None = None,
     prefetch: Mode = Mode.AUTO,
@@ -137,31 +147,26 @@ def open_remote_dispatch(
     notify: Callable[[str], None] = lambda _: None,
     report_load: Callable[[WarmUpProgress], None] = lambda _: None,
 ) -> "RemoteDispatch":
-    """Connect to every node of a map, and read the experts that it keeps `local`.
+    """Connect to the nodes of a map, and read the experts that it keeps `local`.
+
+    A node that is down is no error while every range has another one: it is told, and met later.
 
     Args:
         moe_shards: the map, or @FILE.toml.
+        shard_wait_s: how long a call waits for a node when its range has none.
         store, prefetch: of the `local` experts.
-        notify: told in a sentence what is waited for.
+        notify: told in a sentence what is waited for, lost and back. From any thread.
         report_load: told how far the reading of `local` experts is.
 
     Raises:
         ShardMapError: the map is wrong for this model.
-        NodeError: a node is down, hangs, or is not what the map and the model need.
+        NodeError: a range whose nodes are down, hang, or are not what the map and the model need.
         ArtifactError: a `local` expert cannot be read.
     """
     keep_freed_memory()
     placement = Placement(read_shard_map(moe_shards), artifact.spec)
-    kinds = [endpoint.kind for endpoint in placement.endpoints]
-    nodes = [i for i, kind in enumerate(kinds) if kind is not EndpointKind.LOCAL]
-    expected = Expected(artifact.identity, artifact.name, numerics.NUMERICS, __version__)
     greeting = Greeting(artifact.identity, numerics.NUMERICS, secrets.token_bytes(16))
-
-    def check(node: int, facts: NodeFacts) -> None:
-        endpoint = nodes[node]
-        missing = placement.missing(endpoint, facts.owned)
-        check_node(str(placement.endpoints[endpoint]), facts, expected, missing)
-
+    kinds = [endpoint.kind for endpoint in placement.endpoints]
     local = None
     if EndpointKind.LOCAL in kinds:
         owned = _local_experts(artifact, placement, kinds.index(EndpointKind.LOCAL))
@@ -172,11 +177,9 @@ def open_remote_dispatch(
             "--moe-shards names none as `local`: give them to `shoal node`"
         )
     make_client = FastClient if transport.is_fast else NodeClient
-    client: ExpertClient = make_client(
-        [placement.endpoints[i] for i in nodes], greeting, call_timeout_s, notify
-    )
+    client: ExpertClient = make_client(greeting, Patience(call_timeout_s, shard_wait_s), notify)
     try:
-        facts = client.connect(check, ready_timeout_s)
+        route = meet_nodes(artifact, placement, client, ready_timeout_s)
         if local is not None:
             local.warm_up(report_load)  # after the nodes: a wrong one is told at once
     except BaseException:
@@ -184,9 +187,58 @@ def open_remote_dispatch(
         if local is not None:
             local.close()
         raise
-    max_rows = min([fact.max_rows_per_call for fact in facts], default=limits.MAX_ROWS_PER_CALL)
     executor = None if local is None else local.executor
-    return RemoteDispatch(artifact, placement, client, executor, call_timeout_s, max_rows)
+    return RemoteDispatch(artifact, moe_shards, route, client, executor, call_timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A shard map in use. Replaced as a whole when the map is.
+
+    candidates: of each slot, the nodes that have it, the preferred one first; None: this process.
+    shards: of each slot, its range in words.
+    """
+
+    placement: Placement
+    candidates: tuple[tuple[int, ...] | None, ...]
+    shards: tuple[str, ...]
+
+    @property
+    def nodes(self) -> set[int]:
+        return {node for nodes in self.candidates if nodes is not None for node in nodes}
+
+
+def meet_nodes(
+    artifact: Artifact, placement: Placement, client: ExpertClient, ready_timeout_s: float
+) -> Route:
+    """Meet the nodes of a map that are not met yet. Raises NodeError: a range would have none."""
+    expected = Expected(artifact.identity, artifact.name, numerics.NUMERICS, __version__)
+    names = [str(endpoint) for endpoint in placement.endpoints]
+    local = {i for i, e in enumerate(placement.endpoints) if e.kind is EndpointKind.LOCAL}
+
+    def check(name: str, facts: NodeFacts) -> None:
+        if name in names:  # else: it is on its way out
+            check_node(name, facts, expected, placement.missing(names.index(name), facts.owned))
+            check_rows(name, facts, max_rows_per_call(artifact))
+
+    def uncovered(there: set[str]) -> str:
+        return placement.uncovered(local | {i for i, name in enumerate(names) if name in there})
+
+    remote = [i for i in range(len(names)) if i not in local]
+    endpoints = [placement.endpoints[i] for i in remote]
+    nodes = client.meet(endpoints, Terms(check, uncovered, ready_timeout_s))
+    node_of = dict(zip(remote, nodes, strict=True))
+    candidates = [
+        None if slot[0] in local else tuple(node_of[endpoint] for endpoint in slot)
+        for slot in placement.slots
+    ]
+    shards = [placement.range_of(slot) for slot in range(len(placement.slots))]
+    return Route(placement, tuple(candidates), tuple(shards))
+
+
+def max_rows_per_call(artifact: Artifact) -> int:
+    """Return the most rows that a call has."""
+    return min(wire.max_rows_per_call(artifact.spec.model_dim), BULK_ROWS_PER_CALL)
 
 
 def _local_experts(artifact: Artifact, placement: Placement, local: int) -> Ownership:
@@ -213,60 +265,96 @@ class RemoteDispatch:
     def __init__(
         self,
         artifact: Artifact,
-        placement: Placement,
+        moe_shards: str,
+        route: Route,
         client: ExpertClient,
         executor: ExpertExecutor | None,
         call_timeout_s: float,
-        max_rows: int,
     ) -> None:
         self.stats = DispatchStats()
-        self._placement = placement
+        self.route = route
+        self._artifact = artifact
+        self._moe_shards = moe_shards
         self._client = client
         self._executor = executor
         self._deadline_ms = max(1, int(call_timeout_s * 1000))
-        self._names = [str(e) for e in placement.endpoints if e.kind is not EndpointKind.LOCAL]
-        self._node_of_endpoint = [
-            None if e.kind is EndpointKind.LOCAL else self._names.index(str(e))
-            for e in placement.endpoints
-        ]
         layers = [i for i, layer in enumerate(artifact.spec.layers) if layer.router is not None]
         self._grids = {layer: artifact.grid(layer) for layer in layers}
+        self._expert_us = {layer: _expert_us(artifact, layer) for layer in layers}
         dim = artifact.spec.model_dim
-        self._max_rows = min(max_rows, wire.max_rows_per_call(dim), BULK_ROWS_PER_CALL)
+        self._max_rows = max_rows_per_call(artifact)
         room = limits.INTERACTIVE_MESSAGE_BYTES - wire.ENVELOPE_BYTES
         self._interactive_reply_rows = room // wire.reply_row_bytes(dim)
 
     def start(self, layer: int, rows: Rows, plan: RoutingPlan) -> PendingSums:
         """Send the rows to the nodes that own their experts; see PendingSums for what may fail."""
         started_s = time.perf_counter()
+        route = self.route
         calls: list[OutgoingCall] = []
         local: Part | None = None
-        for part in call_split.by_owner(plan, self._placement.owners(layer)):
-            node = self._node_of_endpoint[part.endpoint]
-            if node is None:
+        for part in call_split.by_owner(plan, route.placement.owners(layer)):
+            candidates = route.candidates[part.slot]
+            if candidates is None:
                 local = part
-            else:
-                pieces = call_split.by_size(part, self._max_rows)
-                calls += [self._encode(layer, rows, piece, node) for piece in pieces]
+                continue
+            shard = route.shards[part.slot]
+            for piece in call_split.by_size(part, self._max_rows):
+                calls.append(self._encode(layer, rows, piece, candidates, shard))
         fanout = self._client.submit(calls) if calls else None
-        return _RemoteSums(self, layer, rows, local, fanout, started_s)
+        return _RemoteSums(self, route, (layer, rows, plan), local, fanout, started_s)
+
+    def reload(self) -> str:
+        """Read a map file again and use it from the next layer on; return what it says.
+
+        Calls in flight end where they are. On an error the old map holds.
+
+        Raises:
+            ShardMapError: it is wrong for this model, or changes what this process computes.
+            NodeError: a range would have no node.
+        """
+        placement = Placement(read_shard_map(self._moe_shards), self._artifact.spec)
+        old = self.route
+        if not np.array_equal(_local_cells(placement), _local_cells(old.placement)):
+            raise errors.ShardMapError(
+                f"{self._moe_shards}: what is `local` cannot change while shoal runs: restart it"
+            )
+        route = meet_nodes(self._artifact, placement, self._client, READY_TIMEOUT_S)
+        self.route = route
+        self._client.retire(sorted(old.nodes - route.nodes))
+        return ", ".join(map(str, placement.endpoints))
+
+    def health(self, endpoint: str) -> NodeHealth | None:
+        """Return what is known of a node's speed, for figures; None: it was never there."""
+        names = [str(other) for other in self.route.placement.endpoints]
+        for slot, nodes in zip(self.route.placement.slots, self.route.candidates, strict=True):
+            for index, node in zip(slot, nodes or (), strict=False):
+                if names[index] == endpoint:
+                    return self._client.health(node)
+        return None
 
     def close(self) -> None:
         self._client.close()
         if self._executor is not None:
             self._executor.close()
 
-    def _encode(self, layer: int, rows: Rows, part: Part, node: int) -> OutgoingCall:
+    def _encode(
+        self, layer: int, rows: Rows, part: Part, candidates: tuple[int, ...], shard: str
+    ) -> OutgoingCall:
         call_id = self._client.next_call_id()
         call = _call_of_part(layer, rows, part)
         frame = wire.encode_call(call_id, self._deadline_ms, call).SerializeToString()
+        num_rows, num_pairs, num_bytes = part.num_rows, part.experts.size, len(frame)
         is_small = (
-            part.num_rows <= self._interactive_reply_rows
-            and len(frame) <= limits.INTERACTIVE_MESSAGE_BYTES
+            num_rows <= self._interactive_reply_rows
+            and num_bytes <= limits.INTERACTIVE_MESSAGE_BYTES
         )
-        return OutgoingCall(
-            call_id, node, Lane.INTERACTIVE if is_small else Lane.BULK, frame, part.rows
-        )
+        lane = Lane.INTERACTIVE if is_small else Lane.BULK
+        # Each expert is read once, whatever its rows; the wire carries them there and back.
+        num_experts = min(num_pairs, MANY_EXPERTS)
+        work = (num_experts + 0.1 * num_pairs) * self._expert_us[
+            layer
+        ] + num_bytes / WIRE_BYTES_PER_US
+        return OutgoingCall(call_id, candidates, lane, frame, part.rows, work, shard)
 
     def compute_local(self, layer: int, rows: Rows, part: Part) -> NDArray[np.int64]:
         """Return [T, D]: the part's sums at its rows, zeros elsewhere."""
@@ -289,7 +377,8 @@ class RemoteDispatch:
             try:
                 wire.add_reply(fanout.replies[call.call_id], call.rows, self._grids[layer], into)
             except errors.MalformedMessage as error:
-                raise errors.MalformedMessage(f"node {self._names[call.node]}: {error}") from error
+                name = self._client.name(fanout.answered_by[call.call_id])
+                raise errors.MalformedMessage(f"node {name}: {error}") from error
 
     def abandon(self, fanout: Fanout) -> None:
         self._client.abandon(fanout)
@@ -299,47 +388,65 @@ class _RemoteSums:
     def __init__(
         self,
         dispatch: RemoteDispatch,
-        layer: int,
-        rows: Rows,
+        route: Route,
+        asked: tuple[int, Rows, RoutingPlan],
         local: Part | None,
         fanout: Fanout | None,
         started_s: float,
     ) -> None:
-        self._dispatch, self._layer, self._rows = dispatch, layer, rows
+        self._dispatch, self._route, self._asked = dispatch, route, asked
         self._local, self._fanout, self._started_s = local, fanout, started_s
 
     def wait(self) -> NDArray[np.int64]:
         dispatch, fanout = self._dispatch, self._fanout
+        layer, rows, _ = self._asked
         compute_s = 0.0
         try:
             if self._local is None:
-                sums = np.zeros((self._rows.num_rows, self._rows.dim), np.int64)
+                sums = np.zeros((rows.num_rows, rows.dim), np.int64)
             else:
                 began_s = time.perf_counter()
-                sums = dispatch.compute_local(self._layer, self._rows, self._local)
+                sums = dispatch.compute_local(layer, rows, self._local)
                 compute_s = time.perf_counter() - began_s
             if fanout is not None:
-                dispatch.add_replies(self._layer, fanout, sums)
-        except BaseException:
+                dispatch.add_replies(layer, fanout, sums)
+        except BaseException as error:
             if fanout is not None:
                 dispatch.abandon(fanout)
+            if isinstance(error, errors.NodeError) and dispatch.route is not self._route:
+                # By a map that holds no more: the layer is asked for again, by the new one.
+                return dispatch.start(*self._asked).wait()
             raise
         bytes_up = bytes_down = 0
         if fanout is not None:
-            bytes_up = sum(len(call.frame) for call in fanout.calls)
-            bytes_down = fanout.bytes_down
+            bytes_up, bytes_down = fanout.bytes_up, fanout.bytes_down
             compute_s = max(compute_s, _slowest_node_s(fanout))
         elapsed_s = time.perf_counter() - self._started_s
         dispatch.stats.record(elapsed_s, compute_s, bytes_up, bytes_down)
         return sums
 
 
+def _expert_us(artifact: Artifact, layer: int) -> float:
+    entry = artifact.manifest.expert_layer(layer)
+    assert entry is not None, f"layer {layer} has no experts"
+    return entry.expert_bytes / MEMORY_BYTES_PER_US
+
+
+def _local_cells(placement: Placement) -> NDArray[np.bool_]:
+    cells = [
+        placement.assigned(index)
+        for index, endpoint in enumerate(placement.endpoints)
+        if endpoint.kind is EndpointKind.LOCAL
+    ]
+    return cells[0] if cells else np.zeros(0, np.bool_)
+
+
 def _slowest_node_s(fanout: Fanout) -> float:
     # A node computes one call at a time: what it spent on this fan-out is the sum of its calls.
     micros: dict[int, int] = {}
     for call in fanout.calls:
-        reply = fanout.replies[call.call_id]
-        micros[call.node] = micros.get(call.node, 0) + reply.compute_us
+        node, reply = fanout.answered_by[call.call_id], fanout.replies[call.call_id]
+        micros[node] = micros.get(node, 0) + reply.compute_us
     return max(micros.values()) / 1e6
 
 

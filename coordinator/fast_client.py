@@ -10,50 +10,46 @@ All state belongs to `_lock`, which is free while the leader polls.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import itertools
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
 
 from coordinator.calls_in_flight import CallsInFlight, Fanout, OutgoingCall, closed
-from coordinator.dispatch import Lane
+from coordinator.dispatch_events import Lane, NodeAbsent, NodeLost, NodeOpened, NodeRetired
 from coordinator.fast_lane import RECEIVE_BYTES, FastLane
 from coordinator.grpc_loop import grpc_loop
 from coordinator.handshake import NodeFacts
-from coordinator.meeting import Meeting
+from coordinator.node_client import Patience, on_grpc_loop, retired
+from coordinator.node_health import NodeHealth
+from coordinator.node_keeper import NodeKeeper, OpenedLanes, Terms
 from coordinator.node_link import Greeting, NodeLink
 from shoal import errors
 from shoal.shard_map import Endpoint
 
-TICK_S = 0.05  # how late a deadline may be noticed
+TICK_S = 0.005  # how late it may be noticed that a call is: a tenth of the shortest silence
+IDLE_TICK_S = 0.05  # for signs of life while nobody calls
 CLOSE_TIMEOUT_S = 2.0
-_T = TypeVar("_T")
 
 
 class FastClient:
-    """Calls to the nodes at `endpoints`; see ExpertClient. Arguments as NodeClient's."""
+    """Calls to nodes on our own framing; see ExpertClient. Arguments as NodeClient's."""
 
     def __init__(
-        self,
-        endpoints: Sequence[Endpoint],
-        greeting: Greeting,
-        call_timeout_s: float,
-        notify: Callable[[str], None],
+        self, greeting: Greeting, patience: Patience, notify: Callable[[str], None]
     ) -> None:
-        self._links = [NodeLink(endpoint, call_timeout_s) for endpoint in endpoints]
-        self._lanes = {
-            (node, lane): FastLane(endpoint, lane, call_timeout_s)
-            for node, endpoint in enumerate(endpoints)
-            for lane in Lane
-        }
         self._greeting = greeting
-        self._call_timeout_s = call_timeout_s
-        self._notify = notify
-        self._in_flight = CallsInFlight([str(e) for e in endpoints], call_timeout_s, self._send)
+        self._loop = grpc_loop()
+        self._keeper = NodeKeeper(self, notify)
+        self._in_flight = CallsInFlight(
+            self._keeper.names, patience.call_timeout_s, patience.shard_wait_s, self
+        )
+        self._lanes: dict[tuple[int, Lane], FastLane] = {}  # of open nodes
+        self._ends: dict[int, asyncio.Future[errors.NodeError | None]] = {}
         self._call_ids = itertools.count(1)
         self._lock = threading.Lock()
         self._led = threading.Condition(self._lock)  # the lead is free, or a fan-out has ended
@@ -61,36 +57,47 @@ class FastClient:
         self._is_led = False
         self._is_led_idly = False  # by the thread of our own
         self._num_following = 0
-        self._is_open = False
+        self._is_open = True
         self._poll = select.poll()
         self._lane_of_fd: dict[int, tuple[int, Lane]] = {}
         self._dirty: set[tuple[int, Lane]] = set()  # lanes with frames to write
         self._blocked: set[tuple[int, Lane]] = set()  # lanes whose socket is full
         self._ticked_s = 0.0
+        self._kept_alive_s = 0.0
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._waker, self._woken = socket.socketpair()
+        for end in (self._waker, self._woken):
+            end.setblocking(False)
+        self._poll.register(self._woken.fileno(), select.POLLIN)
+        self._running = asyncio.run_coroutine_threadsafe(self._keeper.run(), self._loop)
         self._thread = threading.Thread(target=self._serve, name="shoal-fast", daemon=True)
-
-    def connect(
-        self, check: Callable[[int, NodeFacts], None], ready_timeout_s: float
-    ) -> list[NodeFacts]:
-        """Meet every node and open its lanes (see ExpertClient)."""
-        meeting = Meeting(check, self._notify, ready_timeout_s, self._open_lanes)
-        try:
-            facts = _on_grpc_loop(self._meet(meeting))
-        except BaseException:
-            self.close()
-            raise
-        with self._lock:
-            for key, lane in self._lanes.items():
-                self._lane_of_fd[lane.fileno()] = key
-                self._poll.register(lane.fileno(), select.POLLIN)
-            for end in (self._waker, self._woken):
-                end.setblocking(False)
-            self._poll.register(self._woken.fileno(), select.POLLIN)
-            self._is_open = True
         self._thread.start()
-        return facts
+        self._running.add_done_callback(lambda _: self._stop())
+
+    def meet(self, endpoints: Sequence[Endpoint], terms: Terms) -> list[int]:
+        """Meet nodes (see ExpertClient)."""
+        return on_grpc_loop(self._keeper.meet(endpoints, terms))
+
+    def retire(self, nodes: Sequence[int]) -> None:
+        """Call these nodes no more (see ExpertClient)."""
+        self._loop.call_soon_threadsafe(self._keeper.retire, nodes)
+        with self._lock:
+            for node in nodes:
+                self._in_flight.on(NodeRetired(node, retired(self._keeper.names[node])))
+            self._flush_dirty()
+            self._ticked_s = 0.0  # so that what is idle is let go of at once
+
+    def facts(self, node: int) -> NodeFacts | None:
+        """Return what a node says of itself (see ExpertClient)."""
+        return self._keeper.facts.get(node)
+
+    def health(self, node: int) -> NodeHealth | None:
+        """Return what is known of a node (see ExpertClient)."""
+        return self._in_flight.health(node)
+
+    def name(self, node: int) -> str:
+        """Return a node's endpoint (see ExpertClient)."""
+        return self._keeper.names[node]
 
     def next_call_id(self) -> int:
         """Return an id that no other call of this client has."""
@@ -103,7 +110,7 @@ class FastClient:
             if not self._is_open:
                 fanout.end(closed())
                 return fanout
-            self._in_flight.start(fanout, time.monotonic() + self._call_timeout_s)
+            self._in_flight.start(fanout, time.monotonic())
             self._flush_dirty()
             self._find_a_leader()
         return fanout
@@ -127,40 +134,93 @@ class FastClient:
 
     def close(self) -> None:
         """End all streams (see ExpertClient)."""
-        with self._lock:
-            was_open, self._is_open = self._is_open, False
-            self._in_flight.end_all()
-            self._wake_leader()
-            self._led.notify_all()
-            self._idle.notify_all()
-        if was_open:
+        self._stop()
+        self._loop.call_soon_threadsafe(self._keeper.close)
+        if self._thread.is_alive():
             self._thread.join(CLOSE_TIMEOUT_S)
         with self._lock:
             for lane in self._lanes.values():
                 lane.close()
+            self._lanes.clear()
             self._lane_of_fd.clear()
             if not self._is_led:
                 self._waker.close()
                 self._woken.close()
+        concurrent.futures.wait([self._running], CLOSE_TIMEOUT_S)
+        if self._running.done():
+            self._running.result()
 
-    async def _meet(self, meeting: Meeting) -> list[NodeFacts]:
+    def _stop(self) -> None:
+        """Fail what is in flight; nothing new is sent. Also when the keeper ends of a bug."""
+        with self._lock:
+            self._is_open = False
+            self._in_flight.end_all()
+            self._wake_leader()
+            self._led.notify_all()
+            self._idle.notify_all()
+
+    # On the gRPC loop, where nodes are met.
+
+    async def open_lanes(self, node: int, link: NodeLink, first_epoch: int) -> OpenedLanes:
+        """Open both lanes (see LaneOpener)."""
+        await link.close()  # it was for Describe
+        lanes = {lane: FastLane(self._keeper.endpoints[node], lane) for lane in Lane}
+        credit_bytes, rtt_s = 0, 0.0
         try:
-            return await meeting.meet_all(self._links)
-        finally:
-            for link in self._links:
-                await link.close()
+            for epoch, lane in enumerate(lanes.values(), first_epoch):
+                begun_s = time.monotonic()
+                opened = await asyncio.to_thread(lane.open, self._greeting, epoch)
+                rtt_s = (time.monotonic() - begun_s) / 2  # to connect, and to open
+                credit_bytes = opened.credit_bytes
+        except BaseException:
+            for lane in lanes.values():
+                lane.close()
+            raise
+        with self._lock:
+            for name, lane in lanes.items():
+                key = (node, name)
+                self._lanes[key] = lane
+                self._lane_of_fd[lane.fileno()] = key
+                self._poll.register(lane.fileno(), select.POLLIN)
+        return OpenedLanes(credit_bytes, rtt_s)
 
-    async def _open_lanes(self, node: int) -> None:
-        for epoch, lane in enumerate(Lane):
-            opened = await asyncio.to_thread(self._lanes[node, lane].open, self._greeting, epoch)
-            with self._lock:
-                self._in_flight.lane_opened(node, lane, opened.credit_bytes)
+    def opened(self, event: NodeOpened) -> None:
+        """Call a node from now on (see LaneOpener)."""
+        with self._lock:
+            self._ends[event.node] = self._loop.create_future()
+            self._in_flight.on(event)
+            self._flush_dirty()
+            self._wake_leader()  # whose poll does not know the new sockets yet
+
+    async def serve(self, node: int, link: NodeLink) -> errors.NodeError | None:
+        """Wait for a node's end: whoever leads carries its frames (see LaneOpener)."""
+        return await self._ends[node]
+
+    def absent(self, event: NodeAbsent) -> None:
+        """Hear that a node cannot be met (see LaneOpener)."""
+        with self._lock:
+            self._in_flight.on(event)
+            self._flush_dirty()
+            self._wake_leader()
 
     # Everything below runs under the lock.
 
-    def _send(self, node: int, lane: Lane, frame: bytes) -> None:
-        self._lanes[node, lane].send(frame)
-        self._dirty.add((node, lane))
+    def send(self, node: int, lane: Lane, frame: bytes) -> None:
+        """Queue a frame (see Wires)."""
+        key = (node, lane)
+        if key in self._lanes:
+            self._lanes[key].send(frame)
+            self._dirty.add(key)
+
+    def close_node(self, node: int, silent_s: float) -> None:
+        """Break off a node that is silent (see Wires)."""
+        name = self._keeper.names[node]
+        why = f"node {name} gave no sign of life for {silent_s:.1f} s"
+        self._close_lanes(node, errors.NodeUnreachable(why))
+
+    def release_node(self, node: int) -> None:
+        """Let go of a node for good (see Wires)."""
+        self._close_lanes(node, None)
 
     def _lead(self, is_wanted: Callable[[], bool]) -> None:
         """Move frames until that is over. Nobody else leads meanwhile."""
@@ -200,6 +260,7 @@ class FastClient:
             ready = self._poll.poll(timeout_s * 1000)
         finally:
             self._lock.acquire()
+        now_s = time.monotonic()
         for fd, mask in ready:
             key = self._lane_of_fd.get(fd)
             if key is None:
@@ -208,8 +269,8 @@ class FastClient:
             if mask & select.POLLOUT:
                 self._dirty.add(key)
             if mask & ~select.POLLOUT:
-                self._read(*key)
-        now_s = time.monotonic()
+                self._read(*key, now_s)
+        # After reading: what has come is no silence, however long we were kept from the CPU.
         if now_s - self._ticked_s >= TICK_S:
             self._tick(now_s)
         if self._dirty:
@@ -225,10 +286,10 @@ class FastClient:
             with contextlib.suppress(OSError):
                 self._waker.send(b"\0")
 
-    def _read(self, node: int, lane: Lane) -> None:
+    def _read(self, node: int, lane: Lane, now_s: float) -> None:
         try:
             for frame, num_bytes in self._lanes[node, lane].receive(self._buffer):
-                self._in_flight.on_frame(node, frame, num_bytes)
+                self._in_flight.on_frame(node, frame, num_bytes, now_s)
         except errors.NodeError as error:
             self._lose(node, error)
         else:
@@ -236,7 +297,11 @@ class FastClient:
 
     def _tick(self, now_s: float) -> None:
         self._ticked_s = now_s
-        self._in_flight.tick(now_s)
+        if not self._in_flight.is_idle or now_s - self._kept_alive_s >= IDLE_TICK_S:
+            self._in_flight.tick(now_s)
+        if now_s - self._kept_alive_s < IDLE_TICK_S:
+            return
+        self._kept_alive_s = now_s
         for node, lane in list(self._lane_of_fd.values()):
             try:
                 self._lanes[node, lane].tick(now_s)
@@ -246,14 +311,14 @@ class FastClient:
                 self._note_output((node, lane))
 
     def _note_output(self, key: tuple[int, Lane]) -> None:
-        if self._lanes[key].has_output:  # acknowledgements, windows, a ping
+        if key in self._lanes and self._lanes[key].has_output:  # acknowledgements, windows, a ping
             self._dirty.add(key)
 
     def _flush_dirty(self) -> None:
         while self._dirty:  # a node that is lost frees credit, and so more frames
             key = self._dirty.pop()
-            lane = self._lanes[key]
-            if key not in self._lane_of_fd.values():
+            lane = self._lanes.get(key)
+            if lane is None:
                 continue  # lost meanwhile
             try:
                 lane.flush()
@@ -273,22 +338,31 @@ class FastClient:
             self._poll.modify(lane.fileno(), select.POLLIN)
 
     def _lose(self, node: int, error: errors.NodeError) -> None:
+        self._close_lanes(node, error)
+        broke_protocol = isinstance(error, errors.MalformedMessage)
+        self._in_flight.on(NodeLost(node, error, broke_protocol, time.monotonic()))
+
+    def _close_lanes(self, node: int, why: errors.NodeError | None) -> None:
         for lane in Lane:
             key = (node, lane)
+            if key not in self._lanes:
+                continue
             fds = [fd for fd, other in self._lane_of_fd.items() if other == key]
             for fd in fds:
                 del self._lane_of_fd[fd]
                 self._poll.unregister(fd)
             self._blocked.discard(key)
-            self._lanes[key].close()
-        self._in_flight.lost(node, error)
+            self._lanes.pop(key).close()
+        end = self._ends.pop(node, None)
+        if end is not None:
+            self._loop.call_soon_threadsafe(_set_result, end, why)
 
     def _serve(self) -> None:
         """The thread of our own: leads where nobody waits."""
         with self._lock:
             try:
                 while self._is_open:
-                    self._idle.wait(TICK_S)
+                    self._idle.wait(IDLE_TICK_S)
                     if not self._is_led and self._is_open:
                         self._take_a_turn()
             finally:  # closed, or a bug, which must leave nobody waiting
@@ -312,10 +386,8 @@ class FastClient:
                 self._is_led_idly = False
 
 
-def _on_grpc_loop(work: Coroutine[Any, Any, _T]) -> _T:
-    waiting = asyncio.run_coroutine_threadsafe(work, grpc_loop())
-    try:
-        return waiting.result()
-    except KeyboardInterrupt:
-        waiting.cancel()
-        raise
+def _set_result(
+    end: "asyncio.Future[errors.NodeError | None]", why: errors.NodeError | None
+) -> None:
+    if not end.done():
+        end.set_result(why)

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 
-from coordinator.dispatch import Lane
+from coordinator.dispatch_events import Lane
 from coordinator.node_link import (
     CONNECT_TIMEOUT_S,
     EXECUTE,
@@ -37,19 +37,19 @@ from shoal.shard_map import Endpoint, EndpointKind
 from shoal.v1 import expert_pb2 as pb
 
 KEEPALIVE_S = 10.0  # of silence, then a PING
-PING_TIMEOUT_S = 2.0  # beyond the call timeout, whose business a node that hangs in a call is
+PING_TIMEOUT_S = 4.0  # a node that hangs during a call is the dispatch core's to find, within 2 s
 RECEIVE_BYTES = 256 * 1024
 
 
 class FastLane:
     """A lane of a node, as LaneLink is on grpc.aio."""
 
-    def __init__(self, endpoint: Endpoint, lane: Lane, call_timeout_s: float) -> None:
+    def __init__(self, endpoint: Endpoint, lane: Lane) -> None:
         self.node, self.lane = str(endpoint), lane
-        self._ping_timeout_s = call_timeout_s + PING_TIMEOUT_S
         self._endpoint = endpoint
         self._connection = Connection(is_client=True)
         self._socket: socket.socket | None = None
+        self._is_opening = self._is_closed = False
         self._stream_id = 0
         self._unwritten = memoryview(b"")
         self._heard_s = 0.0
@@ -58,7 +58,23 @@ class FastLane:
         self._goodbye = "Socket closed"
 
     def open(self, greeting: Greeting, stream_epoch: int) -> pb.Opened:
-        """Connect, start the stream and return the answer to Open. Blocks. Raises NodeError."""
+        """Connect, start the stream and return the answer to Open. Blocks. Raises NodeError.
+
+        The one method that another thread may `close` meanwhile: then it fails soon.
+        """
+        self._is_opening = True
+        try:
+            return self._open(greeting, stream_epoch)
+        except BaseException:
+            self._is_closed = True
+            raise
+        finally:
+            self._is_opening = False
+            if self._is_closed and self._socket is not None:
+                self._socket.close()
+                self._socket = None
+
+    def _open(self, greeting: Greeting, stream_epoch: int) -> pb.Opened:
         give_up_s = time.monotonic() + CONNECT_TIMEOUT_S
         try:
             self._socket = _connected(self._endpoint)
@@ -166,7 +182,7 @@ class FastLane:
 
     def tick(self, now_s: float) -> None:
         """Ask a silent peer for a sign of life. Raises NodeUnreachable: it gave none."""
-        if self._pinged_s is not None and now_s - self._pinged_s > self._ping_timeout_s:
+        if self._pinged_s is not None and now_s - self._pinged_s > PING_TIMEOUT_S:
             raise error_of_status(self.node, "UNAVAILABLE", "no answer to a ping")
         if self._pinged_s is None and now_s - self._heard_s > KEEPALIVE_S:
             self._pinged_s = now_s
@@ -174,7 +190,12 @@ class FastLane:
 
     def close(self) -> None:
         """Break the stream off and close the socket. Safe to call again."""
+        self._is_closed = True
         if self._socket is None:
+            return
+        if self._is_opening:  # in another thread, which closes what it opened
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
             return
         if not self._unwritten:  # a goodbye in the middle of a frame would be none
             self._connection.reset(self._stream_id, Code.CANCEL)

@@ -78,3 +78,11 @@ def check_node(node: str, facts: NodeFacts, expected: Expected, missing: str) ->
             f"node {node} takes {facts.max_rows_per_call} rows a call: "
             f"must be in 1..{limits.MAX_ROWS_PER_CALL}"
         )
+
+
+def check_rows(node: str, facts: NodeFacts, max_rows: int) -> None:
+    """Refuse a node that takes fewer rows a call than calls have. Raises MalformedMessage."""
+    if facts.max_rows_per_call < max_rows:
+        raise MalformedMessage(
+            f"node {node} takes {facts.max_rows_per_call} rows a call, calls have up to {max_rows}"
+        )

@@ -10,41 +10,64 @@ import concurrent.futures
 import itertools
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from coordinator.calls_in_flight import CallsInFlight, Fanout, OutgoingCall, closed
+from coordinator.dispatch_events import Lane, NodeAbsent, NodeLost, NodeOpened, NodeRetired
 from coordinator.grpc_loop import grpc_loop
 from coordinator.handshake import NodeFacts
-from coordinator.meeting import Meeting
+from coordinator.node_health import NodeHealth
+from coordinator.node_keeper import NodeKeeper, OpenedLanes, Terms
 from coordinator.node_link import Greeting, LaneLink, NodeLink
 from shoal import errors
 from shoal.shard_map import Endpoint
 
-TICK_S = 0.05  # how late a deadline may be noticed
+TICK_S = 0.005  # how late it may be noticed that a call is: a tenth of the shortest silence
 CLOSE_TIMEOUT_S = 2.0
 _T = TypeVar("_T")
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """call_timeout_s: for one node to answer a call. shard_wait_s: for a node to be there."""
+
+    call_timeout_s: float
+    shard_wait_s: float
+
+
 class ExpertClient(Protocol):
-    """Calls to nodes, however they travel. A node is its index in what it was made with."""
+    """Calls to nodes, however they travel. A node is a number that stands for one endpoint."""
 
-    def connect(
-        self, check: Callable[[int, NodeFacts], None], ready_timeout_s: float
-    ) -> list[NodeFacts]:
-        """Describe, check and open every node, all at once; return what they said of themselves.
+    def meet(self, endpoints: Sequence[Endpoint], terms: Terms) -> list[int]:
+        """Describe, check and open the nodes that are new, all at once; return all numbers.
 
-        Args:
-            check: raises what is wrong with a node.
-            ready_timeout_s: how long a node may go on warming up.
+        Nodes are met again whenever they are lost, on the latest terms.
 
         Raises:
-            NodeError: of the first node at fault; its message has a line for every such node.
+            NodeError: not enough nodes for every range. What was before still holds.
         """
+        ...
+
+    def retire(self, nodes: Sequence[int]) -> None:
+        """Call these nodes no more, and let go of each once it has answered."""
+        ...
+
+    def facts(self, node: int) -> NodeFacts | None:
+        """Return what a node says of itself; None: it is lost."""
+        ...
+
+    def health(self, node: int) -> NodeHealth | None:
+        """Return what is known of a node's speed; None: it was never there."""
+        ...
+
+    def name(self, node: int) -> str:
+        """Return a node's endpoint."""
         ...
 
     def next_call_id(self) -> int: ...
     def submit(self, calls: Sequence[OutgoingCall]) -> Fanout:
-        """Send a fan-out's calls. Any thread; the Fanout ends within call_timeout_s."""
+        """Send a fan-out's calls. Any thread; the Fanout ends, whatever nodes do."""
         ...
 
     def wait(self, fanout: Fanout) -> None:
@@ -61,125 +84,185 @@ class ExpertClient(Protocol):
 
 
 class NodeClient:
-    """Calls to the nodes at `endpoints`; see ExpertClient.
+    """Calls to nodes over grpc.aio; see ExpertClient.
 
     Args:
         greeting: who this coordinator is, as Open tells it.
-        call_timeout_s: how long a fan-out may take.
-        notify: told what is waited for, in a sentence.
+        notify: told what is waited for, lost or back, in a sentence.
     """
 
     def __init__(
-        self,
-        endpoints: Sequence[Endpoint],
-        greeting: Greeting,
-        call_timeout_s: float,
-        notify: Callable[[str], None],
+        self, greeting: Greeting, patience: Patience, notify: Callable[[str], None]
     ) -> None:
-        self._links = [NodeLink(endpoint, call_timeout_s) for endpoint in endpoints]
         self._greeting = greeting
-        self._call_timeout_s = call_timeout_s
-        self._notify = notify
         self._loop = grpc_loop()
+        self._keeper = NodeKeeper(self, notify)
         self._in_flight = CallsInFlight(
-            [link.node for link in self._links],
-            call_timeout_s,
-            lambda node, lane, frame: self._links[node].lanes[lane].send(frame),
+            self._keeper.names, patience.call_timeout_s, patience.shard_wait_s, self
         )
+        self._lanes: dict[int, dict[Lane, LaneLink]] = {}  # of open nodes
+        self._released: dict[int, asyncio.Event] = {}
         self._call_ids = itertools.count(1)
-        self._closing = asyncio.Event()
-        self._pump: concurrent.futures.Future[None] | None = None
-
-    def connect(
-        self, check: Callable[[int, NodeFacts], None], ready_timeout_s: float
-    ) -> list[NodeFacts]:
-        facts = self._on_loop(self._connect_all(check, ready_timeout_s))
-        self._pump = asyncio.run_coroutine_threadsafe(self._run(), self._loop)
+        self._is_ticking = False
+        self._running = asyncio.run_coroutine_threadsafe(self._keeper.run(), self._loop)
         # Over: closed, or dead of a bug that `close` will raise.
-        self._pump.add_done_callback(
+        self._running.add_done_callback(
             lambda _: self._loop.call_soon_threadsafe(self._in_flight.end_all)
         )
-        return facts
+
+    def meet(self, endpoints: Sequence[Endpoint], terms: Terms) -> list[int]:
+        """Meet nodes (see ExpertClient)."""
+        return on_grpc_loop(self._keeper.meet(endpoints, terms))
+
+    def retire(self, nodes: Sequence[int]) -> None:
+        """Call these nodes no more (see ExpertClient)."""
+        self._loop.call_soon_threadsafe(self._retire, nodes)
+
+    def facts(self, node: int) -> NodeFacts | None:
+        """Return what a node says of itself (see ExpertClient)."""
+        return self._keeper.facts.get(node)
+
+    def health(self, node: int) -> NodeHealth | None:
+        """Return what is known of a node (see ExpertClient)."""
+        return self._in_flight.health(node)
+
+    def name(self, node: int) -> str:
+        """Return a node's endpoint (see ExpertClient)."""
+        return self._keeper.names[node]
 
     def next_call_id(self) -> int:
+        """Return an id that no other call of this client has."""
         return next(self._call_ids)
 
     def submit(self, calls: Sequence[OutgoingCall]) -> Fanout:
+        """Send a fan-out's calls (see ExpertClient)."""
         fanout = Fanout(calls)
-        deadline_s = time.monotonic() + self._call_timeout_s
-        self._loop.call_soon_threadsafe(self._start, fanout, deadline_s)
+        self._loop.call_soon_threadsafe(self._start, fanout)
         return fanout
 
     def wait(self, fanout: Fanout) -> None:
+        """Wait for the end of a fan-out (see ExpertClient)."""
         fanout.wait()
 
     def abandon(self, fanout: Fanout) -> None:
+        """Take a fan-out's calls back (see ExpertClient)."""
         self._loop.call_soon_threadsafe(self._in_flight.abandon, fanout)
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._closing.set)
-        if self._pump is not None:
-            concurrent.futures.wait([self._pump], CLOSE_TIMEOUT_S)
-        self._on_loop(self._close_links())
-        if self._pump is not None and self._pump.done():
-            self._pump.result()
+        """End all streams (see ExpertClient)."""
+        self._loop.call_soon_threadsafe(self._keeper.close)
+        concurrent.futures.wait([self._running], CLOSE_TIMEOUT_S)
+        if self._running.done():
+            self._running.result()
 
     # Everything below runs on the loop's thread.
 
-    async def _connect_all(
-        self, check: Callable[[int, NodeFacts], None], ready_timeout_s: float
-    ) -> list[NodeFacts]:
-        meeting = Meeting(check, self._notify, ready_timeout_s, self._open_lanes)
+    async def open_lanes(self, node: int, link: NodeLink, first_epoch: int) -> OpenedLanes:
+        """Open both lanes (see LaneOpener)."""
+        credit_bytes, rtt_s = 0, 0.0
+        for epoch, lane in enumerate(link.lanes.values(), first_epoch):
+            begun_s = time.monotonic()
+            opened = await lane.open(self._greeting, epoch)
+            # The bulk channel connects first; the interactive one has, for Describe.
+            rtt_s = rtt_s or time.monotonic() - begun_s
+            credit_bytes = opened.credit_bytes
+        self._lanes[node] = link.lanes
+        self._released[node] = asyncio.Event()
+        return OpenedLanes(credit_bytes, rtt_s)
+
+    def opened(self, event: NodeOpened) -> None:
+        """Call a node from now on (see LaneOpener)."""
+        self._in_flight.on(event)
+
+    async def serve(self, node: int, link: NodeLink) -> errors.NodeError | None:
+        """Carry a node's frames (see LaneOpener)."""
+        why: errors.NodeError | None = None
         try:
-            return await meeting.meet_all(self._links)
-        except BaseException:
-            await self._close_links()
-            raise
+            async with asyncio.TaskGroup() as group:
+                chores = [lane.write_loop() for lane in link.lanes.values()]
+                chores += [self._read_loop(node, lane) for lane in link.lanes.values()]
+                tasks = [group.create_task(chore) for chore in chores]
+                await self._released[node].wait()
+                for task in tasks:
+                    task.cancel()
+        except* errors.NodeError as group_of_errors:
+            error = group_of_errors.exceptions[0]
+            assert isinstance(error, errors.NodeError)
+            why = error
+        finally:
+            self._lanes.pop(node, None)
+        return why
 
-    async def _open_lanes(self, node: int) -> None:
-        for epoch, (lane, link) in enumerate(self._links[node].lanes.items()):
-            opened = await link.open(self._greeting, epoch)
-            self._in_flight.lane_opened(node, lane, opened.credit_bytes)
+    def absent(self, event: NodeAbsent) -> None:
+        """Hear that a node cannot be met (see LaneOpener)."""
+        self._in_flight.on(event)
 
-    async def _run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._tick())]
-            for node, link in enumerate(self._links):
-                for lane in link.lanes.values():
-                    tasks.append(group.create_task(lane.write_loop()))
-                    tasks.append(group.create_task(self._read_loop(node, lane)))
-            await self._closing.wait()
-            for task in tasks:
-                task.cancel()
+    def send(self, node: int, lane: Lane, frame: bytes) -> None:
+        """Queue a frame (see Wires)."""
+        lanes = self._lanes.get(node)
+        if lanes is not None:
+            lanes[lane].send(frame)
 
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            self._in_flight.tick(time.monotonic())
+    def close_node(self, node: int, silent_s: float) -> None:
+        """Break off a node that is silent (see Wires)."""
+        for lane in self._lanes.get(node, {}).values():
+            lane.break_off(
+                errors.NodeUnreachable(
+                    f"node {lane.node} gave no sign of life for {silent_s:.1f} s"
+                )
+            )
+
+    def release_node(self, node: int) -> None:
+        """Let go of a node for good (see Wires)."""
+        if node in self._released:
+            self._released[node].set()
 
     async def _read_loop(self, node: int, lane: LaneLink) -> None:
         try:
             while True:
                 frame, num_bytes = await lane.read()
-                self._in_flight.on_frame(node, frame, num_bytes)
+                self._in_flight.on_frame(node, frame, num_bytes, time.monotonic())
         except errors.NodeError as error:
-            self._in_flight.lost(node, error)
-            await self._links[node].close()
-
-    def _start(self, fanout: Fanout, deadline_s: float) -> None:
-        if self._closing.is_set() or self._pump is None or self._pump.done():
-            fanout.end(closed())
-        else:
-            self._in_flight.start(fanout, deadline_s)
-
-    async def _close_links(self) -> None:
-        for link in self._links:
-            await link.close()
-
-    def _on_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
-        waiting = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return waiting.result()
-        except KeyboardInterrupt:
-            waiting.cancel()
+            broke_protocol = isinstance(error, errors.MalformedMessage)
+            self._in_flight.on(NodeLost(node, error, broke_protocol, time.monotonic()))
             raise
+
+    def _retire(self, nodes: Sequence[int]) -> None:
+        self._keeper.retire(nodes)
+        for node in nodes:
+            self._in_flight.on(NodeRetired(node, retired(self._keeper.names[node])))
+        self._tick_later()
+
+    def _start(self, fanout: Fanout) -> None:
+        if self._running.done():
+            fanout.end(closed())
+            return
+        self._in_flight.start(fanout, time.monotonic())
+        self._tick_later()
+
+    def _tick_later(self) -> None:
+        if not self._is_ticking:
+            self._is_ticking = True
+            self._loop.call_later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self._is_ticking = False
+        if not self._running.done():
+            self._in_flight.tick(time.monotonic())
+            if not self._in_flight.is_idle:
+                self._tick_later()
+
+
+def retired(name: str) -> errors.NodeUnreachable:
+    """Return why a node that the shard map does not name any more takes no call."""
+    return errors.NodeUnreachable(f"node {name} is not in the shard map any more")
+
+
+def on_grpc_loop(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine on the gRPC loop and return what it does. Not from that loop's thread."""
+    waiting = asyncio.run_coroutine_threadsafe(work, grpc_loop())
+    try:
+        return waiting.result()
+    except KeyboardInterrupt:
+        waiting.cancel()
+        raise

@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from coordinator.dispatch import Lane
+from coordinator.dispatch_events import Lane
 from coordinator.handshake import NodeFacts
 from shoal import errors, limits
 from shoal.experts.ownership import OwnedRange
@@ -23,6 +23,8 @@ from shoal.shard_map import Endpoint, EndpointKind
 from shoal.v1 import expert_pb2 as pb
 
 CONNECT_TIMEOUT_S = 1.8  # a node that is down is reported within 2 s
+# A node that hangs during a call is the dispatch core's to find, in 2 s: pings are more patient.
+PING_TIMEOUT_MS = 4000
 EXECUTE = "/shoal.v1.ExpertService/Execute"
 DESCRIBE = "/shoal.v1.ExpertService/Describe"
 _channel_numbers = itertools.count()
@@ -53,21 +55,20 @@ class Greeting:
 class LaneLink:
     """One stream on a channel of its own."""
 
-    def __init__(self, node: str, target: str, lane: Lane, call_timeout_s: float) -> None:
+    def __init__(self, node: str, target: str, lane: Lane) -> None:
         self.node, self.lane = node, lane
         self._target = target
-        self._call_timeout_s = call_timeout_s
         # A bare deque: asyncio.Queue costs 20 us a frame more. Credit bounds what is in it.
         self._outbox: deque[bytes] = deque()
         self._filled: asyncio.Future[None] | None = None  # what the idle writer waits for
         self._channel: grpc.aio.Channel | None = None
         self._stream: Any = None
+        self._broken: errors.NodeError | None = None
 
     @property
     def channel(self) -> grpc.aio.Channel:
         if self._channel is None:
-            options = channel_options(self._call_timeout_s)
-            self._channel = grpc.aio.insecure_channel(self._target, options=options)
+            self._channel = grpc.aio.insecure_channel(self._target, options=channel_options())
         return self._channel
 
     async def open(self, greeting: Greeting, stream_epoch: int) -> pb.Opened:
@@ -94,6 +95,9 @@ class LaneLink:
                 await self._filled
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return
+        except asyncio.CancelledError:
+            if self._broken is None:
+                raise
 
     async def read(self) -> tuple[pb.NodeFrame, int]:
         """Return the next frame and its size in bytes.
@@ -103,10 +107,20 @@ class LaneLink:
         try:
             data = await self._stream.read()
         except grpc.aio.AioRpcError as error:
-            raise _error_of_status(self.node, error) from error
+            raise self._broken or _error_of_status(self.node, error) from error
+        except asyncio.CancelledError:
+            if self._broken is not None:
+                raise self._broken from None
+            raise
         if not isinstance(data, bytes):
             raise polite_end(self.node)
         return frame_of(self.node, data), len(data)
+
+    def break_off(self, error: errors.NodeError) -> None:
+        """End the stream without its peer: whoever reads it is told that error."""
+        self._broken = error
+        if self._stream is not None:
+            self._stream.cancel()
 
     async def close(self) -> None:
         """Close the channel, and with it the stream."""
@@ -117,11 +131,11 @@ class LaneLink:
 class NodeLink:
     """A node's two lanes, and its unary calls, which travel on the interactive channel."""
 
-    def __init__(self, endpoint: Endpoint, call_timeout_s: float) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self.node = str(endpoint)
         is_unix = endpoint.kind is EndpointKind.UNIX
         target = f"unix:{endpoint.address}" if is_unix else endpoint.address
-        self.lanes = {lane: LaneLink(self.node, target, lane, call_timeout_s) for lane in Lane}
+        self.lanes = {lane: LaneLink(self.node, target, lane) for lane in Lane}
 
     async def describe(self) -> NodeFacts:
         """Ask the node who it is. Raises NodeUnreachable within CONNECT_TIMEOUT_S."""
@@ -138,10 +152,8 @@ class NodeLink:
             await lane.close()
 
 
-def channel_options(call_timeout_s: float) -> list[tuple[str, int]]:
-    """Return gRPC's options of one channel, for calls that time out after `call_timeout_s`."""
-    # A node that hangs during a call is the call timeout's to find: the ping is more patient.
-    ping_timeout_ms = 2000 + int(call_timeout_s * 1000)
+def channel_options() -> list[tuple[str, int]]:
+    """Return gRPC's options of one channel."""
     return [
         # Channels to one target share a connection unless an argument differs.
         ("shoal.channel", next(_channel_numbers)),
@@ -151,8 +163,8 @@ def channel_options(call_timeout_s: float) -> list[tuple[str, int]]:
         # The backstop behind call deadlines: a peer that is cut off while nobody calls it. Without
         # ping_timeout_ms its default of 60 s wins over keepalive_timeout_ms (measured, 1.85.1).
         ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", ping_timeout_ms),
-        ("grpc.http2.ping_timeout_ms", ping_timeout_ms),
+        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.lookahead_bytes", 16 * limits.MIB),

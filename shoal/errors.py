@@ -10,6 +10,7 @@ ShoalError                     an operating error: message says what, where, why
 |  `- CannotWrite              the disk is full or not writable; nothing was left behind
 |- NodeError                   an expert node cannot do its part                     exit 4
 |  |- NodeUnreachable          nobody answers at that address, or the connection broke
+|  |  `- ShardUnavailable      nobody is left for a range of experts: waited --shard-wait
 |  |- NodeMismatch             another model, numerics or protocol; a missing range
 |  |- NotOwned                 an expert that the node does not own
 |  |- NodeBusy                 its queue is full: try later or elsewhere
@@ -67,6 +68,10 @@ class NodeError(ShoalError):
 
 
 class NodeUnreachable(NodeError):
+    pass
+
+
+class ShardUnavailable(NodeUnreachable):
     pass
 
 

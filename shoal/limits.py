@@ -32,6 +32,7 @@ DRAIN_TIMEOUT_S = 25.0  # Kubernetes kills 30 s after SIGTERM by default
 PROGRESS_INTERVAL_S = 0.025  # while a node holds a call: silence then means that it is lost
 PREFILL_CHUNK = 512  # rows of one forward pass
 MAX_CALL_TIMEOUT_S = 3600.0  # --call-timeout: what waits longer is not a chat any more
+MAX_SHARD_WAIT_S = 3600.0  # --shard-wait: a node that is away for longer is gone
 KV_BLOCK_TOKENS = 64  # keys of a KV block: four lanes' worth, a quarter of a cut
 ATTENTION_CUT = 256  # keys: exactness rule 6
 MAX_MANIFEST_BYTES = 64 * MIB  # of an artifact; the largest model known needs 2 MiB

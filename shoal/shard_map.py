@@ -201,10 +201,9 @@ def _refuse_unsupported(shard_map: ShardMap, entry: ShardEntry) -> None:
     for endpoint in entry.endpoints:
         if endpoint.kind in instead:
             raise shard_map.error(instead[endpoint.kind], endpoint.at)
-    if len(entry.endpoints) > 1:
-        second = entry.endpoints[1]
-        what = "replicas are not there yet: name one endpoint for each range"
-        raise shard_map.error(what, second.at - 1)
+        if endpoint.kind is EndpointKind.LOCAL and len(entry.endpoints) > 1:
+            what = "`local` is no replica: what this process computes is lost with it anyway"
+            raise shard_map.error(what, endpoint.at)
 
 
 def _rectangles(
@@ -234,7 +233,8 @@ def _overlap(
     shared = np.zeros((layers.last + 1, experts.last + 1), np.bool_)
     shared[layers.first :, experts.first :] = taken
     return shard_map.error(
-        f"{describe(shared)} already belong to '{other}': an expert has one owner", experts.at
+        f"{describe(shared)} already belong to '{other}': write replicas of one range as a|b",
+        experts.at,
     )
 
 

@@ -36,7 +36,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(params=[Transport.FAST, Transport.GRPCIO])
 def connect(request: pytest.FixtureRequest) -> Connect:
-    return partial(open_remote_dispatch, transport=request.param)
+    return partial(open_remote_dispatch, transport=request.param, shard_wait_s=0)
 
 
 def true_sums(message: pb.ExpertCall) -> NDArray[np.int64]:
@@ -196,7 +196,7 @@ def test_bytes_that_are_no_answer_end_the_connection(
     node = ScriptedNode(artifact, lambda _call: [answer])
     with connected(connect, node) as dispatch:
         for _ in range(2):  # the one that waits, and the next one
-            with pytest.raises(errors.MalformedMessage, match=r"node grpc://127.* sent"):
+            with pytest.raises(errors.ShardUnavailable, match=r"node grpc://127.* sent"):
                 start(dispatch, artifact).wait()
 
 
@@ -215,7 +215,7 @@ def test_a_stream_that_ends_politely_is_a_lost_node(connect: Connect, artifact: 
         (pb.Failure.OVERLOADED, errors.NodeBusy),
         (pb.Failure.DEADLINE, errors.CallTimeout),
         (pb.Failure.UNAVAILABLE, errors.ExpertUnavailable),
-        (pb.Failure.DRAINING, errors.NodeDraining),
+        (pb.Failure.DRAINING, errors.ShardUnavailable),  # it is on its way out
         (pb.Failure.INTERNAL, errors.NodeError),
     ],
 )

@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,22 +61,17 @@ def answering(path: Path, *flags: str) -> Iterator[tuple["subprocess.Popen[bytes
             yield process, b
 
 
-def test_a_node_killed_mid_run_ends_it_with_a_clear_error(path: Path) -> None:
-    """Before --call-timeout says so: the limit is 2 s, and the error is not a time-out."""
-    with answering(path, "--call-timeout", "2") as (process, node):
-        kill(node)
+@pytest.mark.parametrize("end", [kill, freeze])
+def test_a_range_without_a_node_ends_the_run_after_the_shard_wait(
+    path: Path, end: Callable[[NodeProcess], None]
+) -> None:
+    """The error names the range, its node, and how long it was waited for."""
+    with answering(path, "--shard-wait", "0.5") as (process, node):
+        end(node)
         status, stderr = ended(process)
     assert status == 4
-    assert f"node {node.endpoint} is not reachable" in stderr
-    assert "Traceback" not in stderr
-
-
-def test_a_node_that_hangs_mid_run_ends_it_after_the_call_timeout(path: Path) -> None:
-    with answering(path, "--call-timeout", "0.5") as (process, node):
-        freeze(node)
-        status, stderr = ended(process)
-    assert status == 4
-    assert f"node {node.endpoint} gave no answer within 0.5 s" in stderr
+    assert "no node is left for experts 8-15 of layers 0-2 (waited 0.5 s: --shard-wait)" in stderr
+    assert f"node {node.endpoint}" in stderr
     assert "Traceback" not in stderr
 
 

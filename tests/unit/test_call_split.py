@@ -54,7 +54,7 @@ def test_each_pair_goes_once_to_its_owner(
     seen = []
     for part in call_split.by_owner(plan, owner):
         assert_well_formed(part)
-        assert (owner[part.experts] == part.endpoint).all()
+        assert (owner[part.experts] == part.slot).all()
         pieces = call_split.by_size(part, max_rows)
         assert [t for piece in pieces for t in triples(piece)] == triples(part)
         for piece in pieces:
@@ -67,14 +67,14 @@ def test_each_pair_goes_once_to_its_owner(
 def test_a_single_owner_gets_the_plan_as_it_is() -> None:
     plan = random_plan(5, 3, 8, seed=1)
     [part] = call_split.by_owner(plan, np.full(8, 2, np.int32))
-    assert part.endpoint == 2
+    assert part.slot == 2
     assert triples(part) == expected_triples(plan)
 
 
 def test_an_endpoint_that_owns_nothing_chosen_gets_no_call() -> None:
     plan = RoutingPlan(np.array([[0, 1]], np.int32), np.ones((1, 2), np.float32))
     parts = call_split.by_owner(plan, np.array([0, 2, 1, 1], np.int32))
-    assert [part.endpoint for part in parts] == [0, 2]
+    assert [part.slot for part in parts] == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,6 @@ def test_parts_do_not_depend_on_the_order_of_endpoints() -> None:
     owner = np.array([0, 1, 2, 0, 1, 2, 0, 1], np.int32)
     renamed: NDArray[np.int32] = np.array([2, 0, 1], np.int32)[owner]
     parts = {2: 0, 0: 1, 1: 2}
-    by_name = {part.endpoint: triples(part) for part in call_split.by_owner(plan, owner)}
+    by_name = {part.slot: triples(part) for part in call_split.by_owner(plan, owner)}
     for part in call_split.by_owner(plan, renamed):
-        assert triples(part) == by_name[parts[part.endpoint]]
+        assert triples(part) == by_name[parts[part.slot]]

@@ -57,3 +57,31 @@ def test_a_stranger_s_absurd_ranges_own_nothing() -> None:
     placement = place("0-7=grpc://a:1", [8])
     owned = (OwnedRange(5, 4, 0, 7), OwnedRange(2**32 - 1, 2**32 - 1, 0, 2**32 - 1))
     assert placement.missing(0, owned) == "experts 0-7 of layer 0"
+
+
+def test_replicas_share_a_range_expert_by_expert_and_each_can_take_all_of_it() -> None:
+    placement = place("0-5=grpc://a:1|grpc://b:1,6-7=grpc://c:1", [8, 8])
+    a, b, c = range(3)
+    preferred = [placement.slots[slot][0] for slot in placement.owners(1)]
+    assert preferred == [a, b, a, b, a, b, c, c]
+    assert set(placement.slots) == {(a, b), (b, a), (c,)}
+    for endpoint in (a, b):
+        assert placement.assigned(endpoint).tolist() == [[True] * 6 + [False] * 2] * 2
+        assert placement.missing(endpoint, (OwnedRange(0, 1, 0, 4),)) == "expert 5 of layers 0-1"
+
+
+def test_three_replicas_take_turns_and_the_order_of_writing_them_makes_no_other_slots() -> None:
+    placement = place(
+        "0-2=grpc://a:1|grpc://b:1|grpc://c:1,3-5=grpc://b:1|grpc://c:1|grpc://a:1", [6]
+    )
+    assert placement.slots == ((0, 1, 2), (1, 2, 0), (2, 0, 1))
+    assert [placement.slots[slot][0] for slot in placement.owners(0)] == [0, 1, 2, 1, 2, 0]
+
+
+def test_a_range_is_covered_while_one_of_its_replicas_is_there() -> None:
+    placement = place("0-3=grpc://a:1|grpc://b:1,4-7=grpc://b:1|grpc://c:1", [8, 0, 8])
+    assert placement.uncovered({0, 2}) == placement.uncovered({1}) == ""
+    assert placement.uncovered({0}) == "experts 4-7 of layers 0+2"
+    assert placement.uncovered(()) == "experts 0-7 of layers 0+2"
+    slot = int(placement.owners(2)[5])
+    assert placement.range_of(slot) == "experts 4-7 of layers 0+2"

@@ -1,0 +1,220 @@
+"""What the coordinator has learned of a node: how fast it is, and whether to trust it (core).
+
+A model of latency = base + slope x work, fitted to its replies with slow forgetting, predicts a
+call. How far replies lie above the prediction (a *residual* is latency / prediction) tells the
+usual spread from trouble:
+
+    ok --(3 lost hedges in 30 replies, or 8 residuals in a row > 3x the median)--> demoted
+    ok --(5 failures in a row, or 3 missed deadlines in 10 s)--> broken off
+    demoted, broken off --(a pause, twice as long each time)--> on probation --> ok
+
+Demoted and broken off are ranks, not exclusions: the last replica is used whatever its rank.
+"""
+
+from collections import deque
+
+MIN_SAMPLES = 32  # before that a prediction is a guess, and UNKNOWN_S is waited
+UNKNOWN_S = 2.0  # for a node that is not known yet: a cold cache, a first hugepage
+FORGET = 0.98  # per reply: a fit over the last fifty
+SILENT_S = 0.05  # two progress intervals
+DEAD_S = 1.9  # of silence with a call in hand: noticed within 2 s
+MIN_HEDGE_S = 0.002  # below it a second copy costs more than it saves (a hop is 0.1 ms)
+DEADLINE_FACTOR = 8.0  # beyond the usual slow reply
+SLOW_RESIDUAL = 3.0
+SLOW_STREAK = 8
+LEARN_SLOW_EVERY = 8  # a lasting change is learned, a fault of 8 replies is not
+LOST_HEDGES, LOST_HEDGE_REPLIES = 3, 30
+FAILURES_IN_A_ROW = 5
+MISSES, MISSES_S = 3, 10.0
+FIRST_DEMOTION_S, MAX_DEMOTION_S = 5.0, 60.0
+FIRST_BREAK_S, MAX_BREAK_S = 1.0, 30.0
+STALE_S = 10.0  # without a reply: what we know of it may be out of date
+
+
+class LatencyModel:
+    """latency = base + slope x work by least squares, forgetting; and the ratio that 5 % exceed."""
+
+    __slots__ = ("_l", "_n", "_w", "_wl", "_ww", "base_s", "num_samples", "slope_s", "tail")
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.base_s = self.slope_s = 0.0
+        self.tail = 2.0
+        self._n = self._w = self._l = self._ww = self._wl = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        return self.num_samples >= MIN_SAMPLES
+
+    def predict(self, work: float) -> float:
+        """Return seconds; meaningless until `is_known`."""
+        return self.base_s + self.slope_s * work
+
+    def slow_s(self, work: float) -> float:
+        """Return what about 5 % of such calls exceed."""
+        return (self.base_s + self.slope_s * work) * self.tail
+
+    def learn(self, work: float, latency_s: float, residual: float) -> None:
+        """Take in a reply. residual: latency / prediction."""
+        # A quantile by steps: as many up as down where 5 % are above.
+        self.tail *= 1.0475 if residual > self.tail else 0.9975
+        if self.tail < 1.0:
+            self.tail = 1.0
+        self._n = self._n * FORGET + 1.0
+        self._w = self._w * FORGET + work
+        self._l = self._l * FORGET + latency_s
+        self._ww = self._ww * FORGET + work * work
+        self._wl = self._wl * FORGET + work * latency_s
+        self.num_samples += 1
+        if self.num_samples & 7 == 0 or self.num_samples < 8:
+            self._fit()
+
+    def _fit(self) -> None:
+        spread = self._n * self._ww - self._w * self._w
+        slope_s = 0.0
+        if spread > 1e-9 * self._n * self._ww:
+            slope_s = max(0.0, (self._n * self._wl - self._w * self._l) / spread)
+        base_s = (self._l - slope_s * self._w) / self._n
+        if base_s < 0.0:
+            base_s, slope_s = 0.0, self._l / self._w if self._w else 0.0
+        self.base_s, self.slope_s = base_s, slope_s
+
+
+class NodeHealth:
+    """What is known of one node. Times are the events'."""
+
+    __slots__ = (
+        "_break_s",
+        "_demotion_s",
+        "_lost_hedges",
+        "_misses",
+        "_num_outliers",
+        "broken_until_s",
+        "demoted_until_s",
+        "is_suspect",
+        "load_s",
+        "model",
+        "num_failures",
+        "num_replies",
+        "replied_s",
+        "residual",
+        "rtt_s",
+        "slow_streak",
+    )
+
+    def __init__(self, rtt_s: float) -> None:
+        self.model = LatencyModel()
+        self.rtt_s = rtt_s
+        self.load_s = 0.0  # reading experts, per reply, lately
+        self.residual = 1.0  # lately
+        self.is_suspect = False  # silent with a call in hand
+        self.num_replies = 0
+        self.replied_s = 0.0
+        self.slow_streak = 0
+        self.num_failures = 0  # in a row
+        self.demoted_until_s = self.broken_until_s = 0.0
+        self._demotion_s, self._break_s = FIRST_DEMOTION_S, FIRST_BREAK_S
+        self._lost_hedges: deque[int] = deque(maxlen=LOST_HEDGES)
+        self._misses: deque[float] = deque(maxlen=MISSES)
+        self._num_outliers = 0
+
+    def rank(self, now_s: float) -> int:
+        """Return 0 for a node in good standing; of two nodes the lower rank is asked first."""
+        rank = 1 if self.is_suspect or now_s < self.demoted_until_s else 0
+        return rank + 2 if now_s < self.broken_until_s else rank
+
+    def is_stale(self, now_s: float) -> bool:
+        """Whether too little or nothing recent is known of its speed."""
+        return self.model.num_samples < MIN_SAMPLES or now_s - self.replied_s > STALE_S
+
+    def silent_after_s(self, work: float) -> float:
+        """Return how long a call may bring neither progress nor reply."""
+        if self.model.num_samples < MIN_SAMPLES:
+            return UNKNOWN_S
+        return max(SILENT_S, 4.0 * self.rtt_s, 2.0 * self.model.predict(work))
+
+    def dead_after_s(self, work: float) -> float:
+        """Return after how much silence its connection is given up."""
+        return max(DEAD_S, 2.0 * self.silent_after_s(work)) if self.model.is_known else 2 * DEAD_S
+
+    def deadline_s(self, work: float) -> float:
+        """Return after how long a call is asked of another node too, progress or not."""
+        if self.model.num_samples < MIN_SAMPLES:
+            return UNKNOWN_S
+        return max(SILENT_S, DEADLINE_FACTOR * self.model.slow_s(work) + self.load_s)
+
+    def hedge_after_s(self, work: float) -> float:
+        """Return after how long a call is among the slow ones. `model.is_known` only."""
+        return max(MIN_HEDGE_S, self.model.slow_s(work) + self.load_s)
+
+    def replied(
+        self, work: float, latency_s: float, busy_s: float, load_s: float, now_s: float
+    ) -> float:
+        """Learn from a reply; return its residual, 1.0 if it is nothing to look into."""
+        self.num_replies += 1
+        self.replied_s = now_s
+        self.num_failures = 0
+        self.load_s += (load_s - self.load_s) * 0.0625
+        wire_s = latency_s - busy_s
+        if wire_s < self.rtt_s:
+            self.rtt_s = max(0.0, wire_s)
+        else:
+            self.rtt_s += (wire_s - self.rtt_s) * 0.015625
+        latency_s -= load_s
+        model = self.model
+        predicted_s = model.base_s + model.slope_s * work
+        residual = latency_s / predicted_s if predicted_s > 0.0 else 1.0
+        self.residual += (min(residual, 100.0) - self.residual) * 0.125
+        is_slow = residual > SLOW_RESIDUAL and latency_s > MIN_HEDGE_S
+        if is_slow and model.num_samples >= MIN_SAMPLES:
+            self._num_outliers += 1
+            if self._num_outliers % LEARN_SLOW_EVERY:
+                return residual
+        else:
+            self.slow_streak = 0
+        model.learn(work, latency_s, residual)
+        return residual if is_slow else 1.0
+
+    def is_slow_again(self) -> bool:
+        """Count a reply as slow against the median of all nodes; True: that was the eighth."""
+        self.slow_streak += 1
+        return self.slow_streak >= SLOW_STREAK
+
+    def lost_hedge(self) -> bool:
+        """Count a call that another node answered first; True: that was too many lately."""
+        self._lost_hedges.append(self.num_replies)
+        return (
+            len(self._lost_hedges) == LOST_HEDGES
+            and self.num_replies - self._lost_hedges[0] < LOST_HEDGE_REPLIES
+        )
+
+    def demote(self, now_s: float) -> None:
+        """Prefer others for a while, twice as long each time."""
+        if now_s < self.demoted_until_s:
+            return
+        if now_s - self.demoted_until_s > MAX_DEMOTION_S:
+            self._demotion_s = FIRST_DEMOTION_S  # that was long ago
+        self.demoted_until_s = now_s + self._demotion_s
+        self._demotion_s = min(MAX_DEMOTION_S, 2.0 * self._demotion_s)
+        # On probation one lost hedge, or one slow reply, is enough.
+        self.slow_streak = SLOW_STREAK - 1
+        while len(self._lost_hedges) < LOST_HEDGES - 1:
+            self._lost_hedges.append(self.num_replies)
+
+    def missed_deadline(self, now_s: float) -> None:
+        """Count a call that took far too long."""
+        self._misses.append(now_s)
+        if len(self._misses) == MISSES and now_s - self._misses[0] < MISSES_S:
+            self._break(now_s)
+
+    def failed(self, now_s: float) -> None:
+        """Count a call that the node refused or could not do."""
+        self.num_failures += 1
+        if self.num_failures >= FAILURES_IN_A_ROW:
+            self._break(now_s)
+            self.num_failures = FAILURES_IN_A_ROW - 1  # half-open: one more is enough
+
+    def _break(self, now_s: float) -> None:
+        if now_s >= self.broken_until_s:
+            self.broken_until_s = now_s + self._break_s
+            self._break_s = min(MAX_BREAK_S, 2.0 * self._break_s)

@@ -1,0 +1,49 @@
+"""Which replica is asked (core)."""
+
+from collections.abc import Mapping
+
+from coordinator.calls_and_nodes import Call, Node
+from coordinator.node_health import SLOW_RESIDUAL
+
+# How much slower than another one the preferred replica may be. A slot's preference spreads the
+# experts of a range over its replicas, so that all of them work and each caches its own part.
+PREFERRED_S, PREFERRED_FACTOR = 0.001, 1.5
+
+
+def choose(call: Call, nodes: Mapping[int, Node], now_s: float) -> Node | None:
+    """Return the replica that should answer first; None: there is none, or no other.
+
+    A lower rank goes before speed. Speed is predicted, with what the node has to do already; a node
+    of which nothing recent is known is asked when it is the preferred one.
+    """
+    best: Node | None = None
+    best_rank, best_s = 0, 0.0
+    work = call.new.work
+    is_preferred = True
+    for node_id in call.new.candidates:
+        node = nodes.get(node_id)
+        if node is None or not node.takes_calls or node_id in call.failed or call.is_at(node):
+            is_preferred = False
+            continue
+        health = node.health
+        rank = health.rank(now_s)
+        if is_preferred and health.is_stale(now_s):
+            eta_s = -1.0
+        elif health.model.is_known:
+            eta_s = health.model.predict(node.work + work) + health.load_s
+            if is_preferred:
+                eta_s = eta_s / PREFERRED_FACTOR - PREFERRED_S
+        else:
+            eta_s = node.work * 1e-6  # unknown: among such nodes the one with less to do
+        if best is None or (rank, eta_s) < (best_rank, best_s):
+            best, best_rank, best_s = node, rank, eta_s
+        is_preferred = False
+    return best
+
+
+def judge_slow(node: Node, residual: float, nodes: Mapping[int, Node], now_s: float) -> None:
+    """Demote a node whose replies stay slow while those of the others are not."""
+    lately = sorted(other.health.residual for other in nodes.values() if other.is_open)
+    median = max(1.0, lately[(len(lately) - 1) // 2])
+    if residual > SLOW_RESIDUAL * median and node.health.is_slow_again():
+        node.health.demote(now_s)
