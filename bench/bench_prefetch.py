@@ -1,14 +1,14 @@
 """Does guessing the next layer's experts pay? Recall offline, and A-B-A on real reads.
 
 python bench/bench_prefetch.py [MODEL.shoal] [--texts bench/traces/texts.jsonl] [--tokens 3000]
-    [--online-tokens 700] [--residency 25 50] [--ffn-dim 4096] [--skip-online] [--skip-offline]
+    [--online-tokens 700] [--residency 25 50] [--ffn-dim 8192] [--skip-online] [--skip-offline]
 
 Offline: the texts are read once, in process; each predictor guesses every call from those before
 it, learning as it goes. recall@k: of the k experts that the router chose, how many are among the
 predictor's first k. precision: of those it gives more than one half, how many came.
 
-Online: experts are widened (bench/widen_experts.py: the same tokens and routing, experts of the
-size that streaming is for) and read with O_DIRECT through a cache of a share of them. The text is
+Online: experts are widened (bench/widen_experts.py: the same tokens and routing; four experts of
+5 MB, so that a layer's call reads what eight of Qwen3-30B-A3B in Q4_K are, 21 MB) and read with O_DIRECT through a cache of a share of them. The text is
 cut into windows; demand-only (A) and prefetching (B) take turns window by window, and a second
 pass swaps them: each window is measured both ways, next to each other in time. Every subject
 begins with an empty cache; the first window is not counted.
@@ -374,7 +374,7 @@ def main() -> None:
     parser.add_argument("--online-tokens", type=int, default=700)
     parser.add_argument("--residency", type=float, nargs="+", default=[25, 50])
     parser.add_argument("--subjects", nargs="+", default=[*PREDICTORS, FUSED, Mode.AUTO.value])
-    parser.add_argument("--ffn-dim", type=int, default=4096)
+    parser.add_argument("--ffn-dim", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--skip-offline", action="store_true")
     parser.add_argument("--skip-online", action="store_true")

@@ -253,7 +253,7 @@ class TestGuesser:
         assert figures.wanted > 500
         chance = CHOSEN / NUM_EXPERTS
         assert figures.recall > {"pregate": 0.9, "markov": 3 * chance, "locality": 3 * chance}[name]
-        assert figures.admitted > 100, "it never dares"
+        assert figures.admitted > 50, "it never dares"
         surely = {"pregate": 0.9, "markov": 0.45, "locality": 0.6}[name]
         assert figures.precision > surely, "what it is sure of comes true"
 

@@ -42,8 +42,9 @@ _BINS = {
     "markov": (markov.BINS, markov.BINS),
     "locality": (locality.RECENT_BINS, locality.LATELY_BINS),
 }
-_TAUGHT_CALLS = 128  # of a layer: every one is learned from; recall is there after some fifty
-_JUDGE_EVERY = 8  # calls after that: learning costs as much as guessing
+_TAUGHT_CALLS = 48  # of a layer: every one is learned from; recall is there after some thirty
+_LEARN_EVERY = 4  # calls after that: learning costs as much as guessing
+_JUDGE_EVERY = 8  # calls: the single predictors, for the figures only, cost three times that
 _SIZE_BINS = 10  # the number of rows: up to 1, 2, 4, ... 512
 _NOTHING = np.empty(0, np.int64)
 WOULD_TAKE = 0.5  # a single predictor's precision is that of the experts it gives more than this
@@ -243,12 +244,14 @@ class Guesser:
     def _judge(self, guess: Guess, experts: I64) -> None:
         model = self._models[guess.target, guess.kind]
         model.calls += 1
-        if model.calls > _TAUGHT_CALLS and model.calls % _JUDGE_EVERY:
+        if model.calls > _TAUGHT_CALLS and model.calls % _LEARN_EVERY:
             return
         truth = np.zeros(self._layers[guess.target].num_experts, np.bool_)
         truth[experts] = True
         self._count(FUSED, guess.target, guess.experts, guess.probabilities, truth)
         model.fused.update(guess.features, truth)
+        if model.calls % _JUDGE_EVERY:
+            return
         owned = self._owned[guess.target]
         for name, fusion in model.single.items():
             features = guess.features[self._rows[name]]

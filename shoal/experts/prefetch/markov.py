@@ -23,7 +23,7 @@ BINS = 20
 _PRIOR = np.float32(4)  # uses of the layer's own frequencies that each row of counts begins with
 _HALF_LIFE_CALLS = 4096  # of a count: a text's topic passes, the model's habits stay
 _DECAY = 0.5 ** (1 / _HALF_LIFE_CALLS)
-_TAUGHT_CALLS = 128  # so many refresh what they teach at once
+_TAUGHT_CALLS = 64  # so many refresh what they teach at once
 _REFRESH_CALLS = 4  # afterwards: logarithms cost more than all else here
 _RESCALE_AT = 2.0**20  # newer calls weigh more; before float32 loses units, all is scaled down
 
