@@ -120,8 +120,11 @@ class NodeHealth:
 
     def rank(self, now_s: float) -> int:
         """Return 0 for a node in good standing; of two nodes the lower rank is asked first."""
-        rank = 1 if self.is_suspect or now_s < self.demoted_until_s else 0
-        return rank + 2 if now_s < self.broken_until_s else rank
+        if not self.is_suspect and now_s >= self.demoted_until_s and now_s >= self.broken_until_s:
+            return 0
+        # Silent right now is worst: a slow node answers at least.
+        ranks = ((4, self.is_suspect), (2, now_s < self.broken_until_s))
+        return 1 + sum(rank for rank, holds in ranks if holds)
 
     def is_stale(self, now_s: float) -> bool:
         """Whether too little or nothing recent is known of its speed."""

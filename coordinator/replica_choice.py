@@ -30,7 +30,9 @@ def choose(call: Call, nodes: Mapping[int, Node], now_s: float) -> Node | None:
         if is_preferred and health.is_stale(now_s):
             eta_s = -1.0
         elif health.model.is_known:
-            eta_s = health.model.predict(node.work + work) + health.load_s
+            eta_s = health.model.predict(work) + health.load_s
+            if node.work > 0.0:  # what it has already goes first; the way there does not count
+                eta_s += max(0.0, eta_s - health.rtt_s) * node.work / work
             if is_preferred:
                 eta_s = eta_s / PREFERRED_FACTOR - PREFERRED_S
         else:
