@@ -8,10 +8,10 @@ it, learning as it goes. recall@k: of the k experts that the router chose, how m
 predictor's first k. precision: of those it gives more than one half, how many came.
 
 Online: experts are widened (bench/widen_experts.py: the same tokens and routing; four experts of
-5 MB, so that a layer's call reads what eight of Qwen3-30B-A3B in Q4_K are, 21 MB) and read with O_DIRECT through a cache of a share of them. The text is
-cut into windows; demand-only (A) and prefetching (B) take turns window by window, and a second
-pass swaps them: each window is measured both ways, next to each other in time. Every subject
-begins with an empty cache; the first window is not counted.
+5 MB, so that a layer's call reads what eight of Qwen3-30B-A3B in Q4_K are, 21 MB) and read with
+O_DIRECT through a cache of a share of them. The text is cut into windows; demand-only (A) and
+prefetching (B) take turns window by window, and a second pass swaps them: each window is measured
+both ways. Every subject begins with an empty cache; the first window is not counted.
 """
 
 import argparse

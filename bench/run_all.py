@@ -27,6 +27,7 @@ def main() -> None:
     bench("bench_kernels.py")
     bench("bench_dispatch.py")
     bench("bench_cache.py")
+    bench("bench_prefetch.py")
     MODELS.mkdir(parents=True, exist_ok=True)
     for experts in chosen.experts:
         model = MODELS / f"qwen3-30b-a3b-12-layers-{experts}-seed-0.shoal"

@@ -265,6 +265,24 @@ class TestGuesser:
         best = max(figures[name].recall for name in ("markov", "locality"))
         assert figures[FUSED].recall > best + 0.08
 
+    def test_a_pre_gate_that_says_it_all_is_heard_alone_until_it_fails(self) -> None:
+        class Fading(OracleGate):
+            is_blind = False
+
+            def features(self, rows: Rows) -> I64:
+                return np.full((1, NUM_EXPERTS), 4) if self.is_blind else super().features(rows)
+
+        gate = Fading()
+        guesser = Guesser(layers(), {0: gate, 1: gate})
+        passes = walk(np.random.default_rng(11), 700, 3)
+        seeing = replay(guesser, passes[:300], gate)[-90:]
+        of_gate_alone = [guess for guess in seeing if len(guess.features) == 1]
+        assert {guess.target for guess in of_gate_alone} == {1, 2}
+        assert len(of_gate_alone) > 0.6 * 60
+        gate.is_blind = True
+        blind = replay(guesser, passes[300:], gate)[-90:]
+        assert not any(len(guess.features) == 1 for guess in blind)
+
     def test_what_is_random_is_not_predicted(self) -> None:
         rng = np.random.default_rng(9)
         passes = [[rng.choice(NUM_EXPERTS, 4, False) for _ in range(3)] for _ in range(200)]

@@ -27,6 +27,7 @@ class Fusion:
     """One layer's model. `num_bins`: of each feature. `rate`: the share of experts used a call."""
 
     def __init__(self, num_bins: Sequence[int], rate: float) -> None:
+        self.num_features = len(num_bins)
         rate = min(max(rate, 0.001), 0.999)
         self._bias = float(np.log(rate / (1 - rate)))
         self._first = np.array([0, *np.cumsum(num_bins[:-1])], np.int64)[:, None]
