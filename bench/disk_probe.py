@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+O_DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux
 BLOCK_BYTES = 1 << 20
 QUEUE_DEPTH = 32
 SECONDS = 3.0
@@ -57,7 +59,7 @@ def disk_speed(
 
 
 def _own_probe(path: Path, seconds: float) -> float:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    descriptor = os.open(path, os.O_RDONLY | O_DIRECT)
     blocks = os.fstat(descriptor).st_size // BLOCK_BYTES
     end_s = time.perf_counter() + seconds
 
@@ -100,6 +102,8 @@ def files_of(path: Path) -> list[Path]:
 
 def forget(paths: Sequence[Path]) -> None:
     """Drop the files' pages from the page cache; nobody may have them mapped."""
+    if sys.platform != "linux":
+        raise OSError("only Linux forgets pages on request")
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+O_DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux
 ROOT_NODE = 1
 MAX_READ_BYTES = 1 << 20
 REQUEST_BYTES = MAX_READ_BYTES + 4096
@@ -187,7 +188,7 @@ class FuseServer:
         flags, _ = OPEN_IN.unpack_from(body)
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise OSError(errno.EROFS, "read-only")
-        if flags & os.O_DIRECT and self._refuses_direct:
+        if flags & O_DIRECT and self._refuses_direct:
             raise OSError(errno.EINVAL, "no O_DIRECT here")
         path = self._paths[node]
         descriptor = os.open(self._source / path, os.O_RDONLY | os.O_CLOEXEC)

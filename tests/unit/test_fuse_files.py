@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from support.fuse_files import FuseFiles, fuse_files, small_tmpfs
+from support.fuse_server import O_DIRECT
 
 DATA = bytes(range(256)) * 64  # 16 KiB
-WAYS = {"buffered": 0, "O_DIRECT": os.O_DIRECT}
+WAYS = {"buffered": 0, "O_DIRECT": O_DIRECT}
 
 pytestmark = pytest.mark.processes
 
@@ -79,7 +80,7 @@ def test_a_held_read_waits_to_be_released(files: FuseFiles) -> None:
     files.hold("a.bin", offset=4096, num_bytes=4096)
     came: list[bytes] = []
     path = files.path / "a.bin"
-    reader = threading.Thread(target=lambda: came.append(read(path, 4096, 4096, os.O_DIRECT)))
+    reader = threading.Thread(target=lambda: came.append(read(path, 4096, 4096, O_DIRECT)))
     reader.start()
     files.wait_held(1)
     assert came == [] and read(path, 0, 4096) == DATA[:4096]
@@ -91,7 +92,7 @@ def test_a_held_read_waits_to_be_released(files: FuseFiles) -> None:
 def test_direct_io_can_be_refused(files: FuseFiles) -> None:
     files.refuse_direct()
     with pytest.raises(OSError) as refused:
-        read(files.path / "a.bin", 0, 4096, os.O_DIRECT)
+        read(files.path / "a.bin", 0, 4096, O_DIRECT)
     assert refused.value.errno == errno.EINVAL
     assert read(files.path / "a.bin", 0, 4096) == DATA[:4096]
 
