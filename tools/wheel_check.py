@@ -33,6 +33,9 @@ def complaints(wheel: Path) -> list[str]:
     wrong = [f"holds {top}" for top in sorted(tops - set(PACKAGES))]
     wanted = [f"{package}/py.typed" for package in PACKAGES]
     wanted += ["shoal/golden_digests.txt", "shoal/_kernels.pyi"]
+    wanted += [
+        f"shoal/models/{name}" for name in ("LICENSE", "README.md", "fables.shoal/manifest.json")
+    ]
     wrong += [f"lacks {name}" for name in wanted if name not in names]
     if not any(name.startswith("shoal/_kernels.") and name.endswith(".so") for name in names):
         wrong.append("lacks the native module")
