@@ -1,13 +1,15 @@
 """Decoding with experts that do not fit in memory: shoal and llama.cpp under one memory cap.
 
-python bench/bench_streaming.py MODEL.shoal [--residency 25 50] [--tokens 160] [--peer-tokens 32]
-    [--prefetch auto off] [--trace bench/traces/fables.trace] [--repeats 3] [--peer-repeats 1]
+python bench/bench_streaming.py MODEL.shoal [--residency 25 50] [--tokens 288] [--peer-tokens 32]
+    [--prefetch off auto] [--routing own trace uniform] [--repeats 3] [--peer-repeats 1]
 
 Each measurement is a process of its own in a memory cgroup whose limit counts page cache: dense
 weights, the share of the experts' bytes that is asked for, and OVERHEAD_BYTES. shoal's cache has
 exactly that share; llama.cpp maps MODEL.gguf, which lies beside the artifact, and has the page
 cache. Cold: the first tokens, with no expert in memory yet; warm: the last ones. Random weights
-do not route as trained ones do: with --trace, both engines also follow recorded routing.
+do not route as trained ones do. Routing `own`: each engine's router (the same choices, but for
+rounding). `trace`: recorded from a small trained model, in both engines (bench/replay.py).
+`uniform`: drawn at random: no cache can do better than its share.
 
 The bound is the drive's bandwidth (random O_DIRECT reads without any of our code, before and after
 each measurement; the better one) over the bytes per token that had to come from it.
@@ -38,12 +40,14 @@ from shoal.experts.routing_trace import decode_trace
 OVERHEAD_BYTES = 500_000_000  # DESIGN.md: coordinator 300 MB, node 200 MB beyond what they hold
 PROBE_S = 2.0
 COLD_TOKENS = 8
+WARM_TOKENS = 96  # by then the prefetcher has made up its mind: 8 to 16 windows of 8 tokens
 TIMEOUT_S = 1800
+ROUTINGS = ("own", "trace", "uniform")
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """An engine and its settings. routing: "own" or "trace". num_tokens: of a measurement."""
+    """An engine and its settings. routing: one of ROUTINGS. num_tokens: of a measurement."""
 
     name: str
     routing: str
@@ -82,7 +86,7 @@ class Bench:
 def subjects(chosen: argparse.Namespace, turn: int) -> Iterator[Subject]:
     """Yield what is compared in that round, in order."""
     shared = ("--verify", chosen.verify, "--io", chosen.io, "--prefetch")
-    for routing in ("own", "trace") if chosen.trace is not None else ("own",):
+    for routing in chosen.routing:
         for prefetch in chosen.prefetch:
             name = f"shoal, prefetch {prefetch}"
             yield Subject(name, routing, (*shared, prefetch), chosen.tokens)
@@ -98,8 +102,9 @@ def subjects(chosen: argparse.Namespace, turn: int) -> Iterator[Subject]:
 def command_of(bench: Bench, subject: Subject, percent: float) -> list[str]:
     """Return the command that measures it."""
     flags, ids = list(subject.flags), bench.ids[: subject.num_tokens]
-    if subject.routing == "trace":
-        flags += ["--trace", str(bench.folder / ("trace.json" if subject.is_peer else "trace.npy"))]
+    if subject.routing != "own":
+        suffix = "json" if subject.is_peer else "npy"
+        flags += ["--trace", str(bench.folder / f"{subject.routing}.{suffix}")]
     if subject.is_peer:
         return decode_command(bench.source, ids, *flags)
     script = ["-P", str(ROOT / "bench" / "stream_decode.py"), str(bench.artifact.path)]
@@ -109,7 +114,8 @@ def command_of(bench: Bench, subject: Subject, percent: float) -> list[str]:
 
 def measure(bench: Bench, subject: Subject, percent: float) -> list[Row]:
     """Measure once; return a row a phase."""
-    phases = {"cold": slice(0, COLD_TOKENS), "warm": slice(subject.num_tokens * 2 // 5, None)}
+    num_warm = min(WARM_TOKENS, subject.num_tokens * 3 // 5)
+    phases = {"cold": slice(0, COLD_TOKENS), "warm": slice(-num_warm, None)}
     experts = [path for path in files_of(bench.artifact.path) if path.parent.name == "experts"]
     forget([*experts, bench.source])
     before = disk_speed(bench.source, PROBE_S)
@@ -180,17 +186,20 @@ def phase_figures(
     return figures
 
 
-def write_traces(path: Path | None, bench: Bench) -> None:
-    """Write the trace as both engines read it."""
-    if path is None:
-        return
-    trace = decode_trace(path.read_bytes(), str(path))
+def write_routings(path: Path, bench: Bench) -> None:
+    """Write the routings that are not the router's own as both engines read them."""
     routers = [layer.router for layer in bench.artifact.spec.layers if layer.router is not None]
-    num_tokens = len(bench.ids)
-    shape = (len(routers), routers[0].num_experts, routers[0].experts_per_token)
-    experts = replayed_experts(trace, num_tokens, *shape)
-    np.save(bench.folder / "trace.npy", experts)
-    (bench.folder / "trace.json").write_text(json.dumps(experts.tolist()))
+    num_tokens, num_layers, first = len(bench.ids), len(routers), routers[0]
+    trace = decode_trace(path.read_bytes(), str(path))
+    shape = (num_layers, first.num_experts, first.experts_per_token)
+    drawn = np.random.default_rng(0).random((num_tokens, num_layers, first.num_experts))
+    routings = {
+        "trace": replayed_experts(trace, num_tokens, *shape),
+        "uniform": drawn.argsort(axis=-1)[..., : first.experts_per_token].astype(np.int32),
+    }
+    for name, experts in routings.items():
+        np.save(bench.folder / f"{name}.npy", experts)
+        (bench.folder / f"{name}.json").write_text(json.dumps(experts.tolist()))
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
@@ -247,14 +256,15 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--residency", type=float, nargs="+", default=[25.0, 50.0], help="percent")
-    parser.add_argument("--tokens", type=int, default=160, help="random ones, of a measurement")
+    parser.add_argument("--tokens", type=int, default=288, help="random ones, of a measurement")
     parser.add_argument("--peer-tokens", type=int, default=32)
     parser.add_argument("--peer-read-ahead", type=int, nargs="+", default=[128], help="KiB")
     parser.add_argument("--peer-repeats", type=int, default=1)
     parser.add_argument("--prefetch", nargs="+", default=["off", "auto"])
     parser.add_argument("--verify", default="first")
     parser.add_argument("--io", default="auto")
-    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=ROUTINGS)
+    parser.add_argument("--trace", type=Path, default=ROOT / "bench" / "traces" / "fables.trace")
     parser.add_argument("--without-node", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--name", default="streaming", help="of the result file")
@@ -270,7 +280,7 @@ def main() -> None:
         source = chosen.model.with_suffix(".gguf")
         ids = random.Random(0).choices(range(artifact.spec.vocab_size), k=chosen.tokens)
         bench = Bench(artifact, source, tuple(ids), Path(name))
-        write_traces(chosen.trace, bench)
+        write_routings(chosen.trace, bench)
         for turn in range(chosen.repeats):
             for percent in chosen.residency:
                 for subject in subjects(chosen, turn):
