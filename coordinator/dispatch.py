@@ -52,7 +52,7 @@ from coordinator.dispatch_events import (
     TimeOut,
 )
 from coordinator.node_health import SLOW_RESIDUAL, NodeHealth
-from coordinator.replica_choice import choose, judge_slow
+from coordinator.replica_choice import choose, demote, judge_slow
 from shoal import errors
 
 FIRST_RETRY_ID = 1 << 48  # calls are numbered from 1 by their makers, further attempts from here
@@ -204,7 +204,7 @@ class Dispatcher:
         latency_s = now_s - attempt.sent_s
         residual = node.health.replied(call.new.work, latency_s, event.busy_s, event.load_s, now_s)
         if residual > SLOW_RESIDUAL:
-            judge_slow(node, residual, self._nodes, now_s)
+            judge_slow(node, call, residual, self._nodes, now_s)
         if not attempt.is_orphan:
             out.append(Accept(call.new.call_id))
             fanout = call.fanout
@@ -226,7 +226,7 @@ class Dispatcher:
         call = winner.call
         for loser in call.attempts[: call.attempts.index(winner)]:
             if loser.node.health.lost_hedge():
-                loser.node.health.demote(now_s)
+                demote(loser.node, call, self._nodes, now_s)
         call.attempts.remove(winner)
         for stream in self._take_back(call, out):
             self._send_queued(stream, out)

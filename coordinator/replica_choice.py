@@ -43,9 +43,25 @@ def choose(call: Call, nodes: Mapping[int, Node], now_s: float) -> Node | None:
     return best
 
 
-def judge_slow(node: Node, residual: float, nodes: Mapping[int, Node], now_s: float) -> None:
+def demote(node: Node, call: Call, nodes: Mapping[int, Node], now_s: float) -> None:
+    """Prefer the call's other replicas to this one for a while.
+
+    Were they all demoted before, they are pardoned: the latest news is the best there is, and two
+    nodes of one rank are no choice.
+    """
+    node.health.demote(now_s)
+    others = [nodes[other] for other in call.new.candidates if other in nodes]
+    others = [other for other in others if other is not node and other.takes_calls]
+    if others and all(other.health.rank(now_s) for other in others):
+        for other in others:
+            other.health.demoted_until_s = 0.0
+
+
+def judge_slow(
+    node: Node, call: Call, residual: float, nodes: Mapping[int, Node], now_s: float
+) -> None:
     """Demote a node whose replies stay slow while those of the others are not."""
     lately = sorted(other.health.residual for other in nodes.values() if other.is_open)
     median = max(1.0, lately[(len(lately) - 1) // 2])
     if residual > SLOW_RESIDUAL * median and node.health.is_slow_again():
-        node.health.demote(now_s)
+        demote(node, call, nodes, now_s)

@@ -14,7 +14,7 @@ from coordinator.dispatch_events import (
     Ticked,
 )
 from coordinator.node_health import MIN_SAMPLES, UNKNOWN_S, LatencyModel, NodeHealth
-from coordinator.replica_choice import choose, judge_slow
+from coordinator.replica_choice import choose, demote, judge_slow
 
 
 def known(latency_s: float = 0.001, rtt_s: float = 0.0001) -> NodeHealth:
@@ -104,19 +104,33 @@ def test_three_missed_deadlines_in_ten_seconds_break_a_node_off() -> None:
 
 def test_a_slow_node_is_demoted_after_eight_replies_and_not_when_all_are_slow() -> None:
     nodes = {n: Node(n, 0.0001) for n in range(3)}
+    call = Call(NewCall(1, (0, 1, 2), Lane.INTERACTIVE, 10, 1.0), Fanout(1))
     for node in nodes.values():
         node.open(1000, 0.0001, 0.0)
         node.health = known(latency_s=0.01)
     for _ in range(8):
         residual = nodes[0].health.replied(1.0, 0.1, 0.1, 0.0, 1.0)
         assert nodes[0].health.rank(1.0) == 0
-        judge_slow(nodes[0], residual, nodes, 1.0)
+        judge_slow(nodes[0], call, residual, nodes, 1.0)
     assert nodes[0].health.rank(1.0) == 1
     for node in (nodes[1], nodes[2]):
         for _ in range(20):
             residual = node.health.replied(1.0, 0.1, 0.1, 0.0, 1.0)
-    judge_slow(nodes[1], residual, nodes, 1.0)
+    judge_slow(nodes[1], call, residual, nodes, 1.0)
     assert nodes[1].health.rank(1.0) == 0 and nodes[1].health.slow_streak == 0
+
+
+def test_a_demotion_of_the_last_one_in_good_standing_pardons_the_others() -> None:
+    nodes = {n: Node(n, 0.0001) for n in range(3)}
+    for node in nodes.values():
+        node.open(1000, 0.0001, 0.0)
+        node.health = known()
+    call = Call(NewCall(1, (0, 1), Lane.INTERACTIVE, 10, 1.0), Fanout(1))
+    demote(nodes[0], call, nodes, 1.0)
+    assert [node.health.rank(1.0) for node in nodes.values()] == [1, 0, 0]
+    demote(nodes[1], call, nodes, 2.0)
+    assert [node.health.rank(2.0) for node in nodes.values()] == [0, 1, 0]
+    assert nodes[0].health.lost_hedge(), "and yet it is on probation"
 
 
 def asked(nodes: dict[int, Node], candidates: tuple[int, ...], now_s: float = 1.0) -> int:
