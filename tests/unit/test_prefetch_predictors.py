@@ -123,6 +123,12 @@ class TestPregate:
             wanted.update(np.argsort(-(router @ row))[:CHOSEN].tolist())
         assert {int(e) for e in np.flatnonzero(bins >= PREGATE_BINS // 2)} == wanted
 
+    def test_a_row_alone_is_binned_as_among_others(self) -> None:
+        gate, _ = self.gate()
+        rows = rows_of(1)
+        twice = rows.take(np.zeros(2, np.intp))
+        np.testing.assert_array_equal(gate.features(rows), gate.features(twice))
+
     def test_rows_that_are_no_numbers_give_bins_all_the_same(self) -> None:
         gate, _ = self.gate()
         values = np.full((2, 32), np.inf, np.float32)

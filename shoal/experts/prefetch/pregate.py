@@ -30,6 +30,8 @@ class Pregate:
     def scores(self, rows: Rows) -> F32:
         """Return [T, E]."""
         parts = ops.matmul(self._matrix, rows).reshape(rows.num_rows, self._parts, -1)
+        if self._parts == 1:
+            return parts[:, 0]
         total: F32 = parts.sum(axis=1)
         return total
 
@@ -41,13 +43,28 @@ class Pregate:
         """
         with np.errstate(all="ignore"):  # rows may hold anything: the call itself is refused later
             scores = self.scores(rows)
-            chosen, num_experts = self._num_chosen, scores.shape[1]
-            kth = (num_experts - chosen - 1, num_experts - chosen)
-            parted = np.partition(scores, kth, axis=1)
-            middle = (parted[:, kth[0]] + parted[:, kth[1]]) / 2
-            above = scores - middle[:, None]
-            spread = np.abs(above).mean(axis=1) + np.float32(1e-20)
-            margins = (above / spread[:, None]).max(axis=0)
-            places = (margins * np.float32(_BINS_A_SPREAD) + PREGATE_BINS // 2).astype(np.int64)
-        bins: I64 = np.minimum(np.maximum(places, 0), PREGATE_BINS - 1).reshape(1, -1)
-        return bins
+            num_experts = scores.shape[1]
+            kth = (num_experts - self._num_chosen - 1, num_experts - self._num_chosen)
+            if rows.num_rows == 1:  # decode: numbers in place of arrays of one
+                places = _places_of_row(scores[0], kth)
+            else:
+                places = _places(scores, kth).max(axis=0)
+            bins = (places + np.float32(PREGATE_BINS // 2)).astype(np.int64)
+        bins = np.minimum(np.maximum(bins, 0), PREGATE_BINS - 1)
+        return bins[None]
+
+
+def _places_of_row(scores: F32, kth: tuple[int, int]) -> F32:
+    parted = np.partition(scores, kth)
+    above = scores - (parted[kth[0]] + parted[kth[1]]) / 2
+    distance = float(np.abs(above).sum()) / scores.size
+    places: F32 = above * np.float32(_BINS_A_SPREAD / max(distance, 1e-20))
+    return places
+
+
+def _places(scores: F32, kth: tuple[int, int]) -> F32:
+    parted = np.partition(scores, kth, axis=1)
+    above = scores - (parted[:, kth[0], None] + parted[:, kth[1], None]) / 2
+    distance = np.abs(above).sum(axis=1, keepdims=True) / scores.shape[1]
+    places: F32 = above * (np.float32(_BINS_A_SPREAD) / (distance + np.float32(1e-20)))
+    return places
