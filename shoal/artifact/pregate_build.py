@@ -22,6 +22,8 @@ U8 = NDArray[np.uint8]
 _LEAST_NORM = np.float32(2.0**-10)
 # Below this a block's scale is zero in float16 anyway; its reciprocal would be infinite.
 _TINY = np.float32(2.0**-24)
+# What float16 scales hold. Only wild weights come near it, and then any guess is as good.
+_LARGEST = np.float32(65504)
 
 
 def write_pregates(
@@ -60,8 +62,10 @@ def build_pregate(plan: PregatePlan, values: Callable[[str], F32]) -> U8:
     mine = values(f"layers.{plan.layer}.ffn.norm").reshape(-1)
     theirs = values(f"layers.{plan.target}.ffn.norm").reshape(-1)
     is_used = np.abs(mine) >= np.abs(mine).max() * _LEAST_NORM
-    ratio = np.where(is_used, theirs / np.where(is_used & (mine != 0), mine, 1), 0)
-    scores = (router * ratio.astype(np.float32)).astype(np.float32)
+    with np.errstate(over="ignore"):
+        quotient = theirs / np.where(is_used & (mine != 0), mine, 1)
+        ratio = np.where(is_used, np.clip(quotient, -_LARGEST, _LARGEST), 0).astype(np.float32)
+        scores = np.clip(router * ratio, -_LARGEST, _LARGEST).astype(np.float32)
     parts: list[U8] = []
     for _ in range(plan.parts):
         encoded, rounded = _encode(plan.format, scores)
