@@ -297,6 +297,7 @@ class TestGuesser:
         late = np.concatenate([guess.probabilities[:4] for guess in guesses[-100:]])
         assert late.max() < 0.5
         assert abs(late.mean() - CHOSEN / NUM_EXPERTS) < 0.12
+        assert 0 < late.size < 2 * 100, "and most calls are not even guessed"
 
     def test_probabilities_are_honest(self) -> None:
         gate = OracleGate()

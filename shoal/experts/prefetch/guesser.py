@@ -9,7 +9,8 @@ these the number of rows is a feature. A long prompt's call wants nearly everyth
 then every owned expert, equals in the order of the file, and reading ahead is a sweep.
 
 Guessing costs some hundred microseconds, mostly of the chain. Where the pre-gate alone recalls as
-much as all together, within two points, three calls of four are guessed by it alone.
+much as all together, within two points, three calls of four are guessed by it alone; where
+nothing is ever sure enough for a read, only every fourth call is guessed, to learn from.
 
 History is kept per stream: two conversations that take turns do not spoil each other's.
 """
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.experts.prefetch import locality, markov
+from shoal.experts.prefetch.admission import min_probability
 from shoal.experts.prefetch.fusion import Fusion
 from shoal.experts.prefetch.interface import PredictorFigures
 from shoal.experts.prefetch.locality import LocalityWindow
@@ -49,7 +51,9 @@ _TAUGHT_CALLS = 48  # of a layer: every one is learned from; recall is there aft
 _LEARN_EVERY = 4  # calls after that: learning costs as much as guessing
 _JUDGE_EVERY = 8  # calls: the single predictors, for the figures only, cost three times that
 _SIZE_BINS = 10  # the number of rows: up to 1, 2, 4, ... 512
-_LEAN_AFTER, _LEAN_LEAD, _LEAD_STEP = 24, 0.02, 1 / 32  # judged calls; recall; running mean
+_LEAN_AFTER, _LEAN_LEAD, _LEAD_STEP = 8, 0.02, 1 / 32  # judged calls; recall; running mean
+_MUTE_SHARE = 0.1  # of calls with a guess worth a read: below it, most calls are not guessed
+_DARING_STEP = 1 / 16  # of that share's running mean
 _NOTHING = np.empty(0, np.int64)
 WOULD_TAKE = 0.5  # a single predictor's precision is that of the experts it gives more than this
 
@@ -121,11 +125,17 @@ class _Models:
         self.calls = 0
         self.judged = 0
         self.lead = 0.0  # running mean: recall of all together less that of the pre-gate alone
+        self.daring = 1.0  # running mean: share of calls with a guess that may be worth a read
 
     @property
     def learns_next(self) -> bool:
         """Whether the call that comes next is learned from."""
         return self.calls < _TAUGHT_CALLS or (self.calls + 1) % _LEARN_EVERY == 0
+
+    @property
+    def is_mute(self) -> bool:
+        """Whether nothing sure enough is ever said: a layer that nothing predicts."""
+        return self.calls > _TAUGHT_CALLS and self.daring < _MUTE_SHARE
 
     @property
     def is_lean(self) -> bool:
@@ -201,6 +211,9 @@ class Guesser:
         history = self._stream(stream)
         target, kind = self._next[layer], kind_of(rows.num_rows)
         owned, model = self._owned[target], self._models[target, kind]
+        if model.is_mute and not model.learns_next:
+            history.pending = Guess(target, kind, _NOTHING, np.empty(0), _NOTHING)
+            return history.pending
         if model.is_lean and not model.learns_next and layer in self._pregates:
             features = self._pregates[layer].features(_some(rows))
             p = model.single["pregate"].probabilities(features)[owned]
@@ -267,11 +280,13 @@ class Guesser:
         model.calls += 1
         if not learns or len(guess.features) < model.fused.num_features:  # or made while lean
             return
+        is_daring = bool(guess.probabilities[0] > min_probability())
+        model.daring += _DARING_STEP * (is_daring - model.daring)
         truth = np.zeros(self._layers[guess.target].num_experts, np.bool_)
         truth[experts] = True
         recall = self._count(FUSED, guess.target, guess.experts, guess.probabilities, truth)
         model.fused.update(guess.features, truth)
-        if model.calls % _JUDGE_EVERY:
+        if model.calls % (_JUDGE_EVERY if model.calls > _TAUGHT_CALLS else _LEARN_EVERY):
             return
         owned = self._owned[guess.target]
         for name, fusion in model.single.items():
@@ -299,7 +314,7 @@ class Guesser:
 
     def _remember(self, history: _Stream, layer: int, kind: CallKind, experts: I64) -> None:
         model = self._models[layer, kind]
-        is_heard = not model.is_lean or model.calls % _LEARN_EVERY == 0
+        is_heard = not (model.is_lean or model.is_mute) or model.calls % _LEARN_EVERY == 0
         if "markov" in self._predictors and kind is CallKind.ONE and is_heard:
             self._markov[layer].observe(self._sets(history, layer), experts)
         history.sets[layer] = experts
