@@ -113,6 +113,7 @@ def test_a_slow_node_is_demoted_after_eight_replies_and_not_when_all_are_slow() 
         assert nodes[0].health.rank(1.0) == 0
         judge_slow(nodes[0], call, residual, nodes, 1.0)
     assert nodes[0].health.rank(1.0) == 1
+    residual = 0.0
     for node in (nodes[1], nodes[2]):
         for _ in range(20):
             residual = node.health.replied(1.0, 0.1, 0.1, 0.0, 1.0)
