@@ -17,6 +17,7 @@ each measurement; the better one) over the bytes per token that had to come from
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def measure(bench: Bench, subject: Subject, percent: float) -> list[Row]:
     forget([*experts, bench.source])
     before = disk_speed(bench.source, PROBE_S)
     with ExitStack() as stack:
-        cap = stack.enter_context(MemoryCap("shoal-bench", bench.cap_bytes(percent)))
+        cap = stack.enter_context(MemoryCap(f"shoal-bench-{os.getpid()}", bench.cap_bytes(percent)))
         if subject.read_ahead_kib is not None:
             stack.enter_context(read_ahead(bench.source, subject.read_ahead_kib))
         done = subprocess.run(
