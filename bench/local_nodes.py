@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.node_process import NodeProcess, stop_all
-from client.shards import even_ranges
+from client.shards import even_ranges, moe_shards
 from shoal.artifact import Artifact
 from shoal.transport import Transport
 
@@ -42,6 +42,5 @@ def start_nodes(
     except BaseException:
         stop_all(nodes)
         raise
-    pairs = zip(ranges, nodes, strict=True)
-    shard_map = ",".join(f"{experts}={node.endpoint}" for experts, node in pairs)
+    shard_map = moe_shards(ranges, [node.endpoint for node in nodes])
     return Setup(f"{count} nodes", shard_map, tuple(nodes))
