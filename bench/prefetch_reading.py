@@ -16,7 +16,7 @@ from coordinator.kv_arrays import KvArrays
 from coordinator.kv_cache import KvBlockPool
 from coordinator.sequence import Sequence as TokenSequence
 from coordinator.tokenizer import Tokenizer
-from coordinator.transformer import Transformer
+from coordinator.transformer import exact_transformer
 from shoal.artifact import Artifact
 from shoal.experts.executor import ExpertExecutor
 from shoal.experts.open_store import open_store
@@ -58,7 +58,7 @@ class Reader:
     """Reads ids one row a pass, as decoding does; a text begins with an empty KV cache."""
 
     def __init__(self, artifact: Artifact, dispatch: ExpertDispatch) -> None:
-        self._transformer = Transformer(artifact, dispatch)
+        self._transformer = exact_transformer(artifact, dispatch)
         self._pool = KvBlockPool(_KV_BLOCKS)
         self._kv = KvArrays(artifact.spec, artifact.kv_dtype, _KV_BLOCKS)
         self._hash = blake3()
@@ -75,7 +75,7 @@ class Reader:
             sequence.extend(list(ids))
             for _ in ids:
                 assert sequence.try_reserve(sequence.num_cached + 1), "too few KV blocks"
-                batch = make_batch([Piece(sequence, 1, wants_logits=True)])
+                batch = make_batch([Piece(sequence, 1, num_logits=1)])
                 logits = self._transformer.forward(batch, self._kv, Cancellation())
                 self._hash.update(logits.tobytes())
                 sequence.advance(1)

@@ -33,7 +33,7 @@ from coordinator.expert_dispatch import ExpertDispatch, LocalDispatch, open_remo
 from coordinator.kv_arrays import KvArrays
 from coordinator.kv_cache import KvBlockPool, blocks_for
 from coordinator.sequence import Sequence
-from coordinator.transformer import Transformer
+from coordinator.transformer import exact_transformer
 from shoal import ops
 from shoal.artifact import Artifact
 from shoal.experts.local import LocalExperts
@@ -113,7 +113,7 @@ def decode(
     read_figures: Callable[[], Figures],
 ) -> Figures:
     """Run one pass a token; return the report."""
-    transformer = Transformer(artifact, dispatch)
+    transformer = exact_transformer(artifact, dispatch)
     num_blocks = blocks_for(MAX_CONTEXT)
     kv = KvArrays(artifact.spec, artifact.kv_dtype, num_blocks)
     sequence = Sequence(KvBlockPool(num_blocks))
@@ -125,7 +125,7 @@ def decode(
         began_s = time.perf_counter()
         sequence.extend([token])
         assert sequence.try_reserve(sequence.num_cached + 1), "beyond MAX_CONTEXT"
-        batch = make_batch([Piece(sequence, 1, wants_logits=True)])
+        batch = make_batch([Piece(sequence, 1, num_logits=1)])
         logits = transformer.forward(batch, kv, Cancellation())[0]
         sequence.advance(1)
         best.append(int(logits.argmax()))

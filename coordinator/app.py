@@ -26,7 +26,7 @@ from coordinator.map_reload import reload_on_hangup
 from coordinator.report import ModelLabel, Transcript
 from coordinator.request import Event, Finished, GenerationRequest, PromptRead, TokenGenerated
 from coordinator.tokenizer import NoTokenizer, Tokenizer
-from coordinator.transformer import Transformer
+from coordinator.transformer import exact_transformer
 from shoal import limits, numerics, ops
 from shoal.artifact import Artifact
 from shoal.errors import CorruptArtifact, RequestError, UsageError
@@ -203,7 +203,7 @@ def start_engine(model: OpenedModel, feedback: Feedback) -> Iterator[Coordinator
     dispatch = _open_dispatch(config, artifact, feedback)
     try:
         engine = Engine(
-            Transformer(artifact, dispatch),
+            exact_transformer(artifact, dispatch),
             model.tokenizer,
             lambda num_blocks: KvArrays(artifact.spec, artifact.kv_dtype, num_blocks),
             model.engine_config,

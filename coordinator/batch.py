@@ -12,11 +12,14 @@ from shoal import limits
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The next `num_rows` tokens of a sequence that are not cached yet."""
+    """The next `num_rows` tokens of a sequence that are not cached yet.
+
+    num_logits: how many of its last rows have their logits computed.
+    """
 
     sequence: Sequence
     num_rows: int
-    wants_logits: bool  # of the last row
+    num_logits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ def make_batch(pieces: list[Piece]) -> Batch:
     """Lay the pieces out one after the other. Every piece's blocks must be reserved."""
     num_rows = np.array([piece.num_rows for piece in pieces], np.intp)
     assert num_rows.min() > 0, "a piece has no rows"
+    assert all(0 <= piece.num_logits <= piece.num_rows for piece in pieces), "logits of which row?"
     ends = np.cumsum(num_rows)
     starts = np.array([piece.sequence.num_cached for piece in pieces], np.intp)
     for piece, start, rows in zip(pieces, starts, num_rows, strict=True):
@@ -60,14 +64,15 @@ def make_batch(pieces: list[Piece]) -> Batch:
             for piece, start, rows in zip(pieces, starts, num_rows, strict=True)
         ]
     )
-    wanted = np.array([piece.wants_logits for piece in pieces], np.bool_)
+    from_end = ends[row_sequence] - np.arange(ends[-1])  # 1 for the last row of a piece
+    wanted = from_end <= np.array([piece.num_logits for piece in pieces])[row_sequence]
     return Batch(
         token_ids=token_ids,
         positions=positions.astype(np.int32),
         row_sequence=row_sequence.astype(np.int32),
         slots=slots.astype(np.int32),
         block_tables=tables,
-        logit_rows=(ends - 1)[wanted],
+        logit_rows=np.flatnonzero(wanted),
     )
 
 

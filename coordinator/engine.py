@@ -118,7 +118,7 @@ class Engine:
         while True:
             num_left = sequence.num_tokens - sequence.num_cached
             num_rows = min(num_left, self._config.prefill_chunk)
-            logits = self._run(num_rows, num_rows == num_left, cancellation)
+            logits = self._run(num_rows, int(num_rows == num_left), cancellation)
             if num_rows == num_left:
                 progress.prefilled()
                 return logits
@@ -142,13 +142,13 @@ class Engine:
                 return FinishReason.STOP
             if progress.num_generated == request.max_tokens:
                 return FinishReason.LENGTH
-            logits = self._run(1, True, cancellation)
+            logits = self._run(1, 1, cancellation)
 
-    def _run(self, num_rows: int, wants_logits: bool, cancellation: Cancellation) -> F32:
+    def _run(self, num_rows: int, num_logits: int, cancellation: Cancellation) -> F32:
         sequence = self._sequence
         reserved = sequence.try_reserve(sequence.num_cached + num_rows)
         assert reserved, "the pool holds max_context tokens, and no request is longer"
-        batch = make_batch([Piece(sequence, num_rows, wants_logits)])
+        batch = make_batch([Piece(sequence, num_rows, num_logits)])
         logits = self._transformer.forward(batch, self._kv, cancellation)
         sequence.advance(num_rows)
         return logits

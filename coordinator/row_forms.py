@@ -13,6 +13,10 @@ class RowForms:
         self._values = values
         self._forms: dict[Scheme, Rows] = {}
 
+    @property
+    def num_rows(self) -> int:
+        return len(self._values)
+
     def get(self, scheme: Scheme) -> Rows:
         """Return the rows under that scheme. Raises NumericError with the non-finite rows."""
         form = self._forms.get(scheme)

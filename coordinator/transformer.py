@@ -17,10 +17,11 @@ from coordinator.array_types import F32
 from coordinator.attention.grouped_query import GroupedQueryAttention, Places
 from coordinator.batch import Batch
 from coordinator.cancellation import Cancellation
+from coordinator.expert_branch import DispatchedExperts, ExpertBranch
 from coordinator.expert_dispatch import ExpertDispatch
 from coordinator.kv_arrays import KvArrays, KvPair
 from coordinator.row_forms import RowForms
-from coordinator.weights import DenseFfn, LayerWeights, load_weights
+from coordinator.weights import DenseFfn, LayerWeights, ModelWeights, load_weights
 from shoal import ops
 from shoal.artifact import Artifact
 from shoal.errors import NumericError
@@ -32,12 +33,13 @@ from shoal.router import RoutingPlan
 class Transformer:
     """A model that is ready to run. Not thread-safe: one pass at a time."""
 
-    def __init__(self, artifact: Artifact, dispatch: ExpertDispatch) -> None:
-        self._spec = artifact.spec
-        self._weights = load_weights(artifact)
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, experts: ExpertBranch) -> None:
+        """Args: weights: may be shared by several transformers; nothing writes to them."""
+        self._spec = spec
+        self._weights = weights
         self._layers = tuple(
-            _Layer(artifact, index, weights, dispatch)
-            for index, weights in enumerate(self._weights.layers)
+            _Layer(spec, index, layer_weights, experts)
+            for index, layer_weights in enumerate(weights.layers)
         )
 
     @property
@@ -94,24 +96,28 @@ class Transformer:
             raise NumericError(f"output embedding: {error}", rows) from error
 
 
+def exact_transformer(artifact: Artifact, dispatch: ExpertDispatch) -> Transformer:
+    """Read the artifact's dense part; return the model whose experts are the artifact's own."""
+    return Transformer(artifact.spec, load_weights(artifact), DispatchedExperts(artifact, dispatch))
+
+
 class _Layer:
     """One decoder layer: two branches, each added to the residual."""
 
     def __init__(
-        self, artifact: Artifact, index: int, weights: LayerWeights, dispatch: ExpertDispatch
+        self, spec: ModelSpec, index: int, weights: LayerWeights, experts: ExpertBranch
     ) -> None:
-        spec = artifact.spec
         self._norm_eps = spec.norm_eps
         self._attention_norm = weights.attention.norm
         self._ffn_norm = weights.ffn_norm
         self._attention = GroupedQueryAttention(
             spec.attention, spec.norm_eps, spec.layers[index].window, weights.attention
         )
-        self._ffn: _DenseFfnBranch | _ExpertsBranch
+        self._ffn: _DenseFfnBranch | _RoutedBranch
         if weights.dense_ffn is not None:
             self._ffn = _DenseFfnBranch(weights.dense_ffn)
         else:
-            self._ffn = _ExpertsBranch(artifact, index, weights, dispatch)
+            self._ffn = _RoutedBranch(spec, index, weights, experts)
 
     def run(
         self, hidden: F32, places: Places, cache: KvPair, going_on: NDArray[np.intp] | None
@@ -134,28 +140,24 @@ class _Layer:
         return ops.add(hidden, self._ffn.run(RowForms(normed)))
 
 
-class _ExpertsBranch:
-    """Route the rows, send them to their experts, add up what comes back."""
+class _RoutedBranch:
+    """Route the rows and have their experts compute."""
 
     def __init__(
-        self, artifact: Artifact, index: int, weights: LayerWeights, dispatch: ExpertDispatch
+        self, spec: ModelSpec, index: int, weights: LayerWeights, experts: ExpertBranch
     ) -> None:
-        router = artifact.spec.layers[index].router
+        router = spec.layers[index].router
         assert router is not None, f"layer {index} has no experts"
         self._index = index
         self._router = router
         self._gate = weights.router
-        self._scheme = artifact.scheme(index)
-        self._grid = artifact.grid(index)
-        self._dispatch = dispatch
+        self._experts = experts
         self._last_plan: RoutingPlan | None = None
 
     def run(self, forms: RowForms) -> F32:
         """Return the branch [T, D]."""
-        rows = forms.get(self._scheme)
-        plan = self._everyone(rows.num_rows) if self._gate is None else self._route(forms)
-        pending = self._dispatch.start(self._index, rows, plan)
-        return ops.finish_sums(pending.wait(), self._grid)
+        plan = self._everyone(forms.num_rows) if self._gate is None else self._route(forms)
+        return self._experts.run(self._index, forms, plan)
 
     def _route(self, forms: RowForms) -> RoutingPlan:
         assert self._gate is not None, "a router without a matrix"

@@ -27,7 +27,7 @@ from coordinator.kv_arrays import KvArrays
 from coordinator.map_reload import reload_on_hangup
 from coordinator.request import Finished, GenerationRequest, TokenGenerated
 from coordinator.tokenizer import NoTokenizer
-from coordinator.transformer import Transformer
+from coordinator.transformer import exact_transformer
 from shoal import errors, ops
 from shoal.artifact import Artifact
 from shoal.router import RoutingPlan
@@ -81,7 +81,7 @@ class Staged:
 def tokens(artifact: Artifact, dispatch: ExpertDispatch) -> tuple[int, ...]:
     """Generate. Raises what ended the request early."""
     engine = Engine(
-        Transformer(artifact, dispatch),
+        exact_transformer(artifact, dispatch),
         NoTokenizer(artifact.generation_config),
         lambda num_blocks: KvArrays(artifact.spec, artifact.kv_dtype, num_blocks),
         EngineConfig(64, 8),

@@ -11,7 +11,7 @@ from coordinator.expert_dispatch import LocalDispatch
 from coordinator.kv_arrays import KvArrays
 from coordinator.kv_cache import KvBlockPool
 from coordinator.sequence import Sequence
-from coordinator.transformer import Transformer
+from coordinator.transformer import exact_transformer
 from shoal.artifact import Artifact
 from shoal.experts.executor import ExpertExecutor
 from support.whole_store import whole_executor
@@ -28,7 +28,7 @@ class ForwardPasses:
         """Open the artifact. executor: None: one with every expert in memory."""
         artifact = Artifact.open(path)
         dispatch = LocalDispatch(executor or whole_executor(artifact))
-        self.transformer = Transformer(artifact, dispatch)
+        self.transformer = exact_transformer(artifact, dispatch)
         self.pool = KvBlockPool(num_blocks)
         self.kv = KvArrays(artifact.spec, artifact.kv_dtype, num_blocks)
 
@@ -41,7 +41,7 @@ class ForwardPasses:
         """Run the next rows of each sequence in one pass; logits of each one's last row."""
         for sequence, num_rows in pieces:
             assert sequence.try_reserve(sequence.num_cached + num_rows)
-        batch = make_batch([Piece(sequence, rows, wants_logits=True) for sequence, rows in pieces])
+        batch = make_batch([Piece(sequence, rows, num_logits=1) for sequence, rows in pieces])
         logits = self.transformer.forward(batch, self.kv, Cancellation())
         for sequence, num_rows in pieces:
             sequence.advance(num_rows)

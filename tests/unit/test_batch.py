@@ -15,7 +15,7 @@ def test_rows_of_two_sequences_keep_their_own_positions_and_blocks() -> None:
     assert first.try_reserve(KV_BLOCK_TOKENS + 2)  # blocks 1 and 2
     first.advance(KV_BLOCK_TOKENS - 1)
 
-    batch = make_batch([Piece(first, 3, wants_logits=True), Piece(second, 2, wants_logits=False)])
+    batch = make_batch([Piece(first, 3, num_logits=1), Piece(second, 2, num_logits=0)])
 
     last = KV_BLOCK_TOKENS - 1
     assert batch.token_ids.tolist() == [last, last + 1, last + 2, 7, 8]
@@ -27,12 +27,12 @@ def test_rows_of_two_sequences_keep_their_own_positions_and_blocks() -> None:
     assert batch.logit_rows.tolist() == [2]
 
 
-def test_each_piece_that_wants_logits_gets_those_of_its_last_row() -> None:
-    pool = KvBlockPool(4)
+def test_each_piece_gets_the_logits_of_as_many_of_its_last_rows_as_it_wants() -> None:
+    pool = KvBlockPool(5)
     pieces = []
-    for length in (1, 4, 2):
+    for length, num_logits in ((1, 1), (4, 3), (2, 0), (2, 2)):
         sequence = Sequence(pool)
         sequence.extend(list(range(length)))
         assert sequence.try_reserve(length)
-        pieces.append(Piece(sequence, length, wants_logits=True))
-    assert make_batch(pieces).logit_rows.tolist() == [0, 4, 6]
+        pieces.append(Piece(sequence, length, num_logits))
+    assert make_batch(pieces).logit_rows.tolist() == [0, 2, 3, 4, 7, 8]

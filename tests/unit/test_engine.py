@@ -20,7 +20,7 @@ from coordinator.request import (
     TokenGenerated,
 )
 from coordinator.tokenizer import Tokenizer
-from coordinator.transformer import Transformer
+from coordinator.transformer import exact_transformer
 from shoal.artifact import Artifact
 from shoal.errors import NodeUnreachable, RequestError
 from shoal.ops import SamplingParams
@@ -56,7 +56,7 @@ class Rig:
         self.tokenizer = Tokenizer(artifact.text("tokenizer.json"), {"eos_token_id": eos_ids})
         self.num_layers = artifact.spec.num_layers
         self.engine = Engine(
-            Transformer(artifact, self.dispatch),
+            exact_transformer(artifact, self.dispatch),
             self.tokenizer,
             lambda num_blocks: KvArrays(artifact.spec, artifact.kv_dtype, num_blocks),
             EngineConfig(MAX_CONTEXT, prefill_chunk),

@@ -14,7 +14,6 @@ from coordinator.expert_dispatch import LocalDispatch, PendingSums
 from coordinator.kv_arrays import KvArrays
 from coordinator.kv_cache import KvBlockPool
 from coordinator.sequence import Sequence as TokenSequence
-from coordinator.transformer import Transformer
 from shoal.artifact import Artifact
 from shoal.experts.executor import ExpertExecutor
 from shoal.experts.open_store import open_store
@@ -67,7 +66,7 @@ class Reader:
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         store = open_store(self.artifact, Ownership(self.artifact.owned_experts))
         with closing(_RecordingDispatch(ExpertExecutor(self.artifact, store))) as dispatch:
-            transformer = Transformer(self.artifact, dispatch)
+            transformer = exact_transformer(self.artifact, dispatch)
             for at in range(0, len(order), LANES):
                 lanes = order[at : at + LANES]
                 yield from self._read_lanes(transformer, dispatch, texts, lanes, keep_logits)
@@ -110,7 +109,7 @@ class Reader:
         """Read one token of each; return logits [R, V] and experts [R, layers, top_k]."""
         for sequence in live:
             assert sequence.try_reserve(sequence.num_cached + 1), "too few KV blocks"
-        batch = make_batch([Piece(sequence, 1, wants_logits=True) for sequence in live])
+        batch = make_batch([Piece(sequence, 1, num_logits=1) for sequence in live])
         dispatch.plans.clear()
         logits = transformer.forward(batch, self._kv, Cancellation())
         for sequence in live:
