@@ -14,6 +14,7 @@ from coordinator.expert_dispatch import LocalDispatch, PendingSums
 from coordinator.kv_arrays import KvArrays
 from coordinator.kv_cache import KvBlockPool
 from coordinator.sequence import Sequence as TokenSequence
+from coordinator.transformer import Transformer, exact_transformer
 from shoal.artifact import Artifact
 from shoal.experts.executor import ExpertExecutor
 from shoal.experts.open_store import open_store
