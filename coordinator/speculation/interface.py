@@ -1,0 +1,54 @@
+"""Drafter: guesses the tokens that follow. The target verifies them, so a guess costs time only."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from coordinator.cancellation import Cancellation
+from coordinator.request import GenerationRequest
+from coordinator.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class DraftToken:
+    """One guess.
+
+    chance: in (0, 1], how likely it is accepted if all guesses before it were, as the drafter sees
+        it; whoever uses it calibrates it with what was accepted before.
+    """
+
+    token_id: int
+    chance: float
+
+
+class Drafter(Protocol):
+    """Guesses how a sequence goes on. Used by one thread at a time."""
+
+    @property
+    def name(self) -> str:
+        """How figures call it."""
+        ...
+
+    @property
+    def local_expert_bytes(self) -> int:
+        """Bytes of expert weights that it keeps in this process. Every figure states them."""
+        ...
+
+    def begin(self, request: GenerationRequest) -> None:
+        """Hear of a new request, before its first `draft`. Its sampling draws drafts as well."""
+        ...
+
+    def draft(self, sequence: Sequence, cancellation: Cancellation) -> Iterator[DraftToken]:
+        """Guess token after token until nothing is left to say or the caller stops asking.
+
+        The caller closes the iterator. What it takes from it may be more than is ever verified.
+
+        Args:
+            sequence: the target's, never changed here: all tokens so far, of which the last is not
+                in the KV cache yet. It may change as soon as the iterator is closed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of memory and files. No iterator may be open."""
+        ...
