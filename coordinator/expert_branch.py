@@ -2,11 +2,13 @@
 
 from typing import Protocol
 
-from coordinator.array_types import F32
+from coordinator.array_types import F32, I32
 from coordinator.expert_dispatch import ExpertDispatch
 from coordinator.row_forms import RowForms
+from coordinator.speculation.routing_watch import Routing
 from shoal import ops
 from shoal.artifact import Artifact
+from shoal.model_spec import ModelSpec, RouterKind
 from shoal.router import RoutingPlan
 
 
@@ -37,3 +39,32 @@ class DispatchedExperts:
         scheme, grid = self._forms[layer]
         pending = self._dispatch.start(layer, forms.get(scheme), plan)
         return ops.finish_sums(pending.wait(), grid)
+
+
+class WatchedExperts:
+    """Another branch, and the memory of which experts the rows of the last pass visited.
+
+    Layers that every expert computes are left out: they tell nothing.
+    """
+
+    def __init__(self, spec: ModelSpec, inner: ExpertBranch) -> None:
+        self._inner = inner
+        self._visited: dict[int, I32 | None] = {
+            index: None
+            for index, layer in enumerate(spec.layers)
+            if layer.router is not None and layer.router.kind is not RouterKind.ALL
+        }
+
+    def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> F32:
+        """See `ExpertBranch.run`."""
+        if layer in self._visited:
+            self._visited[layer] = plan.experts
+        return self._inner.run(layer, forms, plan)
+
+    def last_rows(self, num_rows: int) -> tuple[Routing, ...]:
+        """Return the routing of the last pass's last rows, whose logits were all wanted."""
+        layers = [visited for visited in self._visited.values() if visited is not None]
+        return tuple(
+            tuple(frozenset(visited[row].tolist()) for visited in layers)
+            for row in range(-num_rows, 0)
+        )

@@ -35,6 +35,12 @@ class KvArrays:
         """Return (K, V) of that layer, to be read and written by `ops` in place."""
         return self._layers[index]
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy what a KV block holds in every layer into another one."""
+        for k, v in self._layers:
+            k[target] = k[source]
+            v[target] = v[source]
+
 
 def _reserve(shape: tuple[int, ...], dtype: type[np.float16] | type[np.float32]) -> KvArray:
     num_bytes = math.prod(shape) * np.dtype(dtype).itemsize

@@ -33,6 +33,8 @@ PROGRESS_INTERVAL_S = 0.025  # while a node holds a call: silence then means tha
 PREFILL_CHUNK = 512  # rows of one forward pass
 MAX_CALL_TIMEOUT_S = 3600.0  # --call-timeout: what waits longer is not a chat any more
 MAX_SHARD_WAIT_S = 3600.0  # --shard-wait: a node that is away for longer is gone
+MAX_DRAFT = 32  # guesses that one pass verifies: beyond, chances multiply to nothing
+KV_SCRATCH_BLOCKS = 4  # beyond the longest context: a drafter's copy of the last block, its guesses
 KV_BLOCK_TOKENS = 64  # keys of a KV block: four lanes' worth, a quarter of a cut
 ATTENTION_CUT = 256  # keys: exactness rule 6
 MAX_MANIFEST_BYTES = 64 * MIB  # of an artifact; the largest model known needs 2 MiB
@@ -55,4 +57,6 @@ assert INTERACTIVE_MESSAGE_BYTES < MAX_MESSAGE_BYTES <= CREDIT_BYTES
 assert MAX_EXPERTS < 2**16
 assert MAX_MODEL_DIM * 8 < MAX_MESSAGE_BYTES, "the widest row of a reply must fit in one message"
 assert PREFILL_CHUNK <= MAX_ROWS_PER_CALL
+assert 1 + MAX_DRAFT <= PREFILL_CHUNK, "one pass verifies a whole draft"
+assert KV_BLOCK_TOKENS * (KV_SCRATCH_BLOCKS - 2) >= 2 * MAX_DRAFT, "a copied block and the guesses"
 assert MAX_MESSAGE_BYTES <= H2_WINDOW_BYTES and H2_FRAME_BYTES < 2**24

@@ -7,6 +7,7 @@ from typing import Protocol
 from coordinator.cancellation import Cancellation
 from coordinator.request import GenerationRequest
 from coordinator.sequence import Sequence
+from coordinator.speculation.routing_watch import Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,10 +16,13 @@ class DraftToken:
 
     chance: in (0, 1], how likely it is accepted if all guesses before it were, as the drafter sees
         it; whoever uses it calibrates it with what was accepted before.
+    routing: which experts the row visited that this guess was sampled from, where the drafter ran
+        the target's own layers; it is compared with what the target does there.
     """
 
     token_id: int
     chance: float
+    routing: Routing | None = None
 
 
 class Drafter(Protocol):
