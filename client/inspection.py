@@ -20,6 +20,7 @@ def summarise(artifact: Artifact) -> dict[str, Any]:
         "name": artifact.name,
         "path": str(artifact.path),
         "identity": artifact.identity,
+        "shadow_of": manifest.shadow_of,
         "family": spec.family,
         "source": manifest.source,
         "quantisation": manifest.quantisation,
@@ -81,7 +82,7 @@ def _expert_summary(artifact: Artifact, layer: int) -> dict[str, Any]:
 def overview(summary: dict[str, Any]) -> Table:
     """Return the geometry and sizes of a `summarise` as a table."""
     table = Table(show_header=False, box=None, pad_edge=False)
-    kind = "whole" if summary["is_whole"] else "slice"
+    kind = "whole" if summary["is_whole"] else "shadow" if summary["shadow_of"] else "slice"
     part = (
         ""
         if summary["is_whole"]
@@ -90,6 +91,7 @@ def overview(summary: dict[str, Any]) -> Table:
     rows = {
         "model": f"{summary['name']} ({summary['family']}, from {summary['source']})",
         "identity": summary["identity"],
+        **({"shadow of": summary["shadow_of"]} if summary["shadow_of"] else {}),
         "path": summary["path"],
         "part": f"{kind}{part}, {summary['bytes_here']:,} bytes",
         "weights": f"{summary['quantisation']}: dense {summary['dense_bytes']:,} bytes,"

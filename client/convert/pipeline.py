@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from client.convert.formats import FormatChooser, down_format
-from client.convert.grid import GridProbe
 from client.convert.pack import pack_ffn, packed_rows
 from client.convert.source import F32, U8, Source, SourceTensor, TextFiles
 from client.convert.text_files import encode_generation_config
@@ -31,6 +30,7 @@ from shoal.artifact import (
     dense_slots,
 )
 from shoal.artifact.canonical import digest
+from shoal.artifact.grid import GridProbe
 from shoal.artifact.layout import dense_header, expert_header
 from shoal.artifact.manifest import DENSE_FILE, PAGE, expert_file, slot_bytes
 from shoal.artifact.pregate import PregatePlan, plan_pregates

@@ -128,6 +128,7 @@ class Manifest:
     experts: tuple[ExpertLayer, ...]  # ascending by layer, a layer with a router each
     files: tuple[TextFile, ...]
     pregates: tuple[PregateEntry, ...] = ()  # empty: not here; not part of the identity
+    shadow_of: str | None = None  # of a shadow: the model's identity; not part of its own
 
     @property
     def quantisation(self) -> str:
@@ -276,6 +277,8 @@ def _to_json(manifest: Manifest) -> JsonObject:
     }
     if manifest.pregates:  # absent, not empty: manifests without them keep their bytes
         value["pregate"] = [pregate_to_json(entry) for entry in manifest.pregates]
+    if manifest.shadow_of is not None:
+        value["shadow_of"] = manifest.shadow_of
     return value
 
 
@@ -342,8 +345,11 @@ def _from_json(value: JsonObject, where: str) -> Manifest:
         experts=experts,
         files=tuple(_file(*item) for item in fields.items("files", len(TEXT_FILES))),
         pregates=pregates_from_json(fields, spec, schemes),
+        shadow_of=fields.hash("shadow_of") if fields.has("shadow_of") else None,
     )
     fields.done()
+    if manifest.shadow_of is not None and manifest.has_dense:
+        raise fields.fail("shadow_of", "a shadow has experts and no dense part")
     if manifest.pregates and manifest.pregates[0].offset % PAGE:
         raise fields.fail("pregate", f"the first offset is not a multiple of {PAGE}")
     if len({file.name for file in manifest.files}) != len(manifest.files):

@@ -36,6 +36,7 @@ from shoal.ops.matrices import (
     quantise_rows,
     set_isa,
     set_threads,
+    unpack_expert,
     unpack_matrix,
 )
 from shoal.ops.sampling import SamplingParams, logprob_of, sample, top_logprobs
@@ -75,6 +76,7 @@ __all__ = [
     "set_threads",
     "top_logprobs",
     "unpack_add_sums",
+    "unpack_expert",
     "unpack_matrix",
 ]
 

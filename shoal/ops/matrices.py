@@ -170,6 +170,24 @@ def pack_expert(layout: ExpertLayout, gate: U8, up: U8, down: U8, out: U8) -> No
     )
 
 
+def unpack_expert(layout: ExpertLayout, packed: U8) -> tuple[F32, F32, F32]:
+    """Return the values of one packed expert: gate and up [I, D], down [D, I]."""
+    size = group_bytes(layout.gate_up, layout.dim)
+    end = round_up(layout.ffn_dim, LANES) // LANES * 2 * size
+    pairs = packed[:end].reshape(-1, 2, size)
+
+    def values(fmt: Format, rows: int, cols: int, data: U8) -> F32:
+        aligned = aligned_empty(data.size)
+        aligned.reshape(data.shape)[:] = data
+        return unpack_matrix(Matrix(fmt, rows, cols, aligned))
+
+    return (
+        values(layout.gate_up, layout.ffn_dim, layout.dim, pairs[:, 0]),
+        values(layout.gate_up, layout.ffn_dim, layout.dim, pairs[:, 1]),
+        values(layout.down, layout.dim, layout.ffn_dim, packed[end : layout.num_bytes]),
+    )
+
+
 def unpack_matrix(m: Matrix) -> F32:
     """Return the values of a matrix, [rows, cols]: each rounded to float32 at most once."""
     return embed(m, np.arange(m.rows, dtype=np.int32))

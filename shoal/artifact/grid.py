@@ -12,7 +12,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from shoal import ops
-from shoal.artifact import Weights
+from shoal.artifact.manifest import Weights
 from shoal.limits import MAX_GRID, MIN_GRID
 
 NUM_ROWS = 8
