@@ -68,6 +68,10 @@ class PendingSums(Protocol):
         """
         ...
 
+    def abandon(self) -> None:
+        """Take the calls back instead of waiting. On the same thread."""
+        ...
+
 
 class ExpertDispatch(Protocol):
     """Sends rows to their experts."""
@@ -104,6 +108,9 @@ class _LocalSums:
         elapsed_s = time.perf_counter() - started_s
         self._stats.record(elapsed_s, elapsed_s, 0, 0)
         return sums
+
+    def abandon(self) -> None:
+        """Nothing is under way before `wait`."""
 
 
 def call_of_plan(layer: int, rows: Rows, plan: RoutingPlan) -> ExpertCall:
@@ -424,6 +431,10 @@ class _RemoteSums:
         elapsed_s = time.perf_counter() - self._started_s
         dispatch.stats.record(elapsed_s, compute_s, bytes_up, bytes_down)
         return sums
+
+    def abandon(self) -> None:
+        if self._fanout is not None:
+            self._dispatch.abandon(self._fanout)
 
 
 def _expert_us(artifact: Artifact, layer: int) -> float:

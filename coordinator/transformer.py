@@ -59,6 +59,10 @@ class Transformer:
             NodeError: no node computed a layer's experts.
             Cancelled: some layers' caches hold rows of this pass; running them again is right.
         """
+        return self._logits(self.run_layers(batch, cache, cancellation), batch)
+
+    def run_layers(self, batch: Batch, cache: KvArrays, cancellation: Cancellation) -> F32:
+        """Do what `forward` does before the logits; return what they are made of, [R, D]."""
         places = self._places(batch)
         hidden = ops.embed(self._weights.embed, batch.token_ids)
         last = len(self._layers) - 1
@@ -69,7 +73,7 @@ class Transformer:
                 hidden = layer.run(hidden, places, cache.layer(index), going_on)
             except NumericError as error:
                 raise NumericError(f"layer {index}: {error}", error.rows) from error
-        return self._logits(hidden, batch)
+        return hidden
 
     def _places(self, batch: Batch) -> Places:
         cos, sin = ops.rope_table(

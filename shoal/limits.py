@@ -15,6 +15,7 @@ MAX_MESSAGE_BYTES = 16 * MIB  # on the bulk connection; larger calls are split b
 CREDIT_BYTES = 64 * MIB  # request bytes one stream may have in flight at a node
 MAX_THREADS = 256  # of the kernels: kMaxPoolThreads of kernels/thread_pool.h
 MAX_QUEUED_CALLS = 256  # per node: more are refused as OVERLOADED
+MAX_CALLS_AHEAD = 128  # of a corrected pass, at each node: half of what may wait there
 MAX_LOADING_CALLS = 8  # per node, waiting for reads together: a thread each; they take turns
 MAX_SHARD_MAP_CHARS = 64 * KIB  # of --moe-shards: a thousand ranges
 MAX_SOCKET_PATH_BYTES = 103  # sun_path of macOS less its final zero; Linux: 107
@@ -55,6 +56,7 @@ MIN_GRID, MAX_GRID = -64, 96  # g of exactness rule 5: 2^g and 2^-g are normal f
 assert ATTENTION_CUT % KV_BLOCK_TOKENS == 0, "a cut must be whole KV blocks"
 assert INTERACTIVE_MESSAGE_BYTES < MAX_MESSAGE_BYTES <= CREDIT_BYTES
 assert MAX_EXPERTS < 2**16
+assert MAX_CALLS_AHEAD * 2 <= MAX_QUEUED_CALLS, "two coordinators must not refuse each other"
 assert MAX_MODEL_DIM * 8 < MAX_MESSAGE_BYTES, "the widest row of a reply must fit in one message"
 assert PREFILL_CHUNK <= MAX_ROWS_PER_CALL
 assert 1 + MAX_DRAFT <= PREFILL_CHUNK, "one pass verifies a whole draft"
