@@ -11,11 +11,13 @@ Needs neither root nor netem: an event loop in a thread of its own carries the b
 
 import asyncio
 import random
+import selectors
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import TracebackType
@@ -24,7 +26,7 @@ from typing import Self
 SEGMENT_BYTES = 65_536
 FIRST_WINDOW_BYTES = 14_600  # RFC 6928: ten segments after a pause
 MAX_HELD_BYTES = 4 * 1024 * 1024  # of one direction: beyond it the proxy stops reading
-POLL_S = 0.005  # how late a change of weather may be noticed
+POLL_S = 0.005  # how late a change of weather is noticed, unless somebody can wait longer
 
 
 class Direction(IntEnum):
@@ -118,6 +120,7 @@ class _Half:
     held: list[tuple[float, bytes]] = field(default_factory=list)
     is_over: bool = False  # the source has ended
     has_room: asyncio.Event = field(default_factory=asyncio.Event)
+    has_news: asyncio.Event = field(default_factory=asyncio.Event)  # something held, or the end
 
     def num_held(self) -> int:
         return sum(len(data) for _, data in self.held)
@@ -129,17 +132,26 @@ class ChaosProxy:
     `forecast` may be replaced at any time, by any thread.
     """
 
-    def __init__(self, target: str, forecast: Forecast | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        target: str,
+        forecast: Forecast | None = None,
+        seed: int = 0,
+        poll_s: float = POLL_S,
+    ) -> None:
+        """Args: poll_s: how late a change of weather may be noticed."""
         host, _, port = target.removeprefix("grpc://").rpartition(":")
         self._target = (host, int(port))
         self.forecast = forecast or steady(FAIR)
         self._seed = seed
+        self._poll_s = poll_s
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"grpc://127.0.0.1:{self._listener.getsockname()[1]}"
         self.num_connections = 0
         self._started_s = time.monotonic()
         self._closing = asyncio.Event()
-        self._loop = asyncio.new_event_loop()
+        # epoll waits in whole milliseconds, select in microseconds: a delay is what it says.
+        self._loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
         self._thread = threading.Thread(target=self._run, name="chaos-proxy", daemon=True)
 
     def __enter__(self) -> Self:
@@ -210,12 +222,14 @@ class ChaosProxy:
             data = await half.reader.read(SEGMENT_BYTES)
             if not data:
                 half.is_over = True
+                half.has_news.set()
                 return
             weather, now_s = self._weather(number, direction), time.monotonic()
             begin = 0
             for due_s, size in half.wire.pieces(weather, now_s, len(data)):
                 half.held.append((due_s, data[begin : begin + size]))
                 begin += size
+            half.has_news.set()
             if half.num_held() > MAX_HELD_BYTES:
                 half.has_room.clear()
                 await half.has_room.wait()
@@ -234,8 +248,15 @@ class ChaosProxy:
                 if half.is_over and not half.held:
                     half.writer.write_eof()
                     return
-            next_s = half.held[0][0] - now_s if half.held and not weather.stalls else POLL_S
-            await asyncio.sleep(min(POLL_S, max(0.0, next_s)))
+            if weather.stalls:
+                await asyncio.sleep(self._poll_s)
+            elif half.held:
+                await asyncio.sleep(min(self._poll_s, max(0.0, half.held[0][0] - time.monotonic())))
+            else:
+                half.has_news.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._poll_s):
+                        await half.has_news.wait()
 
 
 class _Reset(Exception):
