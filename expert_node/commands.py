@@ -201,7 +201,7 @@ def node(
     from expert_node.config import node_config
 
     configured = node_config(values)
-    from shoal.log import configure  # structlog: not for --help
+    from shoal.log import configure
 
     configure(configured.log_format, configured.log_level)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters it also raises, and we report
