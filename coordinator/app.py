@@ -14,6 +14,7 @@ from typing import Any
 from coordinator.cancellation import Cancellation
 from coordinator.chat_template import ChatTemplate
 from coordinator.engine import Engine, EngineConfig
+from coordinator.expert_branch import DispatchedExperts, WatchedExperts
 from coordinator.expert_dispatch import (
     SHARD_WAIT_S,
     ExpertDispatch,
@@ -25,10 +26,15 @@ from coordinator.kv_arrays import KvArrays
 from coordinator.map_reload import reload_on_hangup
 from coordinator.report import ModelLabel, Transcript
 from coordinator.request import Event, Finished, GenerationRequest, PromptRead, TokenGenerated
+from coordinator.speculation.compose import Speculation, Target
+from coordinator.speculation.config import SpeculationConfig
+from coordinator.speculation.speculator import Speculator
 from coordinator.tokenizer import NoTokenizer, Tokenizer
-from coordinator.transformer import exact_transformer
+from coordinator.transformer import Transformer
+from coordinator.weights import load_weights
 from shoal import limits, numerics, ops
 from shoal.artifact import Artifact
+from shoal.artifact.shadow import ShowProgress
 from shoal.errors import CorruptArtifact, RequestError, UsageError
 from shoal.experts.local import LocalExperts
 from shoal.experts.options import Mode
@@ -66,6 +72,7 @@ class CoordinatorConfig:
     transport: Transport = Transport.AUTO
     store: StoreOptions = field(default_factory=StoreOptions)
     prefetch: Mode = Mode.AUTO
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= limits.MAX_THREADS:
@@ -181,10 +188,14 @@ class Coordinator:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """Who hears how a start goes. tell: a sentence; show_load: after each expert that was read."""
+    """Who hears how a start goes.
+
+    tell: a sentence; show_load: after each expert that was read; show_making: of a shadow.
+    """
 
     tell: Callable[[str], None]
     show_load: Callable[[WarmUpProgress], None]
+    show_making: ShowProgress
 
 
 @contextmanager
@@ -200,22 +211,36 @@ def start_engine(model: OpenedModel, feedback: Feedback) -> Iterator[Coordinator
     numerics.verify()
     if config.threads is not None:
         ops.set_threads(config.threads)
-    dispatch = _open_dispatch(config, artifact, feedback)
-    try:
-        engine = Engine(
-            exact_transformer(artifact, dispatch),
-            model.tokenizer,
-            lambda num_blocks: KvArrays(artifact.spec, artifact.kv_dtype, num_blocks),
-            model.engine_config,
-            time.perf_counter,
-        )
+    with ExitStack() as stack:
+        speculation = Speculation(config.speculation, artifact, model.tokenizer, feedback)
+        stack.callback(speculation.close)
+        dispatch = _open_dispatch(config, artifact, feedback)
+        stack.callback(dispatch.close)
+        engine = _make_engine(model, dispatch, speculation)
+        stack.callback(engine.close)
         has_file = config.moe_shards is not None and config.moe_shards.startswith("@")
-        with ExitStack() as stack:
-            if isinstance(dispatch, RemoteDispatch) and has_file:
-                stack.enter_context(reload_on_hangup(dispatch, feedback.tell))
-            yield Coordinator(model, engine, dispatch)
-    finally:
-        dispatch.close()
+        if isinstance(dispatch, RemoteDispatch) and has_file:
+            stack.enter_context(reload_on_hangup(dispatch, feedback.tell))
+        yield Coordinator(model, engine, dispatch)
+
+
+def _make_engine(model: OpenedModel, dispatch: ExpertDispatch, speculation: Speculation) -> Engine:
+    artifact, config = model.artifact, model.engine_config
+    weights = load_weights(artifact)
+    watched = WatchedExperts(artifact.spec, DispatchedExperts(artifact, dispatch))
+
+    def make_speculator(kv: KvArrays) -> Speculator:
+        target = Target(artifact, weights, watched, kv, config.max_context)
+        return speculation.speculator(target, time.perf_counter)
+
+    return Engine(
+        Transformer(artifact.spec, weights, watched),
+        model.tokenizer,
+        lambda num_blocks: KvArrays(artifact.spec, artifact.kv_dtype, num_blocks),
+        config,
+        time.perf_counter,
+        make_speculator,
+    )
 
 
 def _open_dispatch(

@@ -4,12 +4,15 @@ Nothing heavy is imported before a command runs, so that `--help` is quick.
 """
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coordinator.speculation.options import SpeculationOptions
 from shoal import limits
 from shoal.errors import UsageError
 from shoal.experts.options import Io, Mode, Verify
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from shoal.experts.store import WarmUpProgress
 
 LOAD_SILENCE_S = 0.5
+SPECULATION_DEFAULTS = SpeculationOptions()
 
 Model = Annotated[
     str | None,
@@ -120,7 +124,7 @@ class EngineOptions:
         Transport, typer.Option(help="to nodes: grpcio, or our own framing (fast, auto)")
     ] = Transport.AUTO
 
-    def config(self, model: str | None) -> "CoordinatorConfig":
+    def config(self, model: str | None, speculation: SpeculationOptions) -> "CoordinatorConfig":
         """Return the configuration of a coordinator for that model. Raises UsageError."""
         from coordinator.app import CoordinatorConfig
         from shoal.experts.store import StoreOptions
@@ -142,6 +146,7 @@ class EngineOptions:
                 data_dirs=tuple(map(user_folder, self.data_dir or ())),
             ),
             prefetch=self.prefetch,
+            speculation=speculation.config(),
         )
 
 
@@ -175,6 +180,7 @@ def run(
         bool, typer.Option("--ignore-eos", help="go on after an end-of-sequence token")
     ] = False,
     engine: EngineOptions = EngineOptions(),
+    speculation: SpeculationOptions = SPECULATION_DEFAULTS,
 ) -> None:
     """Complete one prompt, streaming the text; a line of figures follows on stderr.
 
@@ -188,7 +194,7 @@ def run(
         raise UsageError("--system needs --chat: a raw completion has no system prompt")
     model, prompt = _model_and_prompt(words or [], prompt_ids is not None)
     run_once(
-        engine.config(model),
+        engine.config(model, speculation),
         RunRequest(
             prompt=prompt,
             prompt_ids=None if prompt_ids is None else _parse_ids(prompt_ids),
@@ -212,6 +218,7 @@ def chat(
     sampling: SamplingOptions = SamplingOptions(),
     stop: Stop = None,
     engine: EngineOptions = EngineOptions(),
+    speculation: SpeculationOptions = SPECULATION_DEFAULTS,
 ) -> None:
     """Talk with a model: history, streaming, /reset, /system TEXT, /exit.
 
@@ -220,7 +227,7 @@ def chat(
     from coordinator.chat import ChatConfig, run_chat
 
     run_chat(
-        engine.config(model),
+        engine.config(model, speculation),
         ChatConfig(system, max_tokens, sampling.given(), tuple(stop or ())),
         _feedback(),
     )
@@ -268,7 +275,11 @@ def _parse_ids(text: str) -> tuple[int, ...]:
 def _feedback() -> "Feedback":
     from coordinator.app import Feedback
 
-    return Feedback(tell=lambda text: typer.echo(text, err=True), show_load=_show_load)
+    return Feedback(
+        tell=lambda text: typer.echo(text, err=True),
+        show_load=_show_load,
+        show_making=_show_making,
+    )
 
 
 def _show_load(progress: "WarmUpProgress") -> None:
@@ -279,3 +290,18 @@ def _show_load(progress: "WarmUpProgress") -> None:
     done, total = progress.num_bytes / 1e9, progress.total_bytes / 1e9
     sys.stderr.write(f"\rreading experts: {done:.2f} of {total:.2f} GB" + "\n" * is_last)
     sys.stderr.flush()
+
+
+@contextmanager
+def _show_making(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    # Once in a model's life, and it may take minutes: always told, with progress on a terminal.
+    sys.stderr.write(f"making the {what} ({num_bytes / 1e9:.2f} GB)\n")
+
+    def show(num_done: int) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{100 * num_done / max(1, num_bytes):.0f} %")
+            sys.stderr.flush()
+
+    yield show
+    if sys.stderr.isatty():
+        sys.stderr.write("\n")

@@ -1,6 +1,10 @@
 """Engine: a request in, a stream of events out, one request at a time.
 
-    prompt -> chunks of prefill -> (sample -> one-token pass)* -> Finished
+    prompt -> chunks of prefill -> (sample -> draft -> pass)* -> Finished
+
+A pass runs the last token and the guesses that follow it (perhaps none). Its rows are sampled from
+in order, each with the path that leads to it, while the guess there is what was sampled: so the
+tokens, and the logits they come from, are those of one pass a token.
 
 Every accepted request ends in exactly one `Finished`, also when a node fails, a value becomes
 non-finite, or somebody cancels. A request that cannot be served is refused before any work.
@@ -25,13 +29,14 @@ from coordinator.request import (
     Timings,
     TokenGenerated,
 )
-from coordinator.sampler import choose
+from coordinator.sampler import Choice, choose
 from coordinator.sequence import Sequence
+from coordinator.speculation.speculator import Speculator, no_speculation
 from coordinator.text_stream import TextStream
 from coordinator.tokenizer import Tokenizer
 from coordinator.transformer import Transformer
 from shoal import limits
-from shoal.errors import RequestError, ShoalError
+from shoal.errors import NumericError, RequestError, ShoalError
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,10 @@ class Engine:
         kv_arrays: Callable[[int], KvArrays],
         config: EngineConfig,
         clock: Callable[[], float],
+        make_speculator: Callable[[KvArrays], Speculator] = lambda _kv: no_speculation(),
     ) -> None:
-        num_blocks = blocks_for(config.max_context)
+        """Args: make_speculator: makes who guesses, from the KV arrays of this engine."""
+        num_blocks = blocks_for(config.max_context) + limits.KV_SCRATCH_BLOCKS
         self._transformer = transformer
         self._tokenizer = tokenizer
         self._config = config
@@ -73,6 +80,7 @@ class Engine:
         self._pool = KvBlockPool(num_blocks)
         self._kv = kv_arrays(num_blocks)
         self._sequence = Sequence(self._pool)
+        self._speculator = make_speculator(self._kv)
 
     @property
     def config(self) -> EngineConfig:
@@ -86,6 +94,10 @@ class Engine:
         request.check(self._transformer.spec.vocab_size, self._config.max_context)
         return self._serve(_Progress(request, self._clock, self._clock()), cancellation)
 
+    def close(self) -> None:
+        """Let go of what guesses. No request may be under way."""
+        self._speculator.close()
+
     def check_integrity(self) -> None:
         """Assert that blocks are neither lost nor shared. For tests and idle moments."""
         self._pool.check_integrity()
@@ -96,6 +108,7 @@ class Engine:
         request = progress.request
         text = TextStream(self._tokenizer, request.stop, request.prompt_ids)
         error: ShoalError | None = None
+        self._speculator.begin(request)
         try:
             logits = self._prefill(progress, cancellation)
             yield PromptRead(len(progress.request.prompt_ids), progress.num_reused)
@@ -104,7 +117,14 @@ class Engine:
             reason = FinishReason.CANCELLED
         except ShoalError as failure:
             reason, error = FinishReason.ERROR, failure
-        yield Finished(reason, text.finish(), progress.timings(), progress.logits_digest(), error)
+        yield Finished(
+            reason,
+            text.finish(),
+            progress.timings(),
+            progress.logits_digest(),
+            error,
+            self._speculator.figures(),
+        )
 
     def _prefill(self, progress: "_Progress", cancellation: Cancellation) -> F32:
         """Run what is not cached of the prompt; return the logits [1, V] of its last token."""
@@ -126,30 +146,91 @@ class Engine:
     def _decode(
         self, progress: "_Progress", logits: F32, text: TextStream, cancellation: Cancellation
     ) -> Generator[Event, None, FinishReason]:
-        request, sequence = progress.request, self._sequence
-        eos_ids = frozenset[int]() if request.ignore_eos else self._tokenizer.eos_ids
+        request = progress.request
         while True:
-            progress.record_logits(logits)
-            choice = choose(logits[0], request, sequence.token_ids)
-            sequence.extend([choice.token_id])
-            progress.generated()
-            is_eos = choice.token_id in eos_ids
-            piece = "" if is_eos else text.push(choice.token_id)
-            yield TokenGenerated(choice.token_id, piece, choice.logprob, choice.top_logprobs)
-            if is_eos:
-                return FinishReason.EOS
-            if text.is_stopped:
-                return FinishReason.STOP
-            if progress.num_generated == request.max_tokens:
-                return FinishReason.LENGTH
-            logits = self._run(1, 1, cancellation)
+            reason = yield from self._accept(progress, logits, text, cancellation)
+            if reason is not None:
+                return reason
+            # A pass brings one token more than is guessed.
+            room = request.max_tokens - progress.num_generated - 1
+            draft = self._speculator.draft(self._sequence, room, cancellation)
+            logits = self._verify(draft, cancellation)
+
+    def _accept(
+        self, progress: "_Progress", logits: F32, text: TextStream, cancellation: Cancellation
+    ) -> Generator[Event, None, FinishReason | None]:
+        """Sample from the logits [1 + K, V] of a pass until a guess was wrong or the text ends.
+
+        The sequence ends with the K guesses; it is left with what was sampled in their place.
+        """
+        sequence, num_guesses = self._sequence, len(logits) - 1
+        num_certain = num_first = sequence.num_tokens - num_guesses
+        guesses = sequence.token_ids[num_first:].tolist()
+        is_right, num_right, reason = True, 0, None
+        try:
+            while is_right and reason is None:
+                index = num_certain - num_first
+                if index:
+                    cancellation.check()
+                progress.record_logits(logits[index])
+                choice = choose(logits[index], progress.request, sequence.token_ids[:num_certain])
+                is_right = index < num_guesses and guesses[index] == choice.token_id
+                if not is_right:
+                    sequence.truncate(num_certain)
+                    sequence.extend([choice.token_id])
+                num_right += is_right
+                num_certain += 1
+                reason = yield from self._emit(choice, progress, text)
+        finally:
+            sequence.truncate(num_certain)
+            num_judged = min(num_guesses, num_certain - num_first)
+            self._speculator.judged(num_right, num_judged)
+        return reason
+
+    def _emit(
+        self, choice: Choice, progress: "_Progress", text: TextStream
+    ) -> Generator[Event, None, FinishReason | None]:
+        """Tell of a new token; return why the text ends with it, or None."""
+        request = progress.request
+        progress.generated()
+        is_eos = not request.ignore_eos and choice.token_id in self._tokenizer.eos_ids
+        piece = "" if is_eos else text.push(choice.token_id)
+        yield TokenGenerated(choice.token_id, piece, choice.logprob, choice.top_logprobs)
+        if is_eos:
+            return FinishReason.EOS
+        if text.is_stopped:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if progress.num_generated == request.max_tokens else None
+
+    def _verify(self, draft: list[int], cancellation: Cancellation) -> F32:
+        """Run the last token and the draft; return the logits [1 + K, V] of all that was run.
+
+        A value that only a guess brings about must not fail the request: such rows are left out.
+        """
+        sequence = self._sequence
+        num_certain = sequence.num_tokens
+        sequence.extend(draft)
+        try:
+            while True:
+                num_rows = sequence.num_tokens - sequence.num_cached
+                try:
+                    return self._run(num_rows, num_rows, cancellation)
+                except NumericError as error:
+                    if num_rows == 1:
+                        raise
+                    sequence.truncate(num_certain - 1 + max(1, min(error.rows, default=1)))
+        except BaseException:
+            sequence.truncate(num_certain)
+            raise
 
     def _run(self, num_rows: int, num_logits: int, cancellation: Cancellation) -> F32:
         sequence = self._sequence
         reserved = sequence.try_reserve(sequence.num_cached + num_rows)
         assert reserved, "the pool holds max_context tokens, and no request is longer"
         batch = make_batch([Piece(sequence, num_rows, num_logits)])
+        began_s = self._clock()
         logits = self._transformer.forward(batch, self._kv, cancellation)
+        self._speculator.ran(num_rows, self._clock() - began_s)
         sequence.advance(num_rows)
         return logits
 

@@ -8,6 +8,7 @@ Finished is last, comes exactly once whatever happens, and says why.
 from dataclasses import dataclass
 from enum import StrEnum
 
+from coordinator.speculation.figures import SpeculationFigures
 from shoal.errors import RequestError, ShoalError
 from shoal.ops import SamplingParams
 
@@ -131,6 +132,7 @@ class Finished:
     text: what was held back in case it began a stop string.
     logits_digest: blake3 of every row of logits that was sampled from, in order; None unless
         logprobs were asked for. Two ways of serving one model have the same.
+    speculation: how the tokens came; two ways of serving one model differ in it.
     """
 
     reason: FinishReason
@@ -138,6 +140,7 @@ class Finished:
     timings: Timings
     logits_digest: str | None = None
     error: ShoalError | None = None
+    speculation: SpeculationFigures | None = None
 
 
 Event = PromptRead | TokenGenerated | Finished

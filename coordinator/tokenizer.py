@@ -37,6 +37,10 @@ class Tokenizer:
         """Number of tokens, the added ones included; a model's vocabulary may be padded beyond."""
         return self._tokenizer.get_vocab_size()
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return every token, the added ones included, and its id."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of raw text: BOS if the tokenizer has one, special tokens not parsed.
 

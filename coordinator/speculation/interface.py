@@ -1,6 +1,6 @@
 """Drafter: guesses the tokens that follow. The target verifies them, so a guess costs time only."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,7 +42,9 @@ class Drafter(Protocol):
         """Hear of a new request, before its first `draft`. Its sampling draws drafts as well."""
         ...
 
-    def draft(self, sequence: Sequence, cancellation: Cancellation) -> Iterator[DraftToken]:
+    def draft(
+        self, sequence: Sequence, cancellation: Cancellation
+    ) -> Generator[DraftToken, None, None]:
         """Guess token after token until nothing is left to say or the caller stops asking.
 
         The caller closes the iterator. What it takes from it may be more than is ever verified.

@@ -1,6 +1,6 @@
 """ModelDrafter: another, smaller model of the same tokenizer, with weights and KV of its own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from coordinator.cancellation import Cancellation
 from coordinator.expert_dispatch import LocalDispatch
@@ -62,7 +62,9 @@ class ModelDrafter:
         """See `Drafter.begin`. The KV of what the last request shares with it is kept."""
         self._request = request
 
-    def draft(self, sequence: Sequence, cancellation: Cancellation) -> Iterator[DraftToken]:
+    def draft(
+        self, sequence: Sequence, cancellation: Cancellation
+    ) -> Generator[DraftToken, None, None]:
         """See `Drafter.draft`."""
         assert self._request is not None, "a draft before its request"
         own, token_ids = self._sequence, sequence.token_ids

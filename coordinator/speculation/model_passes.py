@@ -5,7 +5,7 @@ are near the target's draws the token that the target will draw, at any temperat
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from coordinator.array_types import F32
 from coordinator.batch import Piece, make_batch
@@ -35,7 +35,7 @@ class ModelPasses:
 
     def guess(
         self, sequence: Sequence, request: GenerationRequest, cancellation: Cancellation
-    ) -> Iterator[DraftToken]:
+    ) -> Generator[DraftToken, None, None]:
         """Run what is not cached of a sequence of ours, draw a token, append it, and go on.
 
         Ends when the sequence has no room for another token. Raises as `Transformer.forward`.
@@ -49,7 +49,7 @@ class ModelPasses:
                 return
             logits = self._run(sequence, num_left, 1, cancellation)[0]
             choice = choose(logits, request, sequence.token_ids)
-            chance = max(MIN_CHANCE, min(1.0, math.exp(ops.logprob_of(logits, choice.token_id))))
+            chance = chance_of(logits, choice.token_id)
             routing = None if self._watched is None else self._watched.last_rows(1)[0]
             sequence.extend([choice.token_id])
             yield DraftToken(choice.token_id, chance, routing)
@@ -61,3 +61,12 @@ class ModelPasses:
         logits = self._transformer.forward(batch, self._kv, cancellation)
         sequence.advance(num_rows)
         return logits
+
+
+def chance_of(logits: F32, token_id: int) -> float:
+    """Return the probability that logits [V] give to a token: a cheap estimate, to be calibrated.
+
+    Not what it was drawn with, which knows penalties, cuts and the noise; but where a drafter is
+    sure, the target mostly agrees.
+    """
+    return max(MIN_CHANCE, min(1.0, math.exp(ops.logprob_of(logits, token_id))))

@@ -1,0 +1,133 @@
+"""Candidate: a drafter and what is known of it: its speed, its luck, how its routing strays."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from coordinator.speculation.acceptance import Acceptance
+from coordinator.speculation.figures import DrafterFigures
+from coordinator.speculation.interface import Drafter, DraftToken
+from coordinator.speculation.pass_time import PassTime
+from coordinator.speculation.planner import Planner
+from coordinator.speculation.routing_watch import Routing, RoutingWatch
+
+FREE_SHARE = 0.02  # of a plain pass: a guess that takes less is made before it is weighed
+SPEED_SAMPLES = 9  # guesses whose median is the speed: a stall does not move it
+
+
+@dataclass(slots=True)
+class Draft:
+    """What a candidate guesses in one step.
+
+    chances: calibrated, of `guesses`. draft_s: seconds that they took.
+    """
+
+    candidate: "Candidate"
+    guesses: list[DraftToken] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    draft_s: float = 0.0
+
+    def add(self, guess: DraftToken) -> None:
+        self.guesses.append(guess)
+        self.chances.append(self.candidate.acceptance.chance(guess.chance))
+
+    def cut(self, length: int) -> None:
+        """Keep the first guesses."""
+        del self.guesses[length:], self.chances[length:]
+
+
+class Candidate:
+    """One drafter of a model. Owned by the speculator."""
+
+    def __init__(
+        self, drafter: Drafter, pass_time: PassTime, max_draft: int, divergence: float
+    ) -> None:
+        """Args: pass_time: of the target, shared by all; divergence: see RoutingWatch."""
+        self.drafter = drafter
+        self.acceptance = Acceptance()
+        self.planner = Planner(pass_time, max_draft)
+        self.watch = RoutingWatch(divergence, max_draft)
+        self.is_out = False  # it failed: not asked again
+        self.owed_s = 0.0  # drafting that no pass was charged with yet
+        self._pass_time = pass_time
+        self._guess_s: deque[float] = deque(maxlen=SPEED_SAMPLES)
+        self._has_begun = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._num_drafted = self._num_accepted = self._num_passes = 0
+        self._draft_s = 0.0
+
+    @property
+    def guess_s(self) -> float:
+        """Seconds that one guess takes; 0 before one was made."""
+        return sorted(self._guess_s)[len(self._guess_s) // 2] if self._guess_s else 0.0
+
+    @property
+    def is_free(self) -> bool:
+        """Whether its guesses take no time to speak of."""
+        if self.drafter.local_expert_bytes:
+            return False
+        return self.guess_s <= FREE_SHARE * self._pass_time.predict(1)
+
+    def wants_more(self, draft: Draft) -> bool:
+        """Return whether one more guess of its is worth its time."""
+        return self.planner.wants(draft.chances, self.acceptance.mean, self.guess_s)
+
+    def begin(self) -> None:
+        """A new request: figures start again, what was learned stays."""
+        self._reset()
+        self._has_begun = False
+        self.owed_s = 0.0
+
+    def time_guess(self, seconds: float) -> float:
+        """Learn what a guess took; return what to charge it with.
+
+        The first of a request may read the whole prompt, which says nothing of those that follow
+        and is charged to none of them.
+        """
+        self._draft_s += seconds
+        if self._has_begun:
+            self._guess_s.append(seconds)
+            return seconds
+        self._has_begun = True
+        return min(seconds, self.guess_s)
+
+    def promise(self, limit: int) -> float:
+        """Return the tokens a second that its usual luck would bring, at the best length."""
+        plain_s = self._pass_time.predict(1)
+        best, tokens, reached = 1.0 / plain_s, 1.0, 1.0
+        for length in range(1, limit + 1):
+            reached *= self.acceptance.mean
+            tokens += reached
+            seconds = self._pass_time.predict(1 + length) + length * self.guess_s
+            best = max(best, tokens / seconds)
+        return best
+
+    def judge(
+        self, draft: Draft, num_accepted: int, num_judged: int, verified: tuple[Routing, ...]
+    ) -> None:
+        """Learn how its draft fared.
+
+        Args:
+            num_judged: guesses that were compared: fewer where the text ended within the draft.
+            verified: routing of the rows of the pass, in order; empty where nobody watches.
+        """
+        self._num_passes += 1
+        self._num_drafted += len(draft.guesses)
+        self._num_accepted += num_accepted
+        self.acceptance.observe([g.chance for g in draft.guesses[:num_judged]], num_accepted)
+        drafted = [g.routing for g in draft.guesses[: num_accepted + 1] if g.routing is not None]
+        num_known = min(len(drafted), len(verified))
+        if num_known:
+            self.watch.observe(drafted[:num_known], verified[:num_known])
+
+    def figures(self) -> DrafterFigures:
+        """Return the counts of the request."""
+        return DrafterFigures(
+            drafted=self._num_drafted,
+            accepted=self._num_accepted,
+            passes=self._num_passes,
+            draft_s=self._draft_s,
+            local_expert_bytes=self.drafter.local_expert_bytes,
+            divergence=self.watch.share,
+        )

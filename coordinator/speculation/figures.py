@@ -1,0 +1,44 @@
+"""What speculation did for one request: frozen counts, for reports (core)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterFigures:
+    """Of one drafter.
+
+    drafted: guesses that a pass verified; accepted: those that were right; passes: that verified
+    a guess of its; draft_s: seconds that it was waited for; local_expert_bytes: of expert weights
+    that it keeps in this process; divergence: the share of experts that it routed otherwise than
+    the target lately, 0 where it does not run the target's layers.
+    """
+
+    drafted: int
+    accepted: int
+    passes: int
+    draft_s: float
+    local_expert_bytes: int
+    divergence: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationFigures:
+    """mode: what --speculate said; passes: of the decode, with or without guesses."""
+
+    mode: str
+    passes: int = 0
+    per_drafter: Mapping[str, DrafterFigures] = field(default_factory=dict)
+
+    @property
+    def drafted(self) -> int:
+        return sum(figures.drafted for figures in self.per_drafter.values())
+
+    @property
+    def accepted(self) -> int:
+        return sum(figures.accepted for figures in self.per_drafter.values())
+
+    @property
+    def local_expert_bytes(self) -> int:
+        """Of all drafters that are open."""
+        return sum(figures.local_expert_bytes for figures in self.per_drafter.values())

@@ -1,0 +1,189 @@
+"""Speculator: who drafts in this step, how long, and what is learned from what came of it.
+
+    begin -> ( draft -> [the engine's pass] -> ran -> [rows are sampled] -> judged )* -> figures
+
+Drafters are asked in the order of what they promise: tokens a second, drafting and pass together,
+from what they guess now (where guessing is free) or from their usual luck. The first whose planner
+finds a length that pays is taken. A drafter that fails costs its guesses, never the request.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from contextlib import closing
+from math import prod
+
+from coordinator.cancellation import Cancellation
+from coordinator.request import GenerationRequest
+from coordinator.sequence import Sequence
+from coordinator.speculation.candidate import Candidate, Draft
+from coordinator.speculation.config import Speculate
+from coordinator.speculation.figures import SpeculationFigures
+from coordinator.speculation.interface import Drafter
+from coordinator.speculation.pass_time import PassTime
+from coordinator.speculation.routing_watch import Routing
+from shoal.errors import NumericError, ShoalError
+
+LEAST_LIKELY = 0.03  # of all guesses so far being right: a free drafter is not asked beyond
+
+
+class Speculator:
+    """Drafts for one engine. Used by its thread alone."""
+
+    def __init__(
+        self,
+        drafters: SequenceOf[Drafter],
+        pass_time: PassTime,
+        clock: Callable[[], float],
+        *,
+        mode: Speculate,
+        vocab_size: int,
+        max_draft: int,
+        divergence: float,
+        verified_routing: Callable[[int], tuple[Routing, ...]] = lambda _num_rows: (),
+        notify: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Take over the drafters: `close` closes them.
+
+        Args:
+            drafters: the preferred ones first.
+            pass_time: what passes of the target take; may know something already.
+            clock: seconds.
+            mode: for figures. max_draft, divergence: of `SpeculationConfig`.
+            verified_routing: of the last n rows of the target's last pass.
+            notify: told in a sentence of a drafter that fails.
+        """
+        self._pass_time = pass_time
+        self._clock = clock
+        self._mode = mode
+        self._vocab_size = vocab_size
+        self._max_draft = max_draft
+        self._verified_routing = verified_routing
+        self._notify = notify
+        self._candidates = [
+            Candidate(drafter, pass_time, max_draft, divergence) for drafter in drafters
+        ]
+        self._draft: Draft | None = None  # of the step under way
+        self._pass_rows, self._pass_s = 0, 0.0
+        self._num_passes = 0
+
+    def begin(self, request: GenerationRequest) -> None:
+        """Hear of a new request."""
+        self._num_passes = 0
+        self._draft = None
+        for candidate in self._candidates:
+            candidate.begin()
+            candidate.drafter.begin(request)
+
+    def draft(self, sequence: Sequence, room: int, cancellation: Cancellation) -> list[int]:
+        """Return the ids to verify in the next pass, at most `room`; none where that is best.
+
+        Args: sequence: as `Drafter.draft` wants it; not changed.
+
+        Raises: Cancelled.
+        """
+        self._num_passes += 1
+        self._draft = None
+        limit = min(room, self._max_draft)
+        if limit < 1 or not self._candidates or not self._pass_time.is_known:
+            return []
+        for draft in self._in_order(sequence, limit, cancellation):
+            candidate = draft.candidate
+            if not candidate.is_free:
+                self._ask(draft, sequence, limit, candidate.wants_more, cancellation)
+            draft.cut(draft.candidate.planner.best_length(draft.chances, draft.draft_s))
+            if draft.guesses:
+                self._draft = draft
+                return [guess.token_id for guess in draft.guesses]
+            draft.candidate.owed_s += draft.draft_s
+        return []
+
+    def _in_order(self, sequence: Sequence, limit: int, cancellation: Cancellation) -> list[Draft]:
+        """Return a draft of every candidate, the most promising first; of the free ones, filled."""
+        promised: list[tuple[float, Draft]] = []
+        for candidate in self._candidates:
+            if candidate.is_out:
+                continue
+            draft = Draft(candidate)
+            if candidate.is_free:
+                self._ask(draft, sequence, limit, _is_likely, cancellation)
+                promise = candidate.planner.rate(draft.chances, 0.0) if draft.guesses else 0.0
+            else:
+                promise = candidate.promise(limit)
+            promised.append((promise, draft))
+        promised.sort(key=lambda pair: -pair[0])  # stable: of equals, the preferred one
+        return [draft for _, draft in promised]
+
+    def _ask(
+        self,
+        draft: Draft,
+        sequence: Sequence,
+        limit: int,
+        wants_more: Callable[[Draft], bool],
+        cancellation: Cancellation,
+    ) -> None:
+        """Let the draft's candidate guess until that is enough, it has no more, or it fails."""
+        candidate = draft.candidate
+        limit = min(limit, candidate.watch.limit)
+        with closing(candidate.drafter.draft(sequence, cancellation)) as guesses:
+            try:
+                while len(draft.guesses) < limit and wants_more(draft):
+                    began_s = self._clock()
+                    guess = next(guesses, None)
+                    draft.draft_s += candidate.time_guess(self._clock() - began_s)
+                    if guess is None or not 0 <= guess.token_id < self._vocab_size:
+                        return
+                    draft.add(guess)
+            except NumericError:
+                return  # of its own arithmetic: what it guessed before is as good as ever
+            except ShoalError as error:
+                candidate.is_out = True
+                self._notify(f"drafter {candidate.drafter.name} failed and is not used: {error}")
+
+    def ran(self, num_rows: int, seconds: float) -> None:
+        """Hear what a pass of the target took, of the prompt too."""
+        if self._candidates:
+            self._pass_time.observe(num_rows, seconds)
+            self._pass_rows, self._pass_s = num_rows, seconds
+
+    def judged(self, num_right: int, num_judged: int) -> None:
+        """Hear how many guesses of the last pass were right, of how many that were compared."""
+        draft, self._draft = self._draft, None
+        if draft is None:
+            for candidate in self._candidates if self._num_passes else ():
+                candidate.planner.observe(0, 1, self._pass_s, candidate.owed_s)
+                candidate.owed_s = 0.0
+            return
+        draft.cut(self._pass_rows - 1)  # the pass may have been run again without a bad row
+        candidate, num_drafted = draft.candidate, len(draft.guesses)
+        draft_s = draft.draft_s + candidate.owed_s
+        candidate.owed_s = 0.0
+        candidate.planner.observe(num_drafted, num_right + 1, self._pass_s, draft_s)
+        candidate.judge(draft, num_right, num_judged, self._verified_routing(self._pass_rows))
+
+    def figures(self) -> SpeculationFigures:
+        """Return what was done for the request so far."""
+        per_drafter = {c.drafter.name: c.figures() for c in self._candidates}
+        return SpeculationFigures(str(self._mode), self._num_passes, per_drafter)
+
+    def close(self) -> None:
+        """Close the drafters."""
+        for candidate in self._candidates:
+            candidate.drafter.close()
+        self._candidates = []
+
+
+def no_speculation() -> Speculator:
+    """Return one that never drafts."""
+    return Speculator(
+        (),
+        PassTime(1, 1),
+        lambda: 0.0,
+        mode=Speculate.OFF,
+        vocab_size=0,
+        max_draft=0,
+        divergence=1.0,
+    )
+
+
+def _is_likely(draft: Draft) -> bool:
+    return prod(draft.chances) > LEAST_LIKELY
