@@ -43,6 +43,13 @@ def sources_dir() -> Path:
     return shoal_home() / "sources"
 
 
+def history_dir() -> Path:
+    """Return the folder of the user's own texts, kept only where `--history` asks for it."""
+    home = os.environ.get("SHOAL_HOME", "")
+    # State, not cache: emptying a cache must not cost what the user asked to keep.
+    return (user_path(home) if home else platformdirs.user_state_path("shoal")) / "history"
+
+
 def default_model() -> Path:
     """Return the folder of the model that comes with this package."""
     return _bundled_dir() / (BUNDLED + SUFFIX)
