@@ -21,7 +21,8 @@ from bench.local_nodes import start_nodes
 from bench.make_synthetic import Geometry, make
 from bench.measure import ROOT, Row, save, show
 from client.node_process import stop_all
-from coordinator.expert_dispatch import ExpertDispatch, open_remote_dispatch
+from coordinator.expert_dispatch import ExpertDispatch
+from coordinator.remote_dispatch import open_remote_dispatch
 from shoal import ops
 from shoal.artifact import Artifact
 from shoal.router import RoutingPlan

@@ -31,7 +31,7 @@ from bench.make_synthetic import make
 from bench.measure import ROOT, Row, save, show
 from client.node_process import NodeProcess, stop_all
 from coordinator.dispatch_stats import percentile
-from coordinator.expert_dispatch import RemoteDispatch, open_remote_dispatch
+from coordinator.remote_dispatch import RemoteDispatch, open_remote_dispatch
 from shoal import ops
 from shoal.artifact import Artifact
 from shoal.transport import Transport

@@ -29,9 +29,10 @@ from bench.replay import ReplayDispatch
 from client.node_process import NodeProcess, stop_all
 from coordinator.batch import Piece, make_batch
 from coordinator.cancellation import Cancellation
-from coordinator.expert_dispatch import ExpertDispatch, LocalDispatch, open_remote_dispatch
+from coordinator.expert_dispatch import ExpertDispatch, LocalDispatch
 from coordinator.kv_arrays import KvArrays
 from coordinator.kv_cache import KvBlockPool, blocks_for
+from coordinator.remote_dispatch import open_remote_dispatch
 from coordinator.sequence import Sequence
 from coordinator.transformer import exact_transformer
 from shoal import ops

@@ -9,19 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coordinator.cancellation import Cancellation
-from coordinator.chat_template import ChatTemplate
 from coordinator.engine import Engine, EngineConfig
 from coordinator.expert_branch import DispatchedExperts, WatchedExperts
-from coordinator.expert_dispatch import (
-    SHARD_WAIT_S,
-    ExpertDispatch,
-    LocalDispatch,
-    RemoteDispatch,
-    open_remote_dispatch,
-)
+from coordinator.expert_dispatch import SHARD_WAIT_S, ExpertDispatch, LocalDispatch
 from coordinator.kv_arrays import KvArrays
 from coordinator.map_reload import reload_on_hangup
 from coordinator.report import ModelLabel, Transcript
@@ -42,6 +35,10 @@ from shoal.experts.ownership import Ownership
 from shoal.experts.store import StoreOptions, WarmUpProgress
 from shoal.paths import resolve_model
 from shoal.transport import Transport
+
+if TYPE_CHECKING:
+    from coordinator.chat_template import ChatTemplate
+    from coordinator.remote_dispatch import RemoteDispatch
 
 # Parameters that generation_config.json may hold, and what each is.
 _OWN_SAMPLING: dict[str, tuple[type, ...]] = {
@@ -104,8 +101,10 @@ class OpenedModel:
             )
         self.engine_config = EngineConfig(max_context, config.prefill_chunk)
 
-    def chat_template(self) -> ChatTemplate:
+    def chat_template(self) -> "ChatTemplate":
         """Return the model's template. Raises RequestError if it has none."""
+        from coordinator.chat_template import ChatTemplate  # and jinja2: not for raw text
+
         if self.artifact.chat_template_path is None:
             raise RequestError(
                 f"{self.artifact.name} has no chat template: complete raw text with `shoal run`, "
@@ -218,19 +217,20 @@ def start_engine(model: OpenedModel, feedback: Feedback) -> Iterator[Coordinator
         stack.callback(dispatch.close)
         engine = _make_engine(model, dispatch, speculation)
         stack.callback(engine.close)
-        has_file = config.moe_shards is not None and config.moe_shards.startswith("@")
-        if isinstance(dispatch, RemoteDispatch) and has_file:
-            stack.enter_context(reload_on_hangup(dispatch, feedback.tell))
+        if config.moe_shards is not None and config.moe_shards.startswith("@"):
+            stack.enter_context(reload_on_hangup(_on_nodes(dispatch), feedback.tell))
         yield Coordinator(model, engine, dispatch)
 
 
 def _make_engine(model: OpenedModel, dispatch: ExpertDispatch, speculation: Speculation) -> Engine:
     artifact, config = model.artifact, model.engine_config
+    has_nodes = model.config.moe_shards is not None
+    round_trips = _on_nodes(dispatch).num_layers_on_nodes if has_nodes else 0
     weights = load_weights(artifact)
     watched = WatchedExperts(artifact.spec, DispatchedExperts(artifact, dispatch))
 
     def make_speculator(kv: KvArrays) -> Speculator:
-        target = Target(artifact, weights, watched, kv, config.max_context)
+        target = Target(artifact, weights, watched, kv, config.max_context, round_trips)
         return speculation.speculator(target, time.perf_counter)
 
     return Engine(
@@ -243,10 +243,19 @@ def _make_engine(model: OpenedModel, dispatch: ExpertDispatch, speculation: Spec
     )
 
 
+def _on_nodes(dispatch: ExpertDispatch) -> "RemoteDispatch":
+    from coordinator.remote_dispatch import RemoteDispatch
+
+    assert isinstance(dispatch, RemoteDispatch), "--moe-shards makes one"
+    return dispatch
+
+
 def _open_dispatch(
     config: CoordinatorConfig, artifact: Artifact, feedback: Feedback
 ) -> ExpertDispatch:
     if config.moe_shards is not None:
+        from coordinator.remote_dispatch import open_remote_dispatch  # and gRPC: not without nodes
+
         return open_remote_dispatch(
             artifact,
             config.moe_shards,

@@ -17,14 +17,10 @@ import pytest
 
 from coordinator.cancellation import Cancellation
 from coordinator.engine import Engine, EngineConfig
-from coordinator.expert_dispatch import (
-    ExpertDispatch,
-    PendingSums,
-    RemoteDispatch,
-    open_remote_dispatch,
-)
+from coordinator.expert_dispatch import ExpertDispatch, PendingSums
 from coordinator.kv_arrays import KvArrays
 from coordinator.map_reload import reload_on_hangup
+from coordinator.remote_dispatch import RemoteDispatch, open_remote_dispatch
 from coordinator.request import Finished, GenerationRequest, TokenGenerated
 from coordinator.tokenizer import NoTokenizer
 from coordinator.transformer import exact_transformer

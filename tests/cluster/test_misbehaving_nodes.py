@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from coordinator.expert_dispatch import PendingSums, RemoteDispatch, open_remote_dispatch
+from coordinator.expert_dispatch import PendingSums
+from coordinator.remote_dispatch import RemoteDispatch, open_remote_dispatch
 from shoal import __version__, errors, limits, numerics, ops, wire
 from shoal.artifact import Artifact
 from shoal.router import RoutingPlan

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.expert_dispatch import PendingSums, RemoteDispatch, open_remote_dispatch
+from coordinator.expert_dispatch import PendingSums
+from coordinator.remote_dispatch import RemoteDispatch, open_remote_dispatch
 from shoal import errors, ops
 from shoal.artifact import Artifact
 from shoal.router import RoutingPlan

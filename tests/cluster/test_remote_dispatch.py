@@ -8,12 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from coordinator.expert_dispatch import (
-    BULK_ROWS_PER_CALL,
-    ExpertDispatch,
-    LocalDispatch,
-    open_remote_dispatch,
-)
+from coordinator.expert_dispatch import BULK_ROWS_PER_CALL, ExpertDispatch, LocalDispatch
+from coordinator.remote_dispatch import open_remote_dispatch
 from shoal import ops
 from shoal.artifact import Artifact
 from shoal.router import RoutingPlan

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from client.node_process import NodeProcess
-from coordinator.expert_dispatch import PendingSums, RemoteDispatch, open_remote_dispatch
+from coordinator.expert_dispatch import PendingSums
+from coordinator.remote_dispatch import RemoteDispatch, open_remote_dispatch
 from shoal import errors
 from shoal.artifact import Artifact
 from shoal.experts.executor import ExpertExecutor

@@ -16,9 +16,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from coordinator.dispatch_events import Lane
-from coordinator.expert_dispatch import PendingSums, RemoteDispatch, open_remote_dispatch
+from coordinator.expert_dispatch import PendingSums
 from coordinator.fast_lane import FastLane
 from coordinator.node_link import Greeting
+from coordinator.remote_dispatch import RemoteDispatch, open_remote_dispatch
 from shoal import errors, numerics, ops
 from shoal.artifact import Artifact
 from shoal.http2 import frames, grpc_headers

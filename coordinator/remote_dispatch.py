@@ -1,0 +1,396 @@
+"""Experts on nodes, and perhaps some in this process: a map becomes connections and calls.
+
+Apart from `expert_dispatch`, whose users without nodes need no network: gRPC, asyncio and protobuf
+take 0.2 s to import.
+"""
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator import call_split
+from coordinator.call_split import Part
+from coordinator.calls_in_flight import Fanout, OutgoingCall
+from coordinator.dispatch_events import Lane
+from coordinator.dispatch_stats import DispatchStats
+from coordinator.expert_dispatch import BULK_ROWS_PER_CALL, SHARD_WAIT_S, PendingSums
+from coordinator.fast_client import FastClient
+from coordinator.handshake import Expected, NodeFacts, check_node, check_rows
+from coordinator.node_client import ExpertClient, NodeClient, Patience
+from coordinator.node_health import NodeHealth
+from coordinator.node_keeper import Terms
+from coordinator.node_link import Greeting
+from coordinator.placement import Placement
+from shoal import __version__, errors, limits, numerics, shard_map, wire
+from shoal.allocator import keep_freed_memory
+from shoal.artifact import Artifact
+from shoal.experts.call import ExpertCall
+from shoal.experts.executor import ExpertExecutor
+from shoal.experts.local import LocalExperts
+from shoal.experts.options import Mode
+from shoal.experts.ownership import Ownership
+from shoal.experts.store import StoreOptions, WarmUpProgress
+from shoal.router import RoutingPlan
+from shoal.rows import Rows
+from shoal.shard_map import EndpointKind
+from shoal.transport import Transport
+
+READY_TIMEOUT_S = 600.0  # warm-up: 500 GB at 1 GB/s
+
+# What a call's work is reckoned with. Only the ratio matters: a node's own speed is learned.
+MEMORY_BYTES_PER_US = 10_000
+WIRE_BYTES_PER_US = 100
+MANY_EXPERTS = 128  # a call of more pairs than that repeats experts
+
+
+def read_shard_map(argument: str) -> shard_map.ShardMap:
+    """Return the map of a `--moe-shards` argument: the map itself, or @FILE.toml.
+
+    Raises ShardMapError: wrong, or the file cannot be read.
+    """
+    if not argument.startswith("@"):
+        return shard_map.parse(argument)
+    path = Path(argument[1:])
+    try:
+        return shard_map.parse_toml(path.read_text("utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.ShardMapError(
+            f"--moe-shards {argument}: cannot read the file: {error}"
+        ) from error
+
+
+def open_remote_dispatch(
+    artifact: Artifact,
+    moe_shards: str,
+    call_timeout_s: float = 10.0,
+    *,
+    shard_wait_s: float = SHARD_WAIT_S,
+    transport: Transport = Transport.AUTO,
+    store: StoreOptions | None = None,
+    prefetch: Mode = Mode.AUTO,
+    ready_timeout_s: float = READY_TIMEOUT_S,
+    notify: Callable[[str], None] = lambda _: None,
+    report_load: Callable[[WarmUpProgress], None] = lambda _: None,
+) -> "RemoteDispatch":
+    """Connect to the nodes of a map, and read the experts that it keeps `local`.
+
+    A node that is down is no error while every range has another one: it is told, and met later.
+
+    Args:
+        moe_shards: the map, or @FILE.toml.
+        shard_wait_s: how long a call waits for a node when its range has none.
+        store, prefetch: of the `local` experts.
+        notify: told in a sentence what is waited for, lost and back. From any thread.
+        report_load: told how far the reading of `local` experts is.
+
+    Raises:
+        ShardMapError: the map is wrong for this model.
+        NodeError: a range whose nodes are down, hang, or are not what the map and the model need.
+        ArtifactError: a `local` expert cannot be read.
+    """
+    keep_freed_memory()
+    placement = Placement(read_shard_map(moe_shards), artifact.spec)
+    greeting = Greeting(artifact.identity, numerics.NUMERICS, secrets.token_bytes(16))
+    kinds = [endpoint.kind for endpoint in placement.endpoints]
+    local = None
+    if EndpointKind.LOCAL in kinds:
+        owned = _local_experts(artifact, placement, kinds.index(EndpointKind.LOCAL))
+        local = LocalExperts(artifact, owned, store, prefetch)
+    elif store not in (None, StoreOptions()):
+        raise errors.UsageError(
+            "--cache, --data-dir, --verify and --io are of experts in this process, and "
+            "--moe-shards names none as `local`: give them to `shoal node`"
+        )
+    make_client = FastClient if transport.is_fast else NodeClient
+    client: ExpertClient = make_client(greeting, Patience(call_timeout_s, shard_wait_s), notify)
+    try:
+        route = meet_nodes(artifact, placement, client, ready_timeout_s)
+        if local is not None:
+            local.warm_up(report_load)  # after the nodes: a wrong one is told at once
+    except BaseException:
+        client.close()
+        if local is not None:
+            local.close()
+        raise
+    executor = None if local is None else local.executor
+    return RemoteDispatch(artifact, moe_shards, route, client, executor, call_timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A shard map in use. Replaced as a whole when the map is.
+
+    candidates: of each slot, the nodes that have it, the preferred one first; None: this process.
+    shards: of each slot, its range in words.
+    """
+
+    placement: Placement
+    candidates: tuple[tuple[int, ...] | None, ...]
+    shards: tuple[str, ...]
+
+    @property
+    def nodes(self) -> set[int]:
+        return {node for nodes in self.candidates if nodes is not None for node in nodes}
+
+
+def meet_nodes(
+    artifact: Artifact, placement: Placement, client: ExpertClient, ready_timeout_s: float
+) -> Route:
+    """Meet the nodes of a map that are not met yet. Raises NodeError: a range would have none."""
+    expected = Expected(artifact.identity, artifact.name, numerics.NUMERICS, __version__)
+    names = [str(endpoint) for endpoint in placement.endpoints]
+    local = {i for i, e in enumerate(placement.endpoints) if e.kind is EndpointKind.LOCAL}
+
+    def check(name: str, facts: NodeFacts) -> None:
+        if name in names:  # else: it is on its way out
+            check_node(name, facts, expected, placement.missing(names.index(name), facts.owned))
+            check_rows(name, facts, max_rows_per_call(artifact))
+
+    def uncovered(there: set[str]) -> str:
+        return placement.uncovered(local | {i for i, name in enumerate(names) if name in there})
+
+    remote = [i for i in range(len(names)) if i not in local]
+    endpoints = [placement.endpoints[i] for i in remote]
+    nodes = client.meet(endpoints, Terms(check, uncovered, ready_timeout_s))
+    node_of = dict(zip(remote, nodes, strict=True))
+    candidates = [
+        None if slot[0] in local else tuple(node_of[endpoint] for endpoint in slot)
+        for slot in placement.slots
+    ]
+    shards = [placement.range_of(slot) for slot in range(len(placement.slots))]
+    return Route(placement, tuple(candidates), tuple(shards))
+
+
+def max_rows_per_call(artifact: Artifact) -> int:
+    """Return the most rows that a call has."""
+    return min(wire.max_rows_per_call(artifact.spec.model_dim), BULK_ROWS_PER_CALL)
+
+
+def _local_experts(artifact: Artifact, placement: Placement, local: int) -> Ownership:
+    assigned = placement.assigned(local)
+    wanted = {layer: np.flatnonzero(row).tolist() for layer, row in enumerate(assigned)}
+    held = artifact.owned_experts
+    for layer, experts in wanted.items():
+        if lacking := sorted(set(experts) - set(held.get(layer, ()))):
+            missing = shard_map.show_spans(shard_map.spans_of(np.array(lacking)))
+            raise errors.ShardMapError(
+                f"--moe-shards: {artifact.path} is a slice without experts {missing} of layer "
+                f"{layer}, which the map computes `local`: name a node that has them"
+            )
+    return Ownership(wanted)
+
+
+class RemoteDispatch:
+    """Experts on nodes, and perhaps some in this process (`local`). Use `open_remote_dispatch`.
+
+    The calling thread splits and encodes, then computes the local part while the nodes compute
+    theirs, then adds up.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        moe_shards: str,
+        route: Route,
+        client: ExpertClient,
+        executor: ExpertExecutor | None,
+        call_timeout_s: float,
+    ) -> None:
+        self.stats = DispatchStats()
+        self.route = route
+        self._artifact = artifact
+        self._moe_shards = moe_shards
+        self._client = client
+        self._executor = executor
+        self._deadline_ms = max(1, int(call_timeout_s * 1000))
+        layers = [i for i, layer in enumerate(artifact.spec.layers) if layer.router is not None]
+        self._grids = {layer: artifact.grid(layer) for layer in layers}
+        self._expert_us = {layer: _expert_us(artifact, layer) for layer in layers}
+        dim = artifact.spec.model_dim
+        self._max_rows = max_rows_per_call(artifact)
+        room = limits.INTERACTIVE_MESSAGE_BYTES - wire.ENVELOPE_BYTES
+        self._interactive_reply_rows = room // wire.reply_row_bytes(dim)
+
+    @property
+    def num_layers_on_nodes(self) -> int:
+        """Number of layers that have experts on nodes: the round trips of one pass."""
+        route = self.route
+        owners = [set(route.placement.owners(layer).tolist()) for layer in self._grids]
+        return sum(any(route.candidates[slot] is not None for slot in slots) for slots in owners)
+
+    def start(self, layer: int, rows: Rows, plan: RoutingPlan) -> PendingSums:
+        """Send the rows to the nodes that own their experts; see PendingSums for what may fail."""
+        started_s = time.perf_counter()
+        route = self.route
+        calls: list[OutgoingCall] = []
+        local: Part | None = None
+        for part in call_split.by_owner(plan, route.placement.owners(layer)):
+            candidates = route.candidates[part.slot]
+            if candidates is None:
+                local = part
+                continue
+            shard = route.shards[part.slot]
+            for piece in call_split.by_size(part, self._max_rows):
+                calls.append(self._encode(layer, rows, piece, candidates, shard))
+        fanout = self._client.submit(calls) if calls else None
+        return _RemoteSums(self, route, (layer, rows, plan), local, fanout, started_s)
+
+    def reload(self) -> str:
+        """Read a map file again and use it from the next layer on; return what it says.
+
+        Calls in flight end where they are. On an error the old map holds.
+
+        Raises:
+            ShardMapError: it is wrong for this model, or changes what this process computes.
+            NodeError: a range would have no node.
+        """
+        placement = Placement(read_shard_map(self._moe_shards), self._artifact.spec)
+        old = self.route
+        if not np.array_equal(_local_cells(placement), _local_cells(old.placement)):
+            raise errors.ShardMapError(
+                f"{self._moe_shards}: what is `local` cannot change while shoal runs: restart it"
+            )
+        route = meet_nodes(self._artifact, placement, self._client, READY_TIMEOUT_S)
+        self.route = route
+        self._client.retire(sorted(old.nodes - route.nodes))
+        return ", ".join(map(str, placement.endpoints))
+
+    def health(self, endpoint: str) -> NodeHealth | None:
+        """Return what is known of a node's speed, for figures; None: it was never there."""
+        names = [str(other) for other in self.route.placement.endpoints]
+        for slot, nodes in zip(self.route.placement.slots, self.route.candidates, strict=True):
+            for index, node in zip(slot, nodes or (), strict=False):
+                if names[index] == endpoint:
+                    return self._client.health(node)
+        return None
+
+    def close(self) -> None:
+        self._client.close()
+        if self._executor is not None:
+            self._executor.close()
+
+    def _encode(
+        self, layer: int, rows: Rows, part: Part, candidates: tuple[int, ...], shard: str
+    ) -> OutgoingCall:
+        call_id = self._client.next_call_id()
+        call = _call_of_part(layer, rows, part)
+        frame = wire.encode_call(call_id, self._deadline_ms, call).SerializeToString()
+        num_rows, num_pairs, num_bytes = part.num_rows, part.experts.size, len(frame)
+        is_small = (
+            num_rows <= self._interactive_reply_rows
+            and num_bytes <= limits.INTERACTIVE_MESSAGE_BYTES
+        )
+        lane = Lane.INTERACTIVE if is_small else Lane.BULK
+        # Each expert is read once, whatever its rows; the wire carries them there and back.
+        num_experts = min(num_pairs, MANY_EXPERTS)
+        work = (num_experts + 0.1 * num_pairs) * self._expert_us[
+            layer
+        ] + num_bytes / WIRE_BYTES_PER_US
+        return OutgoingCall(call_id, candidates, lane, frame, part.rows, work, shard)
+
+    def compute_local(self, layer: int, rows: Rows, part: Part) -> NDArray[np.int64]:
+        """Return [T, D]: the part's sums at its rows, zeros elsewhere."""
+        assert self._executor is not None
+        try:
+            sums = self._executor.compute(_call_of_part(layer, rows, part))
+        except errors.NumericError as error:
+            at_fault = tuple(int(part.rows[row]) for row in error.rows)
+            raise errors.NumericError(str(error), at_fault) from error
+        if part.num_rows == rows.num_rows:
+            return sums
+        spread = np.zeros((rows.num_rows, rows.dim), np.int64)
+        spread[part.rows] = sums
+        return spread
+
+    def add_replies(self, layer: int, fanout: Fanout, into: NDArray[np.int64]) -> None:
+        """Wait for a fan-out and add what it brings. Raises what PendingSums.wait does."""
+        self._client.wait(fanout)
+        for call in fanout.calls:
+            try:
+                wire.add_reply(fanout.replies[call.call_id], call.rows, self._grids[layer], into)
+            except errors.MalformedMessage as error:
+                name = self._client.name(fanout.answered_by[call.call_id])
+                raise errors.MalformedMessage(f"node {name}: {error}") from error
+
+    def abandon(self, fanout: Fanout) -> None:
+        self._client.abandon(fanout)
+
+
+class _RemoteSums:
+    def __init__(
+        self,
+        dispatch: RemoteDispatch,
+        route: Route,
+        asked: tuple[int, Rows, RoutingPlan],
+        local: Part | None,
+        fanout: Fanout | None,
+        started_s: float,
+    ) -> None:
+        self._dispatch, self._route, self._asked = dispatch, route, asked
+        self._local, self._fanout, self._started_s = local, fanout, started_s
+
+    def wait(self) -> NDArray[np.int64]:
+        dispatch, fanout = self._dispatch, self._fanout
+        layer, rows, _ = self._asked
+        compute_s = 0.0
+        try:
+            if self._local is None:
+                sums = np.zeros((rows.num_rows, rows.dim), np.int64)
+            else:
+                began_s = time.perf_counter()
+                sums = dispatch.compute_local(layer, rows, self._local)
+                compute_s = time.perf_counter() - began_s
+            if fanout is not None:
+                dispatch.add_replies(layer, fanout, sums)
+        except BaseException as error:
+            if fanout is not None:
+                dispatch.abandon(fanout)
+            if isinstance(error, errors.NodeError) and dispatch.route is not self._route:
+                # By a map that holds no more: the layer is asked for again, by the new one.
+                return dispatch.start(*self._asked).wait()
+            raise
+        bytes_up = bytes_down = 0
+        if fanout is not None:
+            bytes_up, bytes_down = fanout.bytes_up, fanout.bytes_down
+            compute_s = max(compute_s, _slowest_node_s(fanout))
+        elapsed_s = time.perf_counter() - self._started_s
+        dispatch.stats.record(elapsed_s, compute_s, bytes_up, bytes_down)
+        return sums
+
+    def abandon(self) -> None:
+        if self._fanout is not None:
+            self._dispatch.abandon(self._fanout)
+
+
+def _expert_us(artifact: Artifact, layer: int) -> float:
+    entry = artifact.manifest.expert_layer(layer)
+    assert entry is not None, f"layer {layer} has no experts"
+    return entry.expert_bytes / MEMORY_BYTES_PER_US
+
+
+def _local_cells(placement: Placement) -> NDArray[np.bool_]:
+    cells = [
+        placement.assigned(index)
+        for index, endpoint in enumerate(placement.endpoints)
+        if endpoint.kind is EndpointKind.LOCAL
+    ]
+    return cells[0] if cells else np.zeros(0, np.bool_)
+
+
+def _slowest_node_s(fanout: Fanout) -> float:
+    # A node computes one call at a time: what it spent on this fan-out is the sum of its calls.
+    micros: dict[int, int] = {}
+    for call in fanout.calls:
+        node, reply = fanout.answered_by[call.call_id], fanout.replies[call.call_id]
+        micros[node] = micros.get(node, 0) + reply.compute_us
+    return max(micros.values()) / 1e6
+
+
+def _call_of_part(layer: int, rows: Rows, part: Part) -> ExpertCall:
+    own = rows if part.num_rows == rows.num_rows else rows.take(part.rows.astype(np.intp))
+    return ExpertCall(layer, own, part.row_offsets, part.experts, part.weights)
