@@ -55,6 +55,8 @@ def figures_line(transcript: Transcript) -> str:
     if summary is not None and summary.num_fanouts:
         p50_us, p99_us = summary.latency_p50_s * 1e6, summary.latency_p99_s * 1e6
         parts.append(f"dispatch per layer p50 {p50_us:.0f} us, p99 {p99_us:.0f} us")
+    if speculation := _speculation_words(transcript):
+        parts.append(speculation)
     wire = wire_bytes_per_token(transcript)
     parts.append("experts in process" if wire == 0 else f"{wire / 1e3:.1f} KB per token")
     return " | ".join([*parts, str(finished.reason)])
@@ -91,8 +93,70 @@ def json_report(transcript: Transcript, label: ModelLabel) -> bytes:
             "decode": _summary(transcript.decode),
             "wire_bytes_per_token": wire_bytes_per_token(transcript),
         },
+        "speculation": _speculation(transcript),
     }
     return orjson.dumps(report, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _tokens_per_pass(transcript: Transcript) -> float | None:
+    """The first token belongs to the prompt's pass; None without a pass after it."""
+    finished = transcript.finished
+    assert finished is not None and finished.speculation is not None, "the engine counts passes"
+    num_passes = finished.speculation.passes
+    return (finished.timings.num_generated_tokens - 1) / num_passes if num_passes else None
+
+
+def _round_trips_per_token(transcript: Transcript) -> float | None:
+    """Waits for nodes, one after the other, per token after the first; None without such tokens.
+
+    Counts layers of passes, and what a drafter asked of nodes.
+    """
+    finished = transcript.finished
+    assert finished is not None and finished.speculation is not None, "the engine counts passes"
+    num_tokens = finished.timings.num_generated_tokens - 1
+    if num_tokens < 1:
+        return None
+    return finished.speculation.round_trips / num_tokens
+
+
+def _speculation_words(transcript: Transcript) -> str:
+    assert transcript.finished is not None
+    speculation = transcript.finished.speculation
+    if speculation is None or not speculation.drafted:
+        return ""
+    share = 100 * speculation.accepted / speculation.drafted
+    words = f"{_tokens_per_pass(transcript):.2f} tokens per pass"
+    words += f", {share:.0f} % of {speculation.drafted} guesses right"
+    num_bytes = speculation.local_expert_bytes
+    return words + (f", {num_bytes / 1e6:.0f} MB of experts here to guess" if num_bytes else "")
+
+
+def _speculation(transcript: Transcript) -> dict[str, Any] | None:
+    assert transcript.finished is not None
+    speculation = transcript.finished.speculation
+    if speculation is None:
+        return None
+    return {
+        "mode": speculation.mode,
+        "passes": speculation.passes,
+        "tokens_per_pass": _tokens_per_pass(transcript),
+        "drafted": speculation.drafted,
+        "accepted": speculation.accepted,
+        "local_expert_bytes": speculation.local_expert_bytes,
+        "per_drafter": {
+            name: {
+                "drafted": figures.drafted,
+                "accepted": figures.accepted,
+                "passes": figures.passes,
+                "draft_s": figures.draft_s,
+                "divergence": figures.divergence,
+                "round_trips": figures.round_trips,
+                "local_expert_bytes": figures.local_expert_bytes,
+            }
+            for name, figures in speculation.per_drafter.items()
+        },
+        "round_trips_per_token": _round_trips_per_token(transcript),
+    }
 
 
 def _prompt_count(timings: Timings) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from coordinator.speculation.acceptance import Acceptance
 from coordinator.speculation.figures import DrafterFigures
-from coordinator.speculation.interface import Drafter, DraftToken
+from coordinator.speculation.interface import AskingDrafter, Drafter, DraftToken
 from coordinator.speculation.pass_time import PassTime
 from coordinator.speculation.planner import Planner
 from coordinator.speculation.routing_watch import Routing, RoutingWatch
@@ -56,6 +56,11 @@ class Candidate:
     def _reset(self) -> None:
         self._num_drafted = self._num_accepted = self._num_passes = 0
         self._draft_s = 0.0
+        self._round_trips_before = self._round_trips()
+
+    def _round_trips(self) -> int:
+        drafter = self.drafter
+        return drafter.num_round_trips if isinstance(drafter, AskingDrafter) else 0
 
     @property
     def guess_s(self) -> float:
@@ -130,4 +135,5 @@ class Candidate:
             draft_s=self._draft_s,
             local_expert_bytes=self.drafter.local_expert_bytes,
             divergence=self.watch.share,
+            round_trips=self._round_trips() - self._round_trips_before,
         )

@@ -30,6 +30,7 @@ class Target:
     """The model that verifies, as drafters need it.
 
     watched: its experts, whose routing is compared with a drafter's. kv: its engine's arrays.
+    round_trips_per_pass: its layers with experts on nodes.
     """
 
     artifact: Artifact
@@ -37,6 +38,7 @@ class Target:
     watched: WatchedExperts
     kv: KvArrays
     max_context: int
+    round_trips_per_pass: int
 
 
 class Told(Protocol):
@@ -108,6 +110,8 @@ class Speculation:
             vocab_size=spec.vocab_size,
             max_draft=config.max_draft,
             divergence=config.draft_divergence,
+            round_trips_per_pass=target.round_trips_per_pass,
+            local_expert_bytes=self._local_expert_bytes(drafters),
             verified_routing=target.watched.last_rows,
             notify=self._told.tell,
         )
@@ -116,6 +120,10 @@ class Speculation:
         """Let go of the shadow."""
         if self._shadow is not None:
             self._shadow.close()
+
+    def _local_expert_bytes(self, drafters: list[Drafter]) -> int:
+        of_models = sum(d.local_expert_bytes for d in drafters if isinstance(d, ModelDrafter))
+        return of_models + (0 if self._shadow is None else self._shadow.num_bytes)
 
     def _drafters(self, target: Target) -> Iterator[Drafter]:
         """Open those that the mode asks for, in the order of preference among equals."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from coordinator.cancellation import Cancellation
 from coordinator.request import GenerationRequest
@@ -57,4 +57,14 @@ class Drafter(Protocol):
 
     def close(self) -> None:
         """Let go of memory and files. No iterator may be open."""
+        ...
+
+
+@runtime_checkable
+class AskingDrafter(Drafter, Protocol):
+    """A drafter that asks nodes, too."""
+
+    @property
+    def num_round_trips(self) -> int:
+        """Waits for nodes, one after the other, since it was made."""
         ...

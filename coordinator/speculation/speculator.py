@@ -39,6 +39,8 @@ class Speculator:
         vocab_size: int,
         max_draft: int,
         divergence: float,
+        round_trips_per_pass: int = 0,
+        local_expert_bytes: int = 0,
         verified_routing: Callable[[int], tuple[Routing, ...]] = lambda _num_rows: (),
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -49,6 +51,8 @@ class Speculator:
             pass_time: what passes of the target take; may know something already.
             clock: seconds.
             mode: for figures. max_draft, divergence: of `SpeculationConfig`.
+            round_trips_per_pass: to nodes, of the target. local_expert_bytes: of all drafters, what
+                they share once. Both for figures.
             verified_routing: of the last n rows of the target's last pass.
             notify: told in a sentence of a drafter that fails.
         """
@@ -57,6 +61,8 @@ class Speculator:
         self._mode = mode
         self._vocab_size = vocab_size
         self._max_draft = max_draft
+        self._round_trips_per_pass = round_trips_per_pass
+        self._local_expert_bytes = local_expert_bytes
         self._verified_routing = verified_routing
         self._notify = notify
         self._candidates = [
@@ -163,7 +169,14 @@ class Speculator:
     def figures(self) -> SpeculationFigures:
         """Return what was done for the request so far."""
         per_drafter = {c.drafter.name: c.figures() for c in self._candidates}
-        return SpeculationFigures(str(self._mode), self._num_passes, per_drafter)
+        round_trips = self._num_passes * self._round_trips_per_pass
+        return SpeculationFigures(
+            mode=str(self._mode),
+            passes=self._num_passes,
+            round_trips=round_trips + sum(f.round_trips for f in per_drafter.values()),
+            local_expert_bytes=self._local_expert_bytes,
+            per_drafter=per_drafter,
+        )
 
     def close(self) -> None:
         """Close the drafters."""
