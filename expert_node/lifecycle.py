@@ -10,11 +10,8 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
-from grpc_health.v1 import health, health_pb2
-
-from expert_node.service import SERVICE_NAME
 from shoal.errors import NodeDraining
 from shoal.experts.store import ExpertStore, Key, WarmUpProgress
 from shoal.log import get_logger
@@ -32,17 +29,15 @@ class Health:
     """grpc.health.v1 for the process ("") and the service."""
 
     def __init__(self) -> None:
-        self.servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self.is_serving = False
+        self.listeners: list[Callable[[bool], Awaitable[None]]] = []  # transports, from the start
         self.watchers: set[Callable[[], None]] = set()  # of the fast transport: told of changes
 
     async def set_serving(self, is_serving: bool) -> None:
         """Tell those who check or watch."""
         self.is_serving = is_serving
-        statuses = health_pb2.HealthCheckResponse
-        status = statuses.SERVING if is_serving else statuses.NOT_SERVING
-        for service in ("", SERVICE_NAME):
-            await self.servicer.set(service, status)
+        for listener in self.listeners:
+            await listener(is_serving)
         for watcher in list(self.watchers):
             watcher()
 

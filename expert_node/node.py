@@ -7,20 +7,17 @@ import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from expert_node.config import NodeConfig
+from expert_node.config import ListenAddress, NodeConfig
 from expert_node.fast_server import FastServer
-from expert_node.grpc_server import GrpcServer, Server
 from expert_node.heat_keeper import WRITE_INTERVAL_S, HeatKeeper, read_heat
 from expert_node.lifecycle import Health, StopSignal, WarmUpStopped, drained_too_late, warm_up
-from expert_node.metrics import NodeView, Sources, make_registry
-from expert_node.metrics_server import MetricsServer
 from expert_node.pace_keeper import PaceKeeper
 from expert_node.pins import pins_of, warm_up_order
 from expert_node.reload import Outcome, Reloader
 from expert_node.served import GRACE, Served, owned_by
-from expert_node.service import ExpertService
+from expert_node.service import ExpertService, Server
 from expert_node.worker import Worker
 from shoal import log, numerics, ops
 from shoal.artifact import Artifact
@@ -33,6 +30,10 @@ from shoal.experts.recording import Geometry, geometry_of
 from shoal.log import get_logger
 from shoal.sizes import format_size
 from shoal.transport import Transport
+
+if TYPE_CHECKING:
+    from expert_node.metrics import NodeView
+    from expert_node.metrics_server import MetricsServer
 
 STREAM_GRACE_S = 2.0  # for streams to send their last frames once the calls are done
 FORMER_GRACE_S = 10.0  # after a reload: streams that open know of the ranges before, perhaps
@@ -96,8 +97,7 @@ class Node:
         )
         self._health = Health()
         self._service = ExpertService(served.facts, self.worker, self)
-        make_server = FastServer if config.transport is not Transport.GRPCIO else GrpcServer
-        self._server: Server = make_server(self._service, self._health)
+        self._server = _make_server(config, self._service, self._health)
         self._metrics: MetricsServer | None = None
         self._port = 0
         self._changing = asyncio.Lock()  # of what is served
@@ -312,7 +312,9 @@ class Node:
                     )
                 )
 
-    def _view(self) -> NodeView:
+    def _view(self) -> "NodeView":
+        from expert_node.metrics import NodeView
+
         served, heat = self._served, self._heat.figures()
         return NodeView(
             facts=self._service.facts,
@@ -326,6 +328,21 @@ class Node:
             memory_limit_bytes=served.memory.num_bytes,
         )
 
+    def _serve_metrics(self, listen: ListenAddress) -> "MetricsServer":
+        from expert_node.metrics import Sources, make_registry  # prometheus_client: 0.05 s
+        from expert_node.metrics_server import MetricsServer
+
+        sources = Sources(
+            node=self._view,
+            store=self._served.store.figures,
+            pace=lambda: self._pace.view,
+            prefetch=self._served.prefetch_figures,
+            reloads=lambda: self.reloader.figures,
+            heat=self._heat.figures,
+        )
+        registry = make_registry(sources)
+        return MetricsServer(listen, registry, lambda: self.is_ready)
+
     async def _listen(self, config: NodeConfig) -> None:
         listen = config.listen
         if not listen.is_local:
@@ -337,16 +354,7 @@ class Node:
             _refuse_live_socket(listen.socket_path)
         await self._health.set_serving(False)
         if config.metrics_listen is not None:
-            sources = Sources(
-                node=self._view,
-                store=self._served.store.figures,
-                pace=lambda: self._pace.view,
-                prefetch=self._served.prefetch_figures,
-                reloads=lambda: self.reloader.figures,
-                heat=self._heat.figures,
-            )
-            registry = make_registry(sources)
-            self._metrics = MetricsServer(config.metrics_listen, registry, lambda: self.is_ready)
+            self._metrics = self._serve_metrics(config.metrics_listen)
         try:
             self._port = await self._server.start(listen)
         except (RuntimeError, OSError):  # gRPC's, and sockets' own
@@ -356,6 +364,14 @@ class Node:
                 f"cannot listen on {listen.grpc_target}: the address is in use, is not this "
                 "machine's, or needs more rights; choose another with --listen (port 0: any free)"
             ) from None
+
+
+def _make_server(config: NodeConfig, service: ExpertService, health: Health) -> Server:
+    if config.transport is not Transport.GRPCIO:
+        return FastServer(service, health)
+    from expert_node.grpc_server import GrpcServer
+
+    return GrpcServer(service, health)
 
 
 def _open_parts(config: NodeConfig, artifact: Artifact) -> tuple[Served, HeatKeeper]:
