@@ -1,4 +1,4 @@
-"""What a node does for its peers, by whatever transport: sessions of streams, Describe and the rest.
+"""What a node does for its peers, whatever the transport: sessions, Describe, Drain, Reload.
 
 No decisions here: what a frame means is the session's business. Transports: fast_connection and
 grpc_server.
