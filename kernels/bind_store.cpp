@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "bindings.h"
+#include "store_memory.h"
 #include "store_uring.h"
 
 namespace nb = nanobind;
@@ -49,6 +50,10 @@ void bind_store(nb::module_& m) {
 
   m.def("direct_alignment", &direct_alignment, "descriptor"_a,
         "Return (offset, address) alignment of direct reads, or None where it is not told.");
+  m.def(
+      "populate", [](const Bytes& memory) { return populate(memory.data(), memory.size()); },
+      "memory"_a, nb::call_guard<nb::gil_scoped_release>(),
+      "Have the system back these bytes with pages; return 0 or an errno.");
 
   using Guard = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<Ring>(m, "Ring", "An io_uring that reads. Raises OSError where there is none.")

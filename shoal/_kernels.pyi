@@ -120,6 +120,9 @@ def direct_alignment(descriptor: int) -> tuple[int, int] | None:
     Return (offset, address) alignment of direct reads, or None where it is not told.
     """
 
+def populate(memory: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> int:
+    """Have the system back these bytes with pages; return 0 or an errno."""
+
 class Ring:
     """An io_uring that reads. Raises OSError where there is none."""
 
