@@ -172,3 +172,21 @@ def test_the_help_of_a_verb_waits_for_no_heavy_import(verb: str) -> None:
     loaded = set(ran.stdout.splitlines()[-1].split())
     heavy = {"numpy", "grpc", "gguf", "tokenizers", "rich", "asyncio", "psutil"}
     assert loaded & heavy == set()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("code", "others"),
+    [
+        (
+            "from client.cli import main; main(['run', 'Once upon a time', '--max-tokens', '1'])",
+            {"grpc", "google", "asyncio", "jinja2", "gguf", "rich", "prometheus_client"},
+        ),
+        ("import expert_node.app", {"grpc", "gguf", "rich", "prometheus_client", "tokenizers"}),
+    ],
+    ids=["run", "node"],
+)
+def test_a_start_imports_only_what_it_uses(code: str, others: set[str]) -> None:
+    code += "; import sys; print(); print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(ran.stdout.splitlines()[-1].split()) & others == set()
