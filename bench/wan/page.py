@@ -1,0 +1,164 @@
+"""Put the newest figures into docs/wan.md, between its markers.
+
+python -m bench.wan.page [--name wan]
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.measure import RESULTS, ROOT, Row
+
+PAGE = ROOT / "docs" / "wan.md"
+Report = dict[str, Any]
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def source(report: Report, path: Path) -> str:
+    """Return where the figures are from."""
+    commit = str(report["commit"])[:8] + (" and changes" if report["uncommitted_changes"] else "")
+    return (
+        f"[{path.name}](../bench/results/{path.name}): {report['cpu']}, {report['num_cpus']} "
+        f"cores, load {report['load_1_min']:.1f}, commit {commit}, `{report['command']}`."
+    )
+
+
+def modes(report: Report) -> str:
+    """Return the totals of each mode."""
+    lines = [
+        [
+            row["mode"],
+            "both" if row["temperature"] is None else f"{row['temperature']:g}",
+            f"**{row['tokens_per_s']:.2f}**" if row["temperature"] is None else _rate(row),
+            f"{row['decode_tokens_per_s']:.2f}",
+            f"{row['tokens_per_pass']:.2f}",
+            f"{row['accepted']:.0f} of {row['drafted']:.0f}",
+            f"{row['round_trips_per_token']:.1f}",
+            f"{row['pass_s'] * 1e3:.0f} + {row['draft_s_per_pass'] * 1e3:.0f}",
+            f"{row['local_expert_bytes'] / 1e6:.1f} ({row['local_expert_share']:.1%})",
+        ]
+        for row in map(_net, report["rows"])
+    ]
+    heads = ["mode", "temperature", "tok/s", "decode tok/s", "tokens a pass", "accepted"]
+    heads += ["round trips a token", "ms a pass, drafting", "local expert MB (of the model's)"]
+    return table(heads, lines)
+
+
+def prompts(report: Report) -> str:
+    """Return each prompt's tokens a second, and tokens a pass, by mode."""
+    samples: list[Row] = report["samples"]
+    names = list(dict.fromkeys(row["mode"] for row in samples))
+    lines: list[list[str]] = []
+    for key in dict.fromkeys((row["prompt"], row["temperature"]) for row in samples):
+        mine = {row["mode"]: row for row in samples if (row["prompt"], row["temperature"]) == key}
+        row = max(mine.values(), key=lambda row: len(row["token_ids"]))
+        lines.append(
+            [
+                key[0],
+                f"{key[1]:g}",
+                f"{row['prompt_tokens']} → {len(row['token_ids'])}",
+                f"{row['prompt_repetition']:.0%}, {row['answer_repetition']:.0%}",
+                *(f"{_rate(mine[name])} ({mine[name]['tokens_per_pass']:.1f})" for name in names),
+            ]
+        )
+    return table(["prompt", "temperature", "tokens", "repeated", *names], lines)
+
+
+def prompt(report: Report) -> str:
+    """Return the sentence on the long prompt."""
+    (row,) = report["rows"]
+    return (
+        f"A prompt of {row['prompt_tokens']} tokens takes {row['round_trips']} round trips; its "
+        f"first token comes after {min(row['first_token_s']):.2f} s, "
+        f"{row['beyond_round_trips_s']:.2f} s more than those take (the best of "
+        f"{len(row['first_token_s'])}; two cores compute for everybody)."
+    )
+
+
+def sweep(report: Report) -> str:
+    """Return the sweep."""
+    rows: list[Row] = report["rows"]
+    names = list(dict.fromkeys(row["mode"] for row in rows))
+    lines: list[list[str]] = []
+    for rtt_s in dict.fromkeys(row["rtt_s"] for row in rows):
+        mine = [row for row in rows if row["rtt_s"] == rtt_s]
+        cells = [f"{row['decode_tokens_per_s']:.2f} ({row['tokens_per_pass']:.1f})" for row in mine]
+        worst = [f"{row['worst_of_off']:.2f}" for row in mine[1:]]
+        held = ["yes" if row["holds"] else "**no**" for row in mine[1:]]
+        lines.append([f"{rtt_s * 1e3:g} ms", *cells, *worst, ", ".join(held)])
+    slowest = [f"slowest prompt of {name}, ÷ off" for name in names[1:]]
+    return table(["round trip", *names, *slowest, "never slower"], lines)
+
+
+def wide(report: Report) -> str:
+    """Return the wide geometry's figures."""
+    lines = [
+        [
+            row["mode"],
+            row.get("case", "**all**"),
+            _rate(row),
+            f"{row['decode_tokens_per_s']:.2f}",
+            f"{row['tokens_per_pass']:.2f}",
+            f"{row['accepted']:.0f} of {row['drafted']:.0f}",
+            f"{row['round_trips_per_token']:.1f}",
+            f"{row['pass_s'] * 1e3:.0f}",
+            f"{row['local_expert_bytes'] / 1e9:.2f}",
+        ]
+        for row in [*report["samples"], *report["rows"]]
+    ]
+    heads = ["mode", "replayed from", "tok/s", "decode tok/s", "tokens a pass", "accepted"]
+    return table([*heads, "round trips a token", "ms a pass", "local expert GB"], lines)
+
+
+def _rate(row: Row) -> str:
+    return f"{row['tokens_per_s']:.2f}"
+
+
+def _net(row: Row) -> Row:
+    """Return the row with drafting taken out of the pass."""
+    return {**row, "pass_s": row["pass_s"] - row["draft_s_per_pass"]}
+
+
+BLOCKS: dict[str, tuple[str, Callable[[Report], str]]] = {
+    "modes": ("", modes),
+    "prompts": ("", prompts),
+    "prompt": ("-prompt", prompt),
+    "sweep": ("-sweep", sweep),
+    "wide": ("-wide", wide),
+}
+
+
+def put(text: str, block: str, body: str) -> str:
+    """Return the page with that body in a block."""
+    begin, end = f"<!-- {block} -->\n", "<!-- end -->"
+    before, found, rest = text.partition(begin)
+    assert found, f"docs/wan.md has no block {block}"
+    return f"{before}{begin}{body}\n{end}{rest.partition(end)[2]}"
+
+
+def main() -> None:
+    """Rewrite the blocks of which there are figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--name", default="wan", help="of the result files")
+    chosen = parser.parse_args()
+    text = PAGE.read_text("utf-8")
+    for block, (suffix, write) in BLOCKS.items():
+        files = sorted(RESULTS.glob(f"????-??-??-{chosen.name}{suffix}.json"))
+        if not files:
+            print(f"no figures for {block}")
+            continue
+        report = json.loads(files[-1].read_text())
+        body = f"{write(report)}\n\n{source(report, files[-1])}"
+        text = put(text, block, body)
+    PAGE.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
