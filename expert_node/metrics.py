@@ -140,6 +140,7 @@ def _cache(store: StoreFigures) -> Iterator[Metric]:
     yield _one(metrics.CACHE_BYTES, store.resident_bytes)
     yield _one(metrics.CACHE_PINNED_BYTES, store.pinned_bytes)
     yield _one(metrics.CACHE_BUDGET_BYTES, store.budget_bytes)
+    yield _one(metrics.CACHE_POPULATED, store.populated_bytes)
     yield _one(metrics.CACHE_STALL, store.stall_s)
     yield _one(metrics.CACHE_WAITING, store.num_waiting)
     yield _one(metrics.CACHE_LOADING, store.num_loading)

@@ -63,6 +63,9 @@ CACHE_EXPERTS = _gauge("shoal_cache_experts", "experts in memory")
 CACHE_BYTES = _gauge("shoal_cache_bytes", "bytes of the experts in memory")
 CACHE_PINNED_BYTES = _gauge("shoal_cache_pinned_bytes", "the part of them that is never evicted")
 CACHE_BUDGET_BYTES = _gauge("shoal_cache_budget_bytes", "bytes that experts may take (--cache)")
+CACHE_POPULATED = _counter(
+    "shoal_cache_populated_bytes", "bytes of its memory that were made ready ahead of use"
+)
 CACHE_STALL = _counter(
     "shoal_cache_stall_seconds", "time that calls waited for reads with nothing to compute"
 )

@@ -1,6 +1,7 @@
 """Whether the bytes that were read are an expert: hashes, and what read errors mean."""
 
 import errno
+import threading
 
 from blake3 import blake3
 
@@ -14,35 +15,43 @@ FIX = "fetch or convert the model again"
 
 
 class Checker:
-    """Compares hashes as often as asked. One thread at a time checks."""
+    """Compares hashes as often as asked. Thread-safe; an expert is checked by one thread."""
 
     def __init__(self, verify: Verify) -> None:
         self.verify = verify
         self.num_verified = 0
         self.num_corrupt = 0
+        self._lock = threading.Lock()
         self._checked: dict[Key, Signature] = {}  # the files as they were when it was right
 
-    def check(self, key: Key, listing: Listing, memory: U8) -> None:
-        """Raise CorruptArtifact if these bytes are not the expert's."""
-        if self.verify is Verify.NEVER:
-            return
-        try:
-            signature = listing.signature()
-        except OSError:  # the file is gone by now: what was read of it may still be right
-            signature = None
-        is_known = signature is not None and self._checked.get(key) == signature
-        if is_known and self.verify is Verify.FIRST:
-            return
-        self.num_verified += 1
-        if blake3(memory.data, max_threads=blake3.AUTO).hexdigest() != listing.blake3:
-            self.num_corrupt += 1
-            self._checked.pop(key, None)
+    def is_due(self, key: Key, listing: Listing) -> bool:
+        """Whether what was just read is to be checked."""
+        if self.verify is not Verify.FIRST:
+            return self.verify is Verify.ALWAYS
+        signature = _signature(listing)
+        return signature is None or self._checked.get(key) != signature
+
+    def check(self, key: Key, listing: Listing, memory: U8, *, is_alone: bool = True) -> None:
+        """Raise CorruptArtifact if these bytes are not the expert's.
+
+        Args:
+            is_alone: no others are checked at the same time: it may take all processors.
+        """
+        signature = _signature(listing)
+        digest = blake3(memory.data, max_threads=blake3.AUTO if is_alone else 1).hexdigest()
+        is_right = digest == listing.blake3
+        with self._lock:
+            self.num_verified += 1
+            self.num_corrupt += not is_right
+            if is_right and signature is not None:
+                self._checked[key] = signature
+            else:
+                self._checked.pop(key, None)
+        if not is_right:
             raise CorruptArtifact(
                 f"{_paths(listing)}: {_name(key)}: its bytes are not those that were written"
                 f" ({listing.num_bytes} bytes at {listing.sources[0].offset}); {FIX}"
             )
-        if signature is not None:
-            self._checked[key] = signature
 
 
 def read_failure(key: Key, listing: Listing, error: OSError) -> ShoalError:
@@ -58,6 +67,13 @@ def read_failure(key: Key, listing: Listing, error: OSError) -> ShoalError:
                 f"{_name(key)} cannot be read from {where}: {error.strerror or error}; "
                 "it is tried again at the next call: check the drive"
             )
+
+
+def _signature(listing: Listing) -> Signature | None:
+    try:
+        return listing.signature()
+    except OSError:  # the file is gone by now: what was read of it may still be right
+        return None
 
 
 def _name(key: Key) -> str:

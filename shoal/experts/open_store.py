@@ -5,6 +5,7 @@ from functools import partial
 from shoal.errors import UsageError
 from shoal.experts.cache import DEFAULT_POLICY, POLICIES
 from shoal.experts.catalogue import Catalogue
+from shoal.experts.checks import Checker
 from shoal.experts.options import Backend
 from shoal.experts.ownership import Ownership
 from shoal.experts.readers.open_reader import open_reader
@@ -39,7 +40,7 @@ def open_store(
         POLICIES[policy](1),
         lambda paths: open_reader(backend, None, paths, tuning=tuning),
         cache_bytes=options.cache_bytes,
-        verify=options.verify,
+        checker=Checker(options.verify),
     )
     store.pin(options.pins)
     return store

@@ -54,7 +54,7 @@ class StoreFigures:
     evictions: experts that made room for others.
     stall_s: time that calls spent waiting with nothing to compute, summed over calls.
     num_resident, resident_bytes: in memory now. pinned_bytes: the part that is pinned.
-    budget_bytes: what may be.
+    budget_bytes: what may be. populated_bytes: of its memory, made ready ahead of use.
     num_waiting: calls that wait for a read now. num_loading: reads under way or queued.
     prefetch_*: reads started for nobody: how many, and what became of their bytes: used by a call
         later, evicted (or failed, or cancelled) unused.
@@ -73,6 +73,7 @@ class StoreFigures:
     resident_bytes: int
     pinned_bytes: int
     budget_bytes: int
+    populated_bytes: int
     num_waiting: int
     num_loading: int
     prefetch_issued: int

@@ -2,6 +2,8 @@
 
 import asyncio
 import errno
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +22,16 @@ from shoal.errors import (
     NotOwned,
     UsageError,
 )
+from shoal.experts.cache import POLICIES
+from shoal.experts.catalogue import Catalogue, Listing
+from shoal.experts.checks import Checker
 from shoal.experts.open_store import open_store
 from shoal.experts.options import Backend, Verify
 from shoal.experts.ownership import Ownership
-from shoal.experts.store import StoreOptions, WarmUpProgress
+from shoal.experts.readers.open_reader import open_reader
+from shoal.experts.readers.reader import U8
+from shoal.experts.store import Key, StoreOptions, WarmUpProgress
+from shoal.experts.streaming import StreamingStore
 from support.held_reader import until
 from support.stores import LAYER, expected, flip, held, size_of, take, whole
 from support.tiny_model import make_tiny_artifact
@@ -209,6 +217,58 @@ def test_hashes_are_compared_as_often_as_asked(
         take(store, LAYER, [index])
     figures = store.figures()
     assert (figures.misses, figures.num_verified) == (8, verified)
+
+
+def test_reads_go_on_while_a_hash_is_compared(artifact: Artifact, opened: ExitStack) -> None:
+    """1. expert 1 is read and its hash takes for ever; 2. expert 2 is read, checked, given out."""
+
+    class Held(Checker):
+        has_begun, may_end = threading.Event(), threading.Event()
+
+        def check(self, key: Key, listing: Listing, memory: U8, *, is_alone: bool = True) -> None:
+            if key == (LAYER, 1):
+                self.has_begun.set()
+                assert self.may_end.wait(30)
+            super().check(key, listing, memory, is_alone=is_alone)
+
+    checker = Held(Verify.FIRST)
+    store = StreamingStore(
+        artifact,
+        Ownership(artifact.owned_experts),
+        Catalogue,
+        POLICIES["lru"](8),
+        lambda paths: open_reader(Backend.BUFFERED, None, paths),
+        checker=checker,
+    )
+    opened.enter_context(closing(store))
+    opened.callback(checker.may_end.set)
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(take, store, LAYER, [1])
+        assert checker.has_begun.wait(30)
+        # One processor has one thread for hashes: then this one is read without a check.
+        checker.verify = Verify.NEVER
+        assert take(store, LAYER, [2]) == expected(artifact, LAYER, [2])
+        assert store.try_acquire(LAYER, [1]) is None, "it was given out unchecked"
+        checker.may_end.set()
+        assert first.result(30) == expected(artifact, LAYER, [1])
+    assert checker.num_verified == 1
+
+
+@pytest.mark.processes
+def test_a_store_that_nobody_closed_does_not_keep_the_process(artifact: Artifact) -> None:
+    script = f"""
+from pathlib import Path
+from shoal.artifact import Artifact
+from shoal.experts.open_store import open_store
+from shoal.experts.ownership import Ownership
+artifact = Artifact.open(Path({str(artifact.path)!r}))
+store = open_store(artifact, Ownership(artifact.owned_experts))
+with store.acquire(0, [0]) as got:
+    print(sum(len(wave.positions) for wave in got))
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
 def test_a_file_that_was_written_to_is_verified_again(tmp_path: Path, opened: ExitStack) -> None:

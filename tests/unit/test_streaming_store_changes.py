@@ -22,6 +22,7 @@ from shoal.experts.cache.arena import Arena
 from shoal.experts.catalogue import Catalogue
 from shoal.experts.options import Backend
 from shoal.experts.ownership import Ownership
+from support.held_reader import until
 from support.stores import LAYER, expected, held, size_of, take, whole
 from support.tiny_model import make_tiny_artifact
 
@@ -204,3 +205,21 @@ def test_a_data_directory_without_experts_or_with_short_ones_is_refused(
     (tmp_path / "experts" / "layer-001.safetensors").write_bytes(b"short")
     with pytest.raises(CorruptArtifact, match=r"layer-001\.safetensors: 5 bytes"):
         catalogue([tmp_path])
+
+
+def test_the_memory_of_a_bounded_cache_is_made_ready_also_after_it_grows(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store = whole(artifact, opened, cache_bytes=8 * size_of(artifact))
+    until(lambda: store.figures().populated_bytes == 8 * size_of(artifact))
+    store.resize(20 * size_of(artifact))
+    until(lambda: store.figures().populated_bytes == 20 * size_of(artifact))
+    assert take(store, LAYER, range(16)) == expected(artifact, LAYER, range(16))
+
+
+def test_what_holds_everything_is_not_touched_before_it_is_read(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store = whole(artifact, opened)
+    take(store, LAYER, [0])
+    assert store.figures().populated_bytes == 0

@@ -54,6 +54,14 @@ class Extents:
                 return address
         return None
 
+    def free_from(self, address: int) -> tuple[int, int] | None:
+        """Return the first (address, bytes) at or after that address that is free and open."""
+        for start, num_bytes in self._free:
+            first, end = max(start, address), min(start + num_bytes, self.limit)
+            if first < end:
+                return first, end - first
+        return None
+
     def give(self, address: int, num_bytes: int) -> None:
         """Free an extent that was placed."""
         index = bisect_left(self._free, (address, 0))
