@@ -20,10 +20,10 @@ from shoal.limits import KIB, MAX_READ_QUEUE_DEPTH, READ_ALIGNMENT
 # bench/bench_reads.py: smaller chunks cost bandwidth on a cold disk and time of ours, larger ones
 # parallelism within an expert.
 CHUNK_BYTES = 1024 * KIB
-# A drive does side by side all that it is given: of 32 chunks it brought six experts together at the
-# end (4.3 ms), of 6 the first two after 1.8 ms, and computing goes on beside the other reads: a
-# token of bench_streaming.py took 10 % less. Two chunks keep the bandwidth up (2.7 GB/s); four more,
-# that it does not fall while the processors are busy elsewhere.
+# A drive does side by side all that it is given: of 32 chunks it brought six experts together at
+# the end (4.3 ms), of 6 the first two after 1.8 ms, and computing goes on beside the other reads:
+# a token of bench_streaming.py took 10 % less. Two chunks keep the bandwidth up (2.7 GB/s); four
+# more, that it does not fall while the processors are busy elsewhere.
 DEFAULT_QUEUE_DEPTH = 6
 MAX_ATTEMPTS = 3  # on one copy
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.005, 0.05
