@@ -18,6 +18,7 @@ EDGES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.
 CENTRES = tuple((low + high) / 2 for low, high in zip((0.0, *EDGES), EDGES, strict=False))
 PRIOR_SAMPLES = 6.0  # what a bin's own centre weighs: a handful of tokens outvote it
 FORGET = 0.5 ** (1 / 512)  # a token: the counts are half forgotten after 512
+REFRESH_EVERY = 16  # tokens: pooling takes some 60 us
 STEP = 0.08  # of the factor, a token: it follows within a dozen
 MAX_FACTOR = 8.0  # either way: beyond, the counts have to move
 MAX_CHANCE = 0.998  # nothing is certain: a draft of 32 such tokens is wrong in one of sixteen
@@ -30,6 +31,7 @@ class Acceptance:
         self._hits = [0.0] * len(EDGES)
         self._seen = [0.0] * len(EDGES)
         self._rates = list(CENTRES)
+        self._num_learned = self._num_fresh = 0
         self._factor = 1.0
         self._mean = 0.5
 
@@ -58,21 +60,25 @@ class Acceptance:
             self._learn(raw, 1.0)
         if num_accepted < len(raw_chances):
             self._learn(raw_chances[num_accepted], 0.0)
-        self._refresh()
+        if self._num_fresh >= min(REFRESH_EVERY, self._num_learned // 4):
+            self._refresh()
 
     def _learn(self, raw: float, hit: float) -> None:
         expected = self.chance(raw)
         grown = self._factor * (1.0 + STEP * (hit - expected))
         self._factor = min(MAX_FACTOR, max(1.0 / MAX_FACTOR, grown))
         self._mean += STEP * (hit - self._mean)
-        for index in range(len(EDGES)):
-            self._hits[index] *= FORGET
-            self._seen[index] *= FORGET
+        self._num_learned += 1
+        self._num_fresh += 1
         index = _bin(raw)
         self._hits[index] += hit
         self._seen[index] += 1.0
 
     def _refresh(self) -> None:
+        kept = FORGET**self._num_fresh
+        self._hits = [kept * hits for hits in self._hits]
+        self._seen = [kept * seen for seen in self._seen]
+        self._num_fresh = 0
         self._rates = pool_adjacent(
             [h + PRIOR_SAMPLES * c for h, c in zip(self._hits, CENTRES, strict=True)],
             [s + PRIOR_SAMPLES for s in self._seen],

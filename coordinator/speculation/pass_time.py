@@ -25,9 +25,13 @@ from shoal import limits
 
 MAX_NEAR_ROWS = 1 + limits.MAX_DRAFT  # what a verify pass runs: a bucket each; more rows share some
 SAMPLES = 5  # of a bucket: two outliers do not move its median
+FEW, BEND = 2.5, 1.25  # a median of fewer passes moves the fit by no more than a quarter
 FADE = 0.5 ** (1 / 256)  # a pass: a bucket that saw none of the last 256 weighs half
 FAR_WEIGHT = 0.05  # of a prefill chunk beside verify passes: it computes one row's logits only
 FAR_MARGIN = 1.5  # on the rise read off a prefill chunk alone, for the same reason
+LOOK_EVERY = 64  # passes of more rows: then T(1) is due to be seen again: at most 1.6 % of passes
+LOOK_SOON = 6  # likewise, while few were seen or after one unlike those before it
+SURPRISE = 0.15  # beyond the slowest or quickest T(1) remembered: such a one
 REFIT_EVERY = 8  # passes: a fit takes some 100 us
 EARLY = 16  # passes that are fitted each
 
@@ -47,13 +51,33 @@ class PassTime:
         self._buckets: dict[int, _Bucket] = {}
         self._num_passes = 0
         self._fitted_at = 0
-        self._table: list[float] = []  # [r - 1] for r in 1..MAX_NEAR_ROWS; [] before r = 1 was seen
+        self._plain_at = 0
+        self._look_after = LOOK_EVERY
+        self._table = [float("inf")] * MAX_NEAR_ROWS  # [r - 1]
         self._parts = (0.0, 0.0, 0.0)
 
     @property
     def is_known(self) -> bool:
-        """Whether a pass of one row was seen: before that there is nothing to compare with."""
-        return 1 in self._buckets
+        """Whether passes of one row were seen: before that there is nothing to compare with.
+
+        One that took longer than a chunk of the prompt was slow for a reason of its own: then
+        another is waited for.
+        """
+        plain = self._buckets.get(1)
+        if plain is None or len(plain) > 1:
+            return plain is not None
+        chunks = [bucket.point(0)[1] for rows, bucket in self._buckets.items() if rows > 1]
+        return not chunks or plain.point(0)[1] <= min(chunks)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a pass of one row is due, as none was seen lately."""
+        return self._num_passes - self._plain_at >= self._look_after
+
+    @property
+    def num_passes(self) -> int:
+        """How many were told of."""
+        return self._num_passes
 
     def distinct_experts(self, num_rows: int) -> float:
         """Return D(r), as if every row chose its experts by itself."""
@@ -62,10 +86,16 @@ class PassTime:
     def observe(self, num_rows: int, seconds: float) -> None:
         """Learn what a pass took: prefill chunks, plain steps and verify passes alike."""
         assert num_rows > 0, num_rows
+        self._num_passes += 1
         if not seconds > 0.0:
             return  # a clock too coarse to tell
-        self._num_passes += 1
         bucket = self._buckets.get(_key(num_rows))
+        if num_rows == 1:
+            is_sure = bucket is not None and bucket.is_usual(seconds)
+            self._plain_at, self._look_after = (
+                self._num_passes,
+                LOOK_EVERY if is_sure else LOOK_SOON,
+            )
         if bucket is None:
             bucket = self._buckets[_key(num_rows)] = _Bucket()
             self._fitted_at = -REFIT_EVERY
@@ -73,24 +103,27 @@ class PassTime:
 
     def predict(self, num_rows: int) -> float:
         """Return seconds, never less for more rows; infinity before a pass of one row was seen."""
-        if not self.is_known:
-            return float("inf")
+        if num_rows <= MAX_NEAR_ROWS:
+            return self.table()[num_rows - 1]
+        rise = self._shape(num_rows) - self._shape(MAX_NEAR_ROWS)
+        return self.table()[-1] + max(0.0, rise)
+
+    def table(self) -> list[float]:
+        """Return what `predict` says of 1, 2, .. MAX_NEAR_ROWS rows. Not to be changed."""
         since = self._num_passes - self._fitted_at
         if since >= REFIT_EVERY or (since and self._num_passes <= EARLY):
             self._refit()
-        if num_rows <= MAX_NEAR_ROWS:
-            return self._table[num_rows - 1]
-        last = self._table[-1]
-        rise = self._shape(num_rows) - self._shape(MAX_NEAR_ROWS)
-        return last + max(0.0, rise)
+        return self._table
 
     def parts(self) -> tuple[float, float, float]:
         """Return the fitted seconds (fixed, per row, per distinct expert). For figures."""
-        self.predict(1)
+        self.table()
         return self._parts
 
     def _refit(self) -> None:
         self._fitted_at = self._num_passes
+        if not self.is_known:
+            return
         points = [bucket.point(self._num_passes) for bucket in self._buckets.values()]
         if any(1 < rows <= MAX_NEAR_ROWS for rows, _, _ in points):
             self._parts = self._fit(points)
@@ -151,6 +184,8 @@ class PassTime:
             seconds = self._shape(rows)
             if rows in near:
                 median_s, weight = near[rows]
+                if weight < FEW:  # perhaps a stall
+                    median_s = min(seconds * BEND, max(seconds / BEND, median_s))
                 seconds += (median_s - seconds) * weight / (weight + 1.0)
             elif rows > 2 * most:
                 seconds = max(seconds, table[most - 1] * rows / most)
@@ -170,13 +205,24 @@ class _Bucket:
         self._samples: deque[tuple[float, int, float]] = deque(maxlen=SAMPLES)
         self._last = 0
 
+    def __len__(self) -> int:
+        return len(self._samples)
+
     def add(self, num_rows: int, seconds: float, now: int) -> None:
         self._samples.append((seconds / num_rows, num_rows, seconds))
         self._last = now
 
+    def is_usual(self, seconds: float) -> bool:
+        """Return whether a pass is about as quick as those remembered, and these are some."""
+        if len(self._samples) < FEW:
+            return False
+        quickest = min(sample[2] for sample in self._samples)
+        slowest = max(sample[2] for sample in self._samples)
+        return quickest * (1.0 - SURPRISE) <= seconds <= slowest * (1.0 + SURPRISE)
+
     def point(self, now: int) -> _Point:
-        """Return the middle pass, the slower of two, and what it weighs."""
-        _, rows, seconds = sorted(self._samples)[len(self._samples) // 2]
+        """Return the middle pass, the quicker of two, and what it weighs."""
+        _, rows, seconds = sorted(self._samples)[(len(self._samples) - 1) // 2]
         return rows, seconds, len(self._samples) * FADE ** (now - self._last)
 
 

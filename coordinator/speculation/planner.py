@@ -9,11 +9,12 @@ before or beside that arithmetic may be
     PLAIN   no draft: T(1) is not known yet, or is due to be seen again, or the ledger is low
     PROBE   a short draft although the arithmetic says 0, to find out whether it is still right
 
-The *ledger* counts what speculation won or lost against plain steps, as it really came: seconds
+The *ledger* counts what this drafter won or lost against plain steps, as it really came: seconds
 that the same tokens would have taken plainly, less what they took. It earns a share of all time.
-Probes are paid out of it, and none is made that it could not pay at its worst; below its floor
+Probes are paid out of it, and nothing is risked that would take it below its floor; once there,
 nothing is drafted until it has recovered. So all losses together, whatever the models of time and
-chance believe, stay below that share of the time and a constant of a few plain steps. A probe that
+chance believe, stay below that share of the time and a constant of a few plain steps; drafters side
+by side divide the share. A probe that
 loses doubles the pause before the next, so in a world where speculation never pays its cost fades.
 
 One step: (`wants` before each guess)* -> `best_length` -> the pass -> `observe`.
@@ -28,15 +29,14 @@ from shoal import limits
 MARGIN = 0.03  # of the plain rate: a gain below it is within what the models are wrong by
 EARNED = 0.015  # of the time: what probes and wrong drafts may cost in the long run
 FIRST_CREDIT = 1.0  # plain steps: what the first probe may cost
-FLOOR, CEILING = -6.0, 6.0  # of the ledger, in plain steps; a draft's luck moves it by one or two
-PLAIN_EVERY = 64  # drafted steps in a row: then T(1) is looked at again
-SURPRISE = 0.15  # of T(1): such a look is repeated soon,
-PLAIN_SOON = 6  # after so many steps
+CEILING = 6.0  # of the ledger, in plain steps; a draft's luck moves it by one or two
+FIRST_FLOOR, FLOOR = -0.5, -4.0  # likewise; it sinks from the first to the second
+FLOOR_STEPS = 800  # within so many: a short answer has no time to win back what luck cost
 FIRST_PAUSE, MAX_PAUSE = 4, 512  # steps between probes
 PROBE_LENGTH = 3  # guesses: enough to tell a row's price
 MIN_PROBE_GAIN = 0.25  # tokens that a probe must expect: else it could win at no price
 HOPE = 0.5  # chance of a guess nobody has made: a probe of a drafter that was bad stays possible
-MAX_STALL = 3.0  # predicted times: more is the link's doing, with or without drafts
+MAX_STALL = 2.0  # predicted times: more is the link's doing, with or without drafts
 
 
 class Step(StrEnum):
@@ -49,21 +49,29 @@ class Planner:
     """Plans for one drafter.
 
     Args:
-        pass_time: shared by all planners of a model; whoever runs passes tells it of each.
+        pass_time: shared by all planners of a model; whoever runs passes tells it of each, before
+            the planner hears of the step.
         max_draft: guesses at most, in 0..MAX_DRAFT; 0 never drafts.
+        num_planners: of the model, this one too.
     """
 
-    def __init__(self, pass_time: PassTime, max_draft: int = limits.MAX_DRAFT) -> None:
+    def __init__(
+        self, pass_time: PassTime, max_draft: int = limits.MAX_DRAFT, num_planners: int = 1
+    ) -> None:
         assert 0 <= max_draft <= limits.MAX_DRAFT, max_draft
+        assert num_planners >= 1, num_planners
+        self._earned = EARNED / num_planners
         self._pass_time = pass_time
         self._max_draft = max_draft
         self._step: Step | None = None  # of the step under way; None: not looked at yet
+        self._begun_at = 0  # passes before it
         self._probe_length = 0
+        self._expected_s = 0.0  # of the pass under way
         self._ledger: float | None = None  # seconds; None before T(1) is known
+        self._num_steps = 0
         self._is_broke = False
         self._pause = FIRST_PAUSE
         self._until_probe = 0
-        self._until_plain = PLAIN_EVERY
         self.num_probes = 0
 
     @property
@@ -86,6 +94,8 @@ class Planner:
         made = len(chances)
         if made >= self._max_draft or step is Step.PLAIN:
             return False
+        if self._risk(made + 1, guess_s * (made + 1)) > self._purse():
+            return False
         if step is Step.PROBE:
             return made < self._probe_length
         if self._worth_of_more(chances, next_chance, guess_s):
@@ -102,12 +112,19 @@ class Planner:
             chances: calibrated, of all guesses made.
             draft_s: seconds that making them took and that no pass hid.
         """
+        length = self._length(chances[: self._max_draft], draft_s)
+        self._expected_s = self._pass_time.predict(1 + length)
+        return length
+
+    def _length(self, chances: Sequence[float], draft_s: float) -> int:
         step = self._begun()
-        chances = chances[: self._max_draft]
         if step is Step.PLAIN or not chances:
             return 0
         if step is Step.PROBE:
             return min(self._probe_length, len(chances))
+        purse = self._purse()
+        while chances and self._risk(len(chances), draft_s) > purse:
+            chances = chances[:-1]
         length, rate = self._best(chances, draft_s)
         if rate > (1.0 + MARGIN) / (self._pass_time.predict(1) + draft_s):
             return length
@@ -131,53 +148,50 @@ class Planner:
         plain_s = self._pass_time.predict(1)
         if self._ledger is None:
             self._ledger = FIRST_CREDIT * plain_s
-        expected_s = self._pass_time.predict(1 + num_drafted)
+        # What was expected before this very pass was learned from: a stall is nobody's loss.
+        expected_s = self._expected_s if num_drafted else plain_s
         seconds = min(pass_s, MAX_STALL * expected_s) + draft_s
         gain_s = num_tokens * plain_s - seconds if num_drafted else -draft_s
-        ledger = self._ledger + gain_s + EARNED * seconds
+        ledger = self._ledger + gain_s + self._earned * seconds
+        self._num_steps += 1
         self._ledger = min(CEILING * plain_s, max(2 * FLOOR * plain_s, ledger))
-        if self._ledger < FLOOR * plain_s:
+        if self._ledger < self._floor() * plain_s:
             self._is_broke = True
         elif self._ledger > 0.0:
             self._is_broke = False
-        self._note_plain(num_drafted, pass_s, plain_s)
         self._until_probe -= 1
         if step is Step.PROBE:
             self._pause = FIRST_PAUSE if gain_s > 0.0 else min(MAX_PAUSE, 2 * self._pause)
             self._until_probe = self._pause
 
     def _begun(self) -> Step:
-        if self._step is None:
-            must_look = self._until_plain <= 0 or not self._pass_time.is_known
+        # Another drafter's steps are not told of here: they show in the number of passes.
+        if self._step is None or self._begun_at != self._pass_time.num_passes:
+            self._begun_at = self._pass_time.num_passes
+            must_look = self._pass_time.is_due or not self._pass_time.is_known
             self._step = Step.PLAIN if must_look or self._is_broke else Step.NORMAL
         return self._step
 
-    def _note_plain(self, num_drafted: int, pass_s: float, plain_s: float) -> None:
-        if num_drafted:
-            self._until_plain -= 1
-        elif abs(pass_s - plain_s) > SURPRISE * plain_s:
-            self._until_plain = PLAIN_SOON
-        else:
-            self._until_plain = PLAIN_EVERY
-
     def _best(self, chances: Sequence[float], draft_s: float) -> tuple[int, float]:
         """Return the length of the highest rate, the shortest of equals, and that rate."""
-        best, best_rate = 0, 1.0 / (self._pass_time.predict(1) + draft_s)
+        pass_s = self._pass_time.table()
+        best, best_rate = 0, 1.0 / (pass_s[0] + draft_s)
         tokens, reached = 1.0, 1.0
         for length, chance in enumerate(chances, 1):
             reached *= chance
             tokens += reached
-            rate = tokens / (self._pass_time.predict(1 + length) + draft_s)
+            rate = tokens / (pass_s[length] + draft_s)
             if rate > best_rate:
                 best, best_rate = length, rate
         return best, best_rate
 
     def _worth_of_more(self, chances: Sequence[float], next_chance: float, guess_s: float) -> bool:
         """Return whether some longer draft has a higher rate than any up to here."""
+        pass_s = self._pass_time.table()
         spent_s = guess_s * len(chances)
-        best = (1.0 + MARGIN) / self._pass_time.predict(1)
+        best = (1.0 + MARGIN) / pass_s[0]
         if chances:
-            best = max(1.0 / (self._pass_time.predict(1) + spent_s), self.rate(chances, spent_s))
+            best = self._best(chances, spent_s)[1]
         tokens, reached = 1.0, 1.0
         for chance in chances:
             reached *= chance
@@ -186,9 +200,23 @@ class Planner:
             reached *= next_chance
             tokens += reached
             spent_s += guess_s
-            if tokens / (self._pass_time.predict(1 + length) + spent_s) > best:
+            if tokens > best * (pass_s[length] + spent_s):
                 return True
         return False
+
+    def _floor(self) -> float:
+        share = min(1.0, self._num_steps / FLOOR_STEPS)
+        return FIRST_FLOOR + (FLOOR - FIRST_FLOOR) * share
+
+    def _purse(self) -> float:
+        """Return the seconds that may be lost before the ledger is at its floor."""
+        plain_s = self._pass_time.predict(1)
+        ledger = FIRST_CREDIT * plain_s if self._ledger is None else self._ledger
+        return ledger - self._floor() * plain_s
+
+    def _risk(self, length: int, draft_s: float) -> float:
+        """Return the seconds that a draft loses if none of it is accepted."""
+        return self._pass_time.predict(1 + length) - self._pass_time.predict(1) + draft_s
 
     def _may_probe(self) -> bool:
         return self._until_probe <= 0 and self._ledger is not None and self._ledger > 0.0
@@ -197,11 +225,10 @@ class Planner:
         """Begin a probe if the ledger can pay it at its worst; return its length, or 0."""
         assert self._ledger is not None, "a probe before T(1) is known"
         tokens, reached, length = 0.0, 1.0, 0
-        plain_s = self._pass_time.predict(1)
         for made, chance in enumerate(chances, 1):
             reached *= chance
             tokens += reached
-            if self._pass_time.predict(1 + made) - plain_s + draft_s <= self._ledger:
+            if self._risk(made, draft_s) <= self._ledger:
                 length = made
         if not length or tokens < MIN_PROBE_GAIN:
             return 0

@@ -18,7 +18,7 @@ from shoal import limits
 class World:
     """num_layers round trips a pass; times in seconds.
 
-    chances: true chances of a guess by text, one of which is at work for `spell` steps or so.
+    chances: true chances of a guess by text, one of which is at work for `spell` tokens or so.
     optimism: what the drafter says is true ** (1 / optimism): above 1 it believes too much.
     guess_s: what a guess costs; a free one (lookup) is compared with what came even if unverified.
     stalls: share of passes that take ten times as long.
@@ -58,8 +58,15 @@ class Outcome:
     tokens: int = 0
     passes: int = 0
     drafted: int = 0
-    accepted: int = 0
     lengths: list[int] = field(default_factory=list)
+
+    def add(self, world: World, length: int, tokens: int, draft_s: float) -> None:
+        self.tokens += tokens
+        self.passes += 1
+        self.drafted += length
+        self.lengths.append(length)
+        self.seconds += mean_s(world, 1 + length) + draft_s
+        self.off_s += tokens * mean_s(world, 1)
 
     @property
     def slower(self) -> float:
@@ -68,24 +75,27 @@ class Outcome:
 
 
 class Text:
-    """What is to come: true chances of the next guesses, the same for every way of speculating."""
+    """What is to come, the same however it is guessed: a chance and a die for every token."""
 
-    def __init__(self, world: World, seed: int) -> None:
-        self._world, self._random = world, random.Random(seed)
-        self._regime = self._random.choice(world.chances)
+    def __init__(self, world: World, num_tokens: int, seed: int) -> None:
+        rng = random.Random(seed)
+        regime = rng.choice(world.chances)
+        self._chances: list[float] = []
+        self._dice: list[float] = []
+        for _ in range(num_tokens + limits.MAX_DRAFT + 1):
+            if rng.random() < 1 / world.spell:
+                regime = rng.choice(world.chances)
+            self._chances.append(min(0.99, max(0.01, regime + rng.gauss(0, world.spread))))
+            self._dice.append(rng.random())
 
-    def step(self) -> list[float]:
-        world = self._world
-        if self._random.random() < 1 / world.spell:
-            self._regime = self._random.choice(world.chances)
-        centre = self._regime + self._random.gauss(0, world.spread)
-        return [min(0.99, max(0.01, centre)) for _ in range(limits.MAX_DRAFT)]
+    def chances(self, position: int) -> list[float]:
+        """Return the true chances of the guesses from there on."""
+        return self._chances[position : position + limits.MAX_DRAFT]
 
-    def accepted(self, chances: list[float]) -> int:
+    def accepted(self, position: int, length: int) -> int:
+        """Return how many of so many guesses are right."""
         count = 0
-        for chance in chances:
-            if self._random.random() >= chance:
-                break
+        while count < length and self._dice[position + count] < self._chances[position + count]:
             count += 1
         return count
 
@@ -97,13 +107,10 @@ def noisy(rng: random.Random, world: World, num_rows: int) -> float:
 
 def run_static(world: World, length: int, num_tokens: int, seed: int) -> Outcome:
     """Draft `length` guesses each step, whatever happens."""
-    text, outcome = Text(world, seed), Outcome()
+    text, outcome = Text(world, num_tokens, seed), Outcome()
     while outcome.tokens < num_tokens:
-        tokens = 1 + text.accepted(text.step()[:length])
-        outcome.tokens += tokens
-        outcome.passes += 1
-        outcome.seconds += mean_s(world, 1 + length) + length * world.guess_s
-        outcome.off_s += tokens * mean_s(world, 1)
+        tokens = 1 + text.accepted(outcome.tokens, length)
+        outcome.add(world, length, tokens, length * world.guess_s)
     return outcome
 
 
@@ -118,35 +125,28 @@ def run_auto(
     watch: Callable[[Planner, PassTime], None] = lambda _planner, _time: None,
 ) -> Outcome:
     """Let the planner decide. Time is what passes take on average, so luck with noise is none."""
-    text, rng, outcome = Text(world, seed), random.Random(seed + 1), Outcome()
+    text, rng, outcome = Text(world, num_tokens, seed), random.Random(seed + 1), Outcome()
     pass_time = PassTime(world.num_experts, world.experts_per_token)
     acceptance, planner = Acceptance(), Planner(pass_time)
     if world.prompt:
         pass_time.observe(world.prompt, noisy(rng, world, world.prompt) * 1.2)
     while outcome.tokens < num_tokens:
-        true = text.step()
+        true = text.chances(outcome.tokens)
         raws: list[float] = []
-        while planner.wants(
-            [acceptance.chance(raw) for raw in raws], acceptance.mean, world.guess_s
-        ):
+        chances: list[float] = []
+        while planner.wants(chances, acceptance.mean, world.guess_s):
             raws.append(true[len(raws)] ** (1 / world.optimism))
-        chances = [acceptance.chance(raw) for raw in raws]
+            chances.append(acceptance.chance(raws[-1]))
         draft_s = len(raws) * world.guess_s
         length = planner.best_length(chances, draft_s)
         pass_s = noisy(rng, world, 1 + length)
-        accepted = text.accepted(true[:length])
+        accepted = text.accepted(outcome.tokens, length)
         pass_time.observe(1 + length, pass_s)
         acceptance.observe(raws[:length], accepted)
         if not length and not world.guess_s:
             raw = true[0] ** (1 / world.optimism)
-            acceptance.observe([raw], text.accepted(true[:1]))
+            acceptance.observe([raw], text.accepted(outcome.tokens, 1))
         planner.observe(length, 1 + accepted, pass_s, draft_s)
-        outcome.tokens += 1 + accepted
-        outcome.passes += 1
-        outcome.drafted += length
-        outcome.accepted += accepted
-        outcome.lengths.append(length)
-        outcome.seconds += mean_s(world, 1 + length) + draft_s
-        outcome.off_s += (1 + accepted) * mean_s(world, 1)
+        outcome.add(world, length, 1 + accepted, draft_s)
         watch(planner, pass_time)
     return outcome
