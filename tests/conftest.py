@@ -51,6 +51,18 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
+def _left_by_the_test(before: set[psutil.Process]) -> set[psutil.Process]:
+    """Return our new children, but for what older ones started: a wider fixture's, it ends them."""
+    return {child for child in our_children() - before if not before & _ancestors(child)}
+
+
+def _ancestors(process: psutil.Process) -> set[psutil.Process]:
+    try:
+        return set(process.parents())
+    except psutil.Error:  # it ended while we looked
+        return set()
+
+
 @pytest.fixture(autouse=True)
 def nothing_outlives_the_test() -> Iterator[None]:
     """Fail a test that leaves a thread or a process behind; wider fixtures' own are theirs."""
@@ -60,7 +72,7 @@ def nothing_outlives_the_test() -> Iterator[None]:
     for thread in left:
         thread.join(GRACE_S)
     alive = [thread.name for thread in left if thread.is_alive()]
-    _, orphans = psutil.wait_procs(our_children() - children, GRACE_S)
+    _, orphans = psutil.wait_procs(_left_by_the_test(children), GRACE_S)
     described = [f"{process.pid}: {' '.join(_command(process))}" for process in orphans]
     for process in orphans:
         process.kill()

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from shoal.limits import MIB
+
 QUICK_HEALTH_CHECKS = {  # Ray notices a dead machine in 2.5 s instead of 16
     "RAY_health_check_initial_delay_ms": "500",
     "RAY_health_check_period_ms": "500",
@@ -17,7 +19,6 @@ QUICK_HEALTH_CHECKS = {  # Ray notices a dead machine in 2.5 s instead of 16
     "RAY_health_check_failure_threshold": "3",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-MIB = 2**20
 STOP_TIMEOUT_S = 60.0
 
 
