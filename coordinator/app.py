@@ -230,7 +230,7 @@ def _make_engine(model: OpenedModel, dispatch: ExpertDispatch, speculation: Spec
     watched = WatchedExperts(artifact.spec, DispatchedExperts(artifact, dispatch))
 
     def make_speculator(kv: KvArrays) -> Speculator:
-        target = Target(artifact, weights, watched, kv, config.max_context, round_trips)
+        target = Target(artifact, weights, watched, dispatch, kv, config.max_context, round_trips)
         return speculation.speculator(target, time.perf_counter)
 
     return Engine(

@@ -12,6 +12,7 @@ from coordinator.speculation.routing_watch import Routing, RoutingWatch
 
 FREE_SHARE = 0.02  # of a plain pass: a guess that takes less is made before it is weighed
 SPEED_SAMPLES = 9  # guesses whose median is the speed: a stall does not move it
+BURST_SAMPLES = 64  # guesses whose mean is the speed of a drafter that waits, then tells several
 
 
 @dataclass(slots=True)
@@ -49,7 +50,9 @@ class Candidate:
         self.is_out = False  # it failed: not asked again
         self.owed_s = 0.0  # drafting that no pass was charged with yet
         self._pass_time = pass_time
-        self._guess_s: deque[float] = deque(maxlen=SPEED_SAMPLES)
+        self._is_bursty = isinstance(drafter, AskingDrafter)
+        num_samples = BURST_SAMPLES if self._is_bursty else SPEED_SAMPLES
+        self._guess_s: deque[float] = deque(maxlen=num_samples)
         self._has_begun = False
         self._reset()
 
@@ -65,7 +68,11 @@ class Candidate:
     @property
     def guess_s(self) -> float:
         """Seconds that one guess takes; 0 before one was made."""
-        return sorted(self._guess_s)[len(self._guess_s) // 2] if self._guess_s else 0.0
+        if not self._guess_s:
+            return 0.0
+        if self._is_bursty:
+            return sum(self._guess_s) / len(self._guess_s)
+        return sorted(self._guess_s)[len(self._guess_s) // 2]
 
     @property
     def is_free(self) -> bool:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from coordinator.expert_branch import WatchedExperts
+from coordinator.expert_dispatch import ExpertDispatch
 from coordinator.kv_arrays import KvArrays
 from coordinator.speculation.config import Speculate, SpeculationConfig
+from coordinator.speculation.corrected_drafter import CorrectedDrafter
 from coordinator.speculation.interface import Drafter
 from coordinator.speculation.lookup import LookupDrafter
 from coordinator.speculation.model_drafter import ModelDrafter
@@ -29,13 +31,15 @@ from shoal.paths import resolve_model
 class Target:
     """The model that verifies, as drafters need it.
 
-    watched: its experts, whose routing is compared with a drafter's. kv: its engine's arrays.
+    watched: its experts, whose routing is compared with a drafter's. dispatch: where they are.
+    kv: its engine's arrays.
     round_trips_per_pass: its layers with experts on nodes.
     """
 
     artifact: Artifact
     weights: ModelWeights
     watched: WatchedExperts
+    dispatch: ExpertDispatch
     kv: KvArrays
     max_context: int
     round_trips_per_pass: int
@@ -134,6 +138,12 @@ class Speculation:
             yield ModelDrafter(self._draft_model, target.max_context, self._told.show_load)
         if self._shadow_artifact is not None and mode in {Speculate.AUTO, Speculate.SHADOW}:
             yield ShadowDrafter(self.shadow(), target.weights, target.kv)
+        # Without nodes it would ask this process for what a pass computes anyway.
+        asks = mode is Speculate.AUTO and target.round_trips_per_pass > 0
+        if self._shadow_artifact is not None and (asks or mode is Speculate.BATCH):
+            yield CorrectedDrafter(
+                target.artifact, target.dispatch, self.shadow(), target.weights, target.kv
+            )
 
 
 def pass_time_of(spec: ModelSpec) -> PassTime:
