@@ -1,4 +1,4 @@
-"""What is asked: the files of prompts/, four kinds, at least two of each."""
+"""What is asked: the files of texts/, four kinds, at least two of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from coordinator.app import OpenedModel, message
 
-FOLDER = Path(__file__).parent / "prompts"
+FOLDER = Path(__file__).parent / "texts"
 KINDS = ("summarise", "code", "question", "story")
 LONG_TOKENS = 512  # the prompt whose round trips are counted
 

@@ -1,0 +1,93 @@
+"""What the bench behind a home link makes of its measurements, and its replayed luck."""
+
+from itertools import islice
+from typing import Any
+
+import pytest
+
+from bench.wan.figures import repetition, totals
+from bench.wan.page import BLOCKS, PAGE, put
+from bench.wan.prompts import FOLDER, KINDS
+from bench.wan.replay import Replay, ReplayDrafter
+from coordinator.cancellation import Cancellation
+from coordinator.kv_cache import KvBlockPool
+from coordinator.request import GenerationRequest
+from coordinator.sequence import Sequence
+from shoal.ops import SamplingParams
+
+
+def test_repetition_is_the_share_of_three_grams_that_came_before() -> None:
+    assert repetition([1, 2, 3, 4, 5]) == 0.0
+    assert repetition([1, 2, 3, 1, 2, 3]) == pytest.approx(1 / 4), "123 again, of 123 231 312 123"
+    assert repetition([7, 7, 7, 7, 7]) == pytest.approx(2 / 3)
+    assert repetition([1, 2]) == 0.0, "too short for any"
+
+
+def test_the_repetition_of_an_answer_counts_what_the_prompt_said() -> None:
+    prompt = [1, 2, 3, 4]
+    assert repetition([*prompt, 2, 3, 4], len(prompt)) == pytest.approx(1 / 3), (
+        "234, of 342 423 234"
+    )
+    assert repetition([*prompt, 5, 6, 7], len(prompt)) == 0.0
+
+
+def result(num_tokens: int, first_token_s: float, decode_s: float, passes: int) -> dict[str, Any]:
+    return {
+        "token_ids": list(range(num_tokens)),
+        "first_token_s": first_token_s,
+        "decode_s": decode_s,
+        "passes": passes,
+        "drafted": 2 * passes,
+        "accepted": num_tokens - 1 - passes,
+        "prefill_round_trips": 30,
+        "decode_round_trips": 30 * passes,
+    }
+
+
+def test_totals_are_all_tokens_by_all_time_and_no_mean_of_rates() -> None:
+    both = totals([result(11, 1.0, 9.0, 10), result(31, 1.0, 9.0, 10)])
+    assert both.tokens_per_s == pytest.approx(42 / 20)
+    assert both.decode_tokens_per_s == pytest.approx(40 / 18)
+    assert both.tokens_per_pass == pytest.approx(2.0)
+    assert both.accepted_per_pass == pytest.approx(1.0)
+    assert both.round_trips_per_token == pytest.approx((60 + 600) / 42)
+    assert both.pass_s == pytest.approx(0.9)
+
+
+def test_an_answer_of_one_token_has_no_pass_to_speak_of() -> None:
+    alone = totals([result(1, 1.5, 0.0, 0)])
+    assert alone.tokens_per_s == pytest.approx(1 / 1.5)
+    assert alone.decode_tokens_per_s == alone.tokens_per_pass == alone.pass_s == 0.0
+
+
+def test_a_block_of_the_page_is_replaced_and_nothing_else() -> None:
+    page = "a\n<!-- modes -->\nold\n<!-- end -->\nb\n<!-- sweep -->\n<!-- end -->\nc\n"
+    once = put(page, "modes", "new")
+    assert once == "a\n<!-- modes -->\nnew\n<!-- end -->\nb\n<!-- sweep -->\n<!-- end -->\nc\n"
+    assert put(once, "modes", "new") == once
+    with pytest.raises(AssertionError, match="no block"):
+        put(page, "missing", "new")
+
+
+def test_the_page_has_every_block_and_every_kind_two_prompts() -> None:
+    text = PAGE.read_text("utf-8")
+    assert all(f"<!-- {block} -->" in text for block in BLOCKS)
+    for kind in KINDS:
+        texts = {path.read_text("utf-8") for path in FOLDER.glob(f"{kind}-*.txt")}
+        assert len(texts) >= 2, kind
+
+
+def test_replayed_luck_is_right_as_often_as_was_recorded_at_that_position() -> None:
+    """The answer is 10 11 12 ...; two of its tokens are there; recorded: 1, 2, 3 right guesses."""
+    answer = list(range(10, 30))
+    drafter = ReplayDrafter(0.0, 1000, vocab_size=64)
+    drafter.replay = Replay([{"run": n, "chances": [0.9, 0.5, 0.25]} for n in (1, 2, 3)], answer)
+    drafter.begin(GenerationRequest((1, 2, 3), 20, SamplingParams()))
+    sequence = Sequence(KvBlockPool(2))
+    sequence.extend([1, 2, 3, 10])
+    for num_right, begin in ((1, 1), (2, 2), (3, 3), (1, 4)):
+        guesses = list(islice(drafter.draft(sequence, Cancellation()), 5))
+        right = [g.token_id == answer[begin + i] for i, g in enumerate(guesses)]
+        assert right == [index < num_right for index in range(3)]
+        assert [guess.chance for guess in guesses] == [0.9, 0.5, 0.25]
+        sequence.extend([answer[begin]])
