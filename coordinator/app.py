@@ -7,11 +7,19 @@ start_engine: kernels checked, nodes met and verified, weights read. Then reques
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from coordinator.cancellation import Cancellation
+from coordinator.corrected.compose import (
+    MoeDispatchFigures,
+    announce,
+    check_shadow,
+    corrected_pass,
+    figures_of,
+)
+from coordinator.corrected.config import MoeDispatchConfig
 from coordinator.engine import Engine, EngineConfig
 from coordinator.expert_branch import DispatchedExperts, WatchedExperts
 from coordinator.expert_dispatch import SHARD_WAIT_S, ExpertDispatch, LocalDispatch
@@ -20,7 +28,7 @@ from coordinator.map_reload import reload_on_hangup
 from coordinator.report import ModelLabel, Transcript
 from coordinator.request import Event, Finished, GenerationRequest, PromptRead, TokenGenerated
 from coordinator.speculation.compose import Speculation, Target
-from coordinator.speculation.config import SpeculationConfig
+from coordinator.speculation.config import Speculate, SpeculationConfig
 from coordinator.speculation.speculator import Speculator
 from coordinator.tokenizer import NoTokenizer, Tokenizer
 from coordinator.transformer import Transformer
@@ -70,8 +78,12 @@ class CoordinatorConfig:
     store: StoreOptions = field(default_factory=StoreOptions)
     prefetch: Mode = Mode.AUTO
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    moe_dispatch: MoeDispatchConfig = field(default_factory=MoeDispatchConfig)
 
     def __post_init__(self) -> None:
+        guesses = self.speculation.mode not in {Speculate.AUTO, Speculate.OFF}
+        guesses |= self.speculation.draft_model is not None
+        self.moe_dispatch.check(self.speculation.shadow, guesses)
         if self.threads is not None and not 1 <= self.threads <= limits.MAX_THREADS:
             raise UsageError(f"--threads {self.threads}: must be in 1..{limits.MAX_THREADS}")
         if not 0 < self.call_timeout_s <= limits.MAX_CALL_TIMEOUT_S:
@@ -156,8 +168,15 @@ def message(role: str, content: str) -> dict[str, str]:
 class Coordinator:
     """A model that answers. Not thread-safe."""
 
-    def __init__(self, model: OpenedModel, engine: Engine, dispatch: ExpertDispatch) -> None:
+    def __init__(
+        self,
+        model: OpenedModel,
+        engine: Engine,
+        dispatch: ExpertDispatch,
+        moe_dispatch: MoeDispatchFigures,
+    ) -> None:
         self.model = model
+        self.moe_dispatch = moe_dispatch
         self.engine = engine
         self._dispatch = dispatch
 
@@ -172,6 +191,7 @@ class Coordinator:
         Raises: RequestError, before any work, for a request that cannot be served.
         """
         self._dispatch.stats.reset()
+        transcript.moe_dispatch = self.moe_dispatch
         for event in self.engine.generate(transcript.request, cancellation):
             match event:
                 case PromptRead():
@@ -211,36 +231,53 @@ def start_engine(model: OpenedModel, feedback: Feedback) -> Iterator[Coordinator
     if config.threads is not None:
         ops.set_threads(config.threads)
     with ExitStack() as stack:
-        speculation = Speculation(config.speculation, artifact, model.tokenizer, feedback)
+        guessing = config.speculation
+        if not config.moe_dispatch.is_exact:
+            guessing = replace(guessing, mode=Speculate.OFF)
+        speculation = Speculation(guessing, artifact, model.tokenizer, feedback)
         stack.callback(speculation.close)
         dispatch = _open_dispatch(config, artifact, feedback)
         stack.callback(dispatch.close)
-        engine = _make_engine(model, dispatch, speculation)
+        engine, moe_dispatch = _make_engine(model, dispatch, speculation, feedback)
         stack.callback(engine.close)
         if config.moe_shards is not None and config.moe_shards.startswith("@"):
             stack.enter_context(reload_on_hangup(_on_nodes(dispatch), feedback.tell))
-        yield Coordinator(model, engine, dispatch)
+        yield Coordinator(model, engine, dispatch, moe_dispatch)
 
 
-def _make_engine(model: OpenedModel, dispatch: ExpertDispatch, speculation: Speculation) -> Engine:
-    artifact, config = model.artifact, model.engine_config
-    has_nodes = model.config.moe_shards is not None
-    round_trips = _on_nodes(dispatch).num_layers_on_nodes if has_nodes else 0
+def _make_engine(
+    model: OpenedModel, dispatch: ExpertDispatch, speculation: Speculation, feedback: Feedback
+) -> tuple[Engine, MoeDispatchFigures]:
+    artifact, config, asked = model.artifact, model.engine_config, model.config
+    nodes = None if asked.moe_shards is None else _on_nodes(dispatch)
+    round_trips = 0 if nodes is None else nodes.num_layers_on_nodes
+    shadow = None if asked.moe_dispatch.is_exact else speculation.shadow()
+    figures = figures_of(asked.moe_dispatch, shadow, None if nodes is None else nodes.farthest_s)
+    can_guess = asked.speculation.shadow is not None or asked.speculation.draft_model is not None
+    announce(figures, round_trips, can_guess, feedback.tell)
     weights = load_weights(artifact)
+    approximate = None
+    if shadow is not None:
+        check_shadow(shadow.artifact)
+        num_sweeps = asked.moe_dispatch.num_sweeps
+        approximate = corrected_pass(artifact, weights, dispatch, shadow, num_sweeps)
+        round_trips = min(round_trips, num_sweeps)
     watched = WatchedExperts(artifact.spec, DispatchedExperts(artifact, dispatch))
 
     def make_speculator(kv: KvArrays) -> Speculator:
         target = Target(artifact, weights, watched, dispatch, kv, config.max_context, round_trips)
         return speculation.speculator(target, time.perf_counter)
 
-    return Engine(
+    engine = Engine(
         Transformer(artifact.spec, weights, watched),
         model.tokenizer,
         lambda num_blocks: KvArrays(artifact.spec, artifact.kv_dtype, num_blocks),
         config,
         time.perf_counter,
         make_speculator,
+        approximate,
     )
+    return engine, figures
 
 
 def _on_nodes(dispatch: ExpertDispatch) -> "RemoteDispatch":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coordinator.corrected.options import MoeDispatchOptions
 from coordinator.speculation.options import SpeculationOptions
 from shoal import limits
 from shoal.errors import UsageError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 LOAD_SILENCE_S = 0.5
 SPECULATION_DEFAULTS = SpeculationOptions()
+MOE_DISPATCH_DEFAULTS = MoeDispatchOptions()
 
 Model = Annotated[
     str | None,
@@ -124,7 +126,9 @@ class EngineOptions:
         Transport, typer.Option(help="to nodes: grpcio, or our own framing (fast, auto)")
     ] = Transport.AUTO
 
-    def config(self, model: str | None, speculation: SpeculationOptions) -> "CoordinatorConfig":
+    def config(
+        self, model: str | None, speculation: SpeculationOptions, moe: MoeDispatchOptions
+    ) -> "CoordinatorConfig":
         """Return the configuration of a coordinator for that model. Raises UsageError."""
         from coordinator.app import CoordinatorConfig
         from shoal.experts.store import StoreOptions
@@ -147,6 +151,7 @@ class EngineOptions:
             ),
             prefetch=self.prefetch,
             speculation=speculation.config(),
+            moe_dispatch=moe.config(),
         )
 
 
@@ -181,6 +186,7 @@ def run(
     ] = False,
     engine: EngineOptions = EngineOptions(),
     speculation: SpeculationOptions = SPECULATION_DEFAULTS,
+    moe: MoeDispatchOptions = MOE_DISPATCH_DEFAULTS,
 ) -> None:
     """Complete one prompt, streaming the text; a line of figures follows on stderr.
 
@@ -194,7 +200,7 @@ def run(
         raise UsageError("--system needs --chat: a raw completion has no system prompt")
     model, prompt = _model_and_prompt(words or [], prompt_ids is not None)
     run_once(
-        engine.config(model, speculation),
+        engine.config(model, speculation, moe),
         RunRequest(
             prompt=prompt,
             prompt_ids=None if prompt_ids is None else _parse_ids(prompt_ids),
@@ -219,6 +225,7 @@ def chat(
     stop: Stop = None,
     engine: EngineOptions = EngineOptions(),
     speculation: SpeculationOptions = SPECULATION_DEFAULTS,
+    moe: MoeDispatchOptions = MOE_DISPATCH_DEFAULTS,
 ) -> None:
     """Talk with a model: history, streaming, /reset, /system TEXT, /exit.
 
@@ -227,7 +234,7 @@ def chat(
     from coordinator.chat import ChatConfig, run_chat
 
     run_chat(
-        engine.config(model, speculation),
+        engine.config(model, speculation, moe),
         ChatConfig(system, max_tokens, sampling.given(), tuple(stop or ())),
         _feedback(),
     )

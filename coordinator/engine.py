@@ -18,6 +18,7 @@ from blake3 import blake3
 from coordinator.array_types import F32
 from coordinator.batch import Piece, make_batch
 from coordinator.cancellation import Cancellation, Cancelled
+from coordinator.corrected.corrected_pass import CorrectedPass
 from coordinator.kv_arrays import KvArrays
 from coordinator.kv_cache import KvBlockPool, blocks_for
 from coordinator.request import (
@@ -70,10 +71,15 @@ class Engine:
         config: EngineConfig,
         clock: Callable[[], float],
         make_speculator: Callable[[KvArrays], Speculator] = lambda _kv: no_speculation(),
+        approximate: CorrectedPass | None = None,
     ) -> None:
-        """Args: make_speculator: makes who guesses, from the KV arrays of this engine."""
+        """Args:
+        make_speculator: makes who guesses, from the KV arrays of this engine.
+        approximate: runs the passes after the prompt's, nearly; None: they are exact as well.
+        """
         num_blocks = blocks_for(config.max_context) + limits.KV_SCRATCH_BLOCKS
         self._transformer = transformer
+        self._approximate = approximate
         self._tokenizer = tokenizer
         self._config = config
         self._clock = clock
@@ -117,6 +123,8 @@ class Engine:
             reason = FinishReason.CANCELLED
         except ShoalError as failure:
             reason, error = FinishReason.ERROR, failure
+        finally:
+            self._forget_approximate(len(request.prompt_ids))
         yield Finished(
             reason,
             text.finish(),
@@ -125,6 +133,11 @@ class Engine:
             error,
             self._speculator.figures(),
         )
+
+    def _forget_approximate(self, num_exact: int) -> None:
+        """Keep the KV of exact passes alone: nothing is computed from another's (rule 8)."""
+        if self._approximate is not None and self._sequence.num_tokens > num_exact:
+            self._sequence.truncate(num_exact)
 
     def _prefill(self, progress: "_Progress", cancellation: Cancellation) -> F32:
         """Run what is not cached of the prompt; return the logits [1, V] of its last token."""
@@ -214,7 +227,7 @@ class Engine:
             while True:
                 num_rows = sequence.num_tokens - sequence.num_cached
                 try:
-                    return self._run(num_rows, num_rows, cancellation)
+                    return self._run(num_rows, num_rows, cancellation, self._approximate)
                 except NumericError as error:
                     if num_rows == 1:
                         raise
@@ -223,13 +236,20 @@ class Engine:
             sequence.truncate(num_certain)
             raise
 
-    def _run(self, num_rows: int, num_logits: int, cancellation: Cancellation) -> F32:
+    def _run(
+        self,
+        num_rows: int,
+        num_logits: int,
+        cancellation: Cancellation,
+        approximate: CorrectedPass | None = None,
+    ) -> F32:
         sequence = self._sequence
         reserved = sequence.try_reserve(sequence.num_cached + num_rows)
         assert reserved, "the pool holds max_context tokens, and no request is longer"
         batch = make_batch([Piece(sequence, num_rows, num_logits)])
         began_s = self._clock()
-        logits = self._transformer.forward(batch, self._kv, cancellation)
+        model = self._transformer if approximate is None else approximate
+        logits = model.forward(batch, self._kv, cancellation)
         self._speculator.ran(num_rows, self._clock() - began_s)
         sequence.advance(num_rows)
         return logits

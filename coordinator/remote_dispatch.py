@@ -260,6 +260,12 @@ class RemoteDispatch:
         self._client.retire(sorted(old.nodes - route.nodes))
         return ", ".join(map(str, placement.endpoints))
 
+    @property
+    def farthest_s(self) -> float | None:
+        """How long a round trip to the farthest node took when it was met; None: no nodes."""
+        known = [self._client.health(node) for node in self.route.nodes]
+        return max((health.rtt_s for health in known if health is not None), default=None)
+
     def health(self, endpoint: str) -> NodeHealth | None:
         """Return what is known of a node's speed, for figures; None: it was never there."""
         names = [str(other) for other in self.route.placement.endpoints]

@@ -5,6 +5,7 @@ from typing import Any
 
 import orjson
 
+from coordinator.corrected.compose import MoeDispatchFigures
 from coordinator.dispatch_stats import DispatchSummary
 from coordinator.request import Finished, GenerationRequest, Timings, TokenGenerated, TokenLogprob
 
@@ -14,6 +15,7 @@ class Transcript:
     """Everything that one request brought, kept for the report.
 
     prefill, decode: dispatch figures of the prompt's passes and of the passes after it.
+    moe_dispatch: how the latter met their experts.
     """
 
     request: GenerationRequest
@@ -21,6 +23,7 @@ class Transcript:
     prefill: DispatchSummary | None = None
     decode: DispatchSummary | None = None
     finished: Finished | None = None
+    moe_dispatch: MoeDispatchFigures | None = None
 
     @property
     def text(self) -> str:
@@ -55,6 +58,8 @@ def figures_line(transcript: Transcript) -> str:
     if summary is not None and summary.num_fanouts:
         p50_us, p99_us = summary.latency_p50_s * 1e6, summary.latency_p99_s * 1e6
         parts.append(f"dispatch per layer p50 {p50_us:.0f} us, p99 {p99_us:.0f} us")
+    if transcript.moe_dispatch is not None and not transcript.moe_dispatch.is_exact:
+        parts.insert(0, transcript.moe_dispatch.words())
     if speculation := _speculation_words(transcript):
         parts.append(speculation)
     wire = wire_bytes_per_token(transcript)
@@ -93,6 +98,7 @@ def json_report(transcript: Transcript, label: ModelLabel) -> bytes:
             "decode": _summary(transcript.decode),
             "wire_bytes_per_token": wire_bytes_per_token(transcript),
         },
+        "moe_dispatch": _moe_dispatch(transcript.moe_dispatch),
         "speculation": _speculation(transcript),
     }
     return orjson.dumps(report, option=orjson.OPT_APPEND_NEWLINE)
@@ -117,6 +123,20 @@ def _round_trips_per_token(transcript: Transcript) -> float | None:
     if num_tokens < 1:
         return None
     return finished.speculation.round_trips / num_tokens
+
+
+def _moe_dispatch(figures: MoeDispatchFigures | None) -> dict[str, Any] | None:
+    if figures is None:
+        return None
+    return {
+        "asked": figures.asked,
+        "mode": figures.mode,
+        "is_exact": figures.is_exact,
+        "iters": figures.num_iters,
+        "shadow_format": figures.shadow_format,
+        "shadow_expert_bytes": figures.shadow_expert_bytes,
+        "link_rtt_ms": figures.link_rtt_ms,
+    }
 
 
 def _speculation_words(transcript: Transcript) -> str:
