@@ -1,11 +1,11 @@
 """Acceptance: what a drafter's chances are worth, learned from what was accepted (core).
 
     raw chance -> bin -> slow: decayed counts of the bin, ascending over bins
-                      -> fast: odds times one factor, which follows the text at hand
+                      -> fast: odds times one factor, from what came lately beside what was expected
 
 The counts learn the drafter's own optimism (a shadow at 0.9 may be right 0.6 of the time); the
-factor learns, in some ten tokens, that this text is easier or harder than most. Before anything is
-seen a chance is worth what the drafter says.
+factor learns, in some dozen tokens, that this text is easier or harder than most. Before anything
+is seen a chance is worth what the drafter says.
 """
 
 from bisect import bisect_right
@@ -19,8 +19,9 @@ CENTRES = tuple((low + high) / 2 for low, high in zip((0.0, *EDGES), EDGES, stri
 PRIOR_SAMPLES = 6.0  # what a bin's own centre weighs: a handful of tokens outvote it
 FORGET = 0.5 ** (1 / 512)  # a token: the counts are half forgotten after 512
 REFRESH_EVERY = 16  # tokens: pooling takes some 60 us
-STEP = 0.08  # of the factor, a token: it follows within a dozen
-MAX_FACTOR = 8.0  # either way: beyond, the counts have to move
+LATELY = 1 - 1 / 24  # a token: the factor remembers about two dozen
+LATE_PRIOR = 1.0  # token, right and wrong each, that came as expected: luck moves no odds far
+MEAN_STEP = 0.08  # of the mean, a token
 MAX_CHANCE = 0.998  # nothing is certain: a draft of 32 such tokens is wrong in one of sixteen
 
 
@@ -32,7 +33,8 @@ class Acceptance:
         self._seen = [0.0] * len(EDGES)
         self._rates = list(CENTRES)
         self._num_learned = self._num_fresh = 0
-        self._factor = 1.0
+        self._right = self._wrong = 0.0  # lately: what came,
+        self._due_right = self._due_wrong = 0.0  # and what the counts had expected
         self._mean = 0.5
 
     @property
@@ -64,10 +66,12 @@ class Acceptance:
             self._refresh()
 
     def _learn(self, raw: float, hit: float) -> None:
-        expected = self.chance(raw)
-        grown = self._factor * (1.0 + STEP * (hit - expected))
-        self._factor = min(MAX_FACTOR, max(1.0 / MAX_FACTOR, grown))
-        self._mean += STEP * (hit - self._mean)
+        expected = self._slow(raw)
+        self._right = LATELY * self._right + hit
+        self._wrong = LATELY * self._wrong + 1.0 - hit
+        self._due_right = LATELY * self._due_right + expected
+        self._due_wrong = LATELY * self._due_wrong + 1.0 - expected
+        self._mean += MEAN_STEP * (hit - self._mean)
         self._num_learned += 1
         self._num_fresh += 1
         index = _bin(raw)
@@ -96,8 +100,9 @@ class Acceptance:
         return self._rates[right - 1] * (1.0 - part) + self._rates[right] * part
 
     def _moved(self, chance: float) -> float:
-        odds = self._factor * chance
-        return min(MAX_CHANCE, odds / (odds + 1.0 - chance))
+        right = chance * (self._right + LATE_PRIOR) / (self._due_right + LATE_PRIOR)
+        wrong = (1.0 - chance) * (self._wrong + LATE_PRIOR) / (self._due_wrong + LATE_PRIOR)
+        return min(MAX_CHANCE, right / (right + wrong))
 
 
 def _bin(raw: float) -> int:

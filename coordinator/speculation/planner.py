@@ -230,7 +230,9 @@ class Planner:
             tokens += reached
             if self._risk(made, draft_s) <= self._ledger:
                 length = made
-        if not length or tokens < MIN_PROBE_GAIN:
+        # In the best of cases every guess is right and its row costs nothing.
+        is_hopeless = draft_s >= length * self._pass_time.predict(1)
+        if is_hopeless or tokens < MIN_PROBE_GAIN:
             return 0
         self._step, self._probe_length = Step.PROBE, length
         self.num_probes += 1
