@@ -127,7 +127,10 @@ class EngineOptions:
     ] = Transport.AUTO
 
     def config(
-        self, model: str | None, speculation: SpeculationOptions, moe: MoeDispatchOptions
+        self,
+        model: str | None,
+        speculation: SpeculationOptions = SPECULATION_DEFAULTS,
+        moe: MoeDispatchOptions = MOE_DISPATCH_DEFAULTS,
     ) -> "CoordinatorConfig":
         """Return the configuration of a coordinator for that model. Raises UsageError."""
         from coordinator.app import CoordinatorConfig
