@@ -3,7 +3,6 @@
 Its threads never compute and never touch the event loop: a probe is answered while a call is.
 """
 
-import sys
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -88,7 +87,7 @@ class _Server(ThreadingHTTPServer):
             self._places.release()
 
     def handle_error(self, request, client_address) -> None:  # type: ignore[no-untyped-def]
-        _log.debug("metrics request broke off", exc_info=sys.exception())
+        _log.debug("metrics request broke off", exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):

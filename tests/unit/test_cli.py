@@ -170,7 +170,7 @@ def test_the_help_of_a_verb_waits_for_no_heavy_import(verb: str) -> None:
     run = [sys.executable, "-c", code, verb]
     ran = subprocess.run(run, capture_output=True, text=True, check=True)
     loaded = set(ran.stdout.splitlines()[-1].split())
-    heavy = {"numpy", "grpc", "gguf", "tokenizers", "rich", "asyncio", "psutil"}
+    heavy = {"numpy", "grpc", "gguf", "tokenizers", "rich", "structlog", "asyncio", "psutil"}
     assert loaded & heavy == set()
 
 
