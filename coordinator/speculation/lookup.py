@@ -4,7 +4,8 @@ Needs no model: answers repeat their prompts, code repeats itself. Two suffix in
 over this request's prompt and output, one over the user's past texts where those were asked for;
 the better guess speaks, the request's own of equals. What a guess is worth follows from the length
 of the match and how often it was followed by just this token; a guess makes the match one longer
-for the next.
+for the next. As guesses are cheap, every token that comes is compared with what would have been
+guessed, verified or not: so it is known what lookup is worth in this text before it is used.
 """
 
 from collections.abc import Generator
@@ -14,6 +15,7 @@ from typing import Protocol
 from coordinator.cancellation import Cancellation
 from coordinator.request import GenerationRequest
 from coordinator.sequence import Sequence
+from coordinator.speculation.acceptance import Acceptance
 from coordinator.speculation.interface import DraftToken
 from coordinator.speculation.suffix_index import MAX_LENGTH, Continuation, SuffixIndex, Walk
 from shoal import limits
@@ -63,6 +65,8 @@ class LookupDrafter:
     def __init__(self, past: Past | None = None) -> None:
         """Args: past: of the same tokenizer; taken over. Every request's text is added to it."""
         self._past = past
+        self._luck = Acceptance()
+        self._num_prompt = 0
         self._past_index = SuffixIndex(limits.MAX_LOOKUP_TOKENS)
         for token_ids in past.texts if past is not None else ():
             self._past_index.extend(token_ids)
@@ -88,6 +92,7 @@ class LookupDrafter:
         if tuple(self._text[: len(request.prompt_ids)]) != request.prompt_ids[: len(self._text)]:
             self._keep()
         self._clear()
+        self._num_prompt = len(request.prompt_ids)
 
     def draft(
         self, sequence: Sequence, cancellation: Cancellation
@@ -95,13 +100,8 @@ class LookupDrafter:
         """See `Drafter.draft`. Microseconds a guess, after the first has read what is new."""
         self._read(sequence)
         own, past = self._index.walk(), self._past_walk.copy()
-        while True:
-            guess, other = _guess(own), _guess(past)
-            if guess is None or (other is not None and other.chance > guess.chance):
-                guess = other
-            if guess is None:
-                return
-            yield guess
+        while (guess := _better(own, past)) is not None:
+            yield DraftToken(guess.token_id, self._luck.chance(guess.chance))
             own.step(guess.token_id)
             past.step(guess.token_id)
 
@@ -127,10 +127,27 @@ class LookupDrafter:
             self._clear()  # another text, or one that was cut
             num_read = 0
         new = token_ids[num_read:].tolist()
-        self._text += new
-        self._index.extend(new)
-        for token_id in new:
+        num_prompt = min(len(new), max(0, self._num_prompt - num_read))
+        self._add(new[:num_prompt])
+        for token_id in new[num_prompt:]:
+            guess = _better(self._index.walk(), self._past_walk.copy())
+            if guess is not None:
+                self._luck.observe([guess.chance], int(guess.token_id == token_id))
+            self._add([token_id])
+
+    def _add(self, token_ids: list[int]) -> None:
+        self._text += token_ids
+        self._index.extend(token_ids)
+        for token_id in token_ids:
             self._past_walk.step(token_id)
+
+
+def _better(own: Walk, past: Walk) -> DraftToken | None:
+    """Return the likelier of two walks' guesses, with its chance by the table."""
+    guess, other = _guess(own), _guess(past)
+    if guess is None or (other is not None and other.chance > guess.chance):
+        return other
+    return guess
 
 
 def _guess(walk: Walk) -> DraftToken | None:
@@ -150,9 +167,13 @@ def chance(length: int, best: Continuation, total: int) -> float:
     Args:
         length: of the match, >= 1. total: how often anything followed it.
     """
-    row = _ROWS[length - 1]
+    return _ROWS[length - 1][column_of(best, total)]
+
+
+def column_of(best: Continuation, total: int) -> int:
+    """Return which column of CHANCES speaks of it; as `chance`."""
     if total == 1:
-        return row[0]
+        return 0
     if best.count == total:
-        return row[1]
-    return row[2] if 2 * best.count > total else row[3]
+        return 1
+    return 2 if 2 * best.count > total else 3

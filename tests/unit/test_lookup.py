@@ -165,3 +165,27 @@ def test_chances_ascend_with_the_match_and_with_agreement() -> None:
 )
 def test_what_stood_behind_a_match_decides_the_column(count: int, total: int, column: int) -> None:
     assert chance(6, Continuation(1, count, 0), total) == CHANCES[5][column]
+
+
+def test_what_it_would_have_guessed_is_compared_though_nobody_verified_it() -> None:
+    """The answer takes pairs of the prompt here and there, with other second tokens or the same."""
+    prompt = [token for pair in range(100) for token in (1000 + pair, 2000 + pair)]
+    chances = []
+    for second in (5000, 2000):
+        text, drafter = sequence(prompt), begun(prompt)
+        for pair in range(40):
+            taken = 7 * pair % 90
+            text.extend([1000 + taken, second + taken])
+            [*islice(drafter.draft(text, Cancellation()), 1)]
+        text.extend([1090])
+        [guess] = islice(drafter.draft(text, Cancellation()), 1)
+        assert guess.token_id == 2090
+        chances.append(guess.chance)
+    wrong, right = chances
+    assert wrong < 0.25 * CHANCES[1][0] < 1.5 * CHANCES[1][0] < right
+
+
+def test_the_prompt_is_no_proof_of_how_the_answer_repeats() -> None:
+    prompt = [1, 2, 3] * 100
+    [guess] = islice(begun(prompt).draft(sequence(prompt), Cancellation()), 1)
+    assert guess.chance == pytest.approx(chance(MAX_LENGTH, Continuation(1, 9, 0), 9), abs=0.02)
