@@ -10,6 +10,7 @@ from coordinator.expert_dispatch import ExpertDispatch
 from coordinator.kv_arrays import KvArrays
 from coordinator.speculation.config import Speculate, SpeculationConfig
 from coordinator.speculation.corrected_drafter import CorrectedDrafter
+from coordinator.speculation.history import History
 from coordinator.speculation.interface import Drafter
 from coordinator.speculation.lookup import LookupDrafter
 from coordinator.speculation.model_drafter import ModelDrafter
@@ -24,7 +25,7 @@ from shoal.artifact.shadow import ShowProgress, find_or_make
 from shoal.errors import UsageError
 from shoal.experts.store import WarmUpProgress
 from shoal.model_spec import ModelSpec
-from shoal.paths import resolve_model
+from shoal.paths import history_dir, resolve_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,9 @@ class Speculation:
             self._draft_model = Artifact.open(resolve_model(config.draft_model))
             _check_is_whole(self._draft_model)
             _check_tokenizer(self._draft_model, artifact, tokenizer)
+        self._history = None
+        if config.history:
+            self._history = _open_history(artifact, told.tell)
         if config.shadow is not None:
             self._shadow_artifact = find_or_make(artifact, config.shadow, told.show_making)
 
@@ -133,7 +137,7 @@ class Speculation:
         """Open those that the mode asks for, in the order of preference among equals."""
         mode = self._config.mode
         if mode in {Speculate.AUTO, Speculate.LOOKUP}:
-            yield LookupDrafter()
+            yield LookupDrafter(self._history)
         if self._draft_model is not None:
             yield ModelDrafter(self._draft_model, target.max_context, self._told.show_load)
         if self._shadow_artifact is not None and mode in {Speculate.AUTO, Speculate.SHADOW}:
@@ -153,6 +157,15 @@ def pass_time_of(spec: ModelSpec) -> PassTime:
         return PassTime(1, 1)
     router = max(routers, key=lambda r: r.num_experts / r.experts_per_token)
     return PassTime(router.num_experts, router.experts_per_token)
+
+
+def _open_history(artifact: Artifact, tell: Callable[[str], None]) -> History:
+    tokenizer = artifact.text_file("tokenizer.json")
+    if tokenizer is None:
+        raise UsageError(
+            f"--history: {artifact.name} has no tokenizer: nothing says whose ids they are"
+        )
+    return History(history_dir(), tokenizer.blake3, tell)
 
 
 def _check_is_whole(artifact: Artifact) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from coordinator.cancellation import Cancellation
 from coordinator.request import FinishReason, GenerationRequest
+from coordinator.speculation.history import History
 from coordinator.speculation.lookup import LookupDrafter
 from coordinator.speculation.model_drafter import ModelDrafter
 from coordinator.speculation.shadow_drafter import ShadowDrafter
@@ -45,12 +46,16 @@ def makers(
     target = Artifact.open(fables())
     # What a user's history holds: the prompt again, and how it once went on.
     answers = [alone.run(replace(request_, sampling=s)).token_ids for s in SAMPLINGS.values()]
-    past = [(*request_.prompt_ids, *answer) for answer in answers]
+    tokenizer = target.text_file("tokenizer.json")
+    assert tokenizer is not None
+    history = History(tmp_path_factory.mktemp("history"), tokenizer.blake3, print)
+    for answer in answers:
+        history.add((*request_.prompt_ids, *answer))
     path = tmp_path_factory.mktemp("shadow") / "q4.shoal"
     make_shadow(target, Format.Q4_0, path, lambda _num_bytes: None, force=False)
     with closing(ShadowExperts(Artifact.open(path), lambda _progress: None)) as shadow:
         yield {
-            "lookup": lambda _: [LookupDrafter(past)],
+            "lookup": lambda _: [LookupDrafter(history)],
             # The model as its own draft model: every guess is right, at any temperature.
             "draft": lambda _: [ModelDrafter(target, 256, lambda _progress: None)],
             "shadow": lambda parts: [ShadowDrafter(shadow, parts.weights, parts.kv)],
@@ -150,7 +155,7 @@ def test_a_context_is_filled_to_its_last_token(
         assert_same(rig.run(asked), plain.run(asked))
 
 
-@pytest.mark.parametrize("drafter", ["lookup", "shadow"])
+@pytest.mark.parametrize("drafter", ["draft", "shadow"])
 def test_chunks_of_the_prompt_and_turns_of_a_chat_change_nothing(
     drafter: str, makers: dict[str, MakeDrafters], alone: Rig, request_: GenerationRequest
 ) -> None:
