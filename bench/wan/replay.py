@@ -22,6 +22,8 @@ from bench.wan.figures import Result
 from bench.wan.worker import Request, WorkerSetup, serve
 from coordinator.app import Coordinator, CoordinatorConfig, OpenedModel
 from coordinator.cancellation import Cancellation
+from coordinator.corrected.compose import figures_of
+from coordinator.corrected.config import MoeDispatchConfig
 from coordinator.engine import Engine
 from coordinator.expert_branch import DispatchedExperts, WatchedExperts
 from coordinator.kv_arrays import KvArrays
@@ -98,7 +100,8 @@ def main() -> None:
         dispatch = stack.enter_context(closing(open_remote_dispatch(artifact, setup.moe_shards)))
         is_off = setup.speculation["mode"] == Speculate.OFF
         engine = _engine(model, dispatch, [] if is_off else [drafter])
-        coordinator = Coordinator(model, engine, dispatch)
+        figures = figures_of(MoeDispatchConfig(), None, None)
+        coordinator = Coordinator(model, engine, dispatch, figures)
         for case in given["cases"]:
             drafter.replay = Replay(case["positions"], case["answer"])
             result: Result = serve(coordinator, Request(**case["request"]))
