@@ -22,22 +22,23 @@ from shoal import limits
 
 # Chance that a match's likeliest continuation is the token to come, by length of the match and by
 # what stood behind it: [once, several times and always the same, mostly, at most half of the time].
-# Source: `python tools/measure_lookup.py smollm2`: 4,142 tokens that SmolLM2 wrote to 12 prompts
-# (summaries, code, questions, stories), greedily and at temperature 0.8. Right of seen, by column:
-#     1: 68/328 21/61 16/66 76/691     5-7: 149/193 3/5 - 0/2
-#     2: 116/277 24/40 9/21 12/76      8-15: 192/215 - - -
-#     3: 92/154 9/11 0/2 7/21          16-23: 106/110 - - -
-#     4: 74/106 4/5 - 3/6              24: 545/552 18/18 - 1/1
-# Where few were seen, the neighbours say. `Acceptance` learns what the text at hand makes of them.
+# Source: `python -m bench.lookup_chances smollm2`: 2,881 tokens that SmolLM2 wrote to the prompts
+# of bench/wan/texts (summaries, code, questions, stories), greedily and at temperature 0.8, and
+# 4,142 that it wrote to twelve other prompts of these kinds. Right of seen, all together:
+#     1: 109/531 44/101 31/109 137/1178    5-7: 237/301 17/20 1/1 3/10
+#     2: 170/452 46/69 16/37 25/150        8-15: 306/347 12/14 3/4 0/1
+#     3: 142/242 20/25 2/12 9/35           16-23: 194/198 3/3 - -
+#     4: 112/162 15/16 1/1 4/9             24: 806/820 198/198 3/3 3/3
+# Where few were seen, the neighbours say.
 CHANCES: dict[int, tuple[float, float, float, float]] = {
-    1: (0.21, 0.34, 0.24, 0.11),
-    2: (0.42, 0.60, 0.38, 0.16),
-    3: (0.60, 0.75, 0.45, 0.33),
-    4: (0.70, 0.80, 0.55, 0.40),
-    5: (0.77, 0.82, 0.60, 0.45),
-    8: (0.89, 0.90, 0.70, 0.50),
-    16: (0.96, 0.96, 0.80, 0.55),
-    24: (0.985, 0.99, 0.85, 0.60),
+    1: (0.21, 0.44, 0.28, 0.12),
+    2: (0.38, 0.66, 0.40, 0.17),
+    3: (0.59, 0.80, 0.45, 0.26),
+    4: (0.69, 0.84, 0.50, 0.35),
+    5: (0.79, 0.86, 0.55, 0.40),
+    8: (0.88, 0.90, 0.65, 0.45),
+    16: (0.975, 0.98, 0.80, 0.55),
+    24: (0.983, 0.995, 0.85, 0.60),
 }
 _ROWS = [CHANCES[max(known for known in CHANCES if known <= n)] for n in range(1, MAX_LENGTH + 1)]
 
