@@ -49,10 +49,8 @@ PROMPTS = (
 RECIPES: dict[str, Recipe | None] = {
     "shadow alone": None,
     "1 sweep, 8 new": Recipe(1, 8),
-    "1 sweep, 16 new": Recipe(1, 16),
-    "2 sweeps, 6 new": Recipe(2, 6),
-    "2 sweeps, 10 new": Recipe(2, 10),
-    "2 sweeps, 16 new": Recipe(2, 16),
+    "2 sweeps, 8 new": Recipe(2, 8),
+    "3 sweeps, 6 new": Recipe(3, 6),
     "3 sweeps, 10 new": Recipe(3, 10),
 }
 

@@ -236,7 +236,7 @@ def start_engine(model: OpenedModel, feedback: Feedback) -> Iterator[Coordinator
             guessing = replace(guessing, mode=Speculate.OFF)
         speculation = Speculation(guessing, artifact, model.tokenizer, feedback)
         stack.callback(speculation.close)
-        dispatch = _open_dispatch(config, artifact, feedback)
+        dispatch = open_dispatch(config, artifact, feedback)
         stack.callback(dispatch.close)
         engine, moe_dispatch = _make_engine(model, dispatch, speculation, feedback)
         stack.callback(engine.close)
@@ -287,9 +287,10 @@ def _on_nodes(dispatch: ExpertDispatch) -> "RemoteDispatch":
     return dispatch
 
 
-def _open_dispatch(
+def open_dispatch(
     config: CoordinatorConfig, artifact: Artifact, feedback: Feedback
 ) -> ExpertDispatch:
+    """Meet the nodes that the configuration names, or read all experts. Raises as start_engine."""
     if config.moe_shards is not None:
         from coordinator.remote_dispatch import open_remote_dispatch  # and gRPC: not without nodes
 

@@ -215,7 +215,7 @@ def run(
             ignore_eos=ignore_eos,
             num_top_logprobs=top_logprobs if json else None,
         ),
-        _feedback(),
+        feedback(),
     )
 
 
@@ -239,7 +239,7 @@ def chat(
     run_chat(
         engine.config(model, speculation, moe),
         ChatConfig(system, max_tokens, sampling.given(), tuple(stop or ())),
-        _feedback(),
+        feedback(),
     )
 
 
@@ -282,7 +282,8 @@ def _parse_ids(text: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _feedback() -> "Feedback":
+def feedback() -> "Feedback":
+    """Return who hears how a start goes: standard error."""
     from coordinator.app import Feedback
 
     return Feedback(
