@@ -100,6 +100,12 @@ def pack_sums(sums: Annotated[NDArray[numpy.int64], dict(shape=(None, None), ord
 def unpack_add_sums(widths: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], into: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')]) -> None:
     """Add packed rows to rows of `into`."""
 
+def pack_bf16(sums: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], grid: int, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """Round sums * 2^-grid to bfloat16, little-endian."""
+
+def unpack_add_bf16(data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], grid: int, rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], into: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')]) -> None:
+    """Add rows of bfloat16 to rows of `into`."""
+
 def all_finite(x: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)]) -> bool:
     """No NaN and no infinity in x."""
 
@@ -153,3 +159,21 @@ class Ring:
 
     def register_files(self, descriptors: Sequence[int]) -> int:
         """Make files known in place of those known before; return 0 or an errno."""
+
+def gate_bins(scores: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], parts: int, chosen: int, num_bins: int, spread: float, bins: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """Bins of how far each expert is inside some row's choice."""
+
+def chain_bins(ratios: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], before: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], frequency: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], num_bins: int, bins: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """Bins of how likely each expert is after those before."""
+
+def chain_learn(pairs: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], uses: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], before: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], used: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], frequency: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], weight: float, prior: float, refreshes: bool, ratios: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]) -> None:
+    """Count which experts followed which."""
+
+def note_uses(recent: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], lately: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')], used: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], bits: int, decay: float) -> None:
+    """Remember which experts a call used."""
+
+def rank_experts(first: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')], bias: float, z_width: float, probability: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu', writable=False)], features: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], owned: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], ranked: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], chances: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """Rank owned experts by falling probability."""
+
+def learn_experts(first: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')], squares: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')], bias: float, z_width: float, num_z: int, features: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], truth: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order='C', device='cpu', writable=False)], step: float, forget: float, z_bins: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None:
+    """Move the weights towards what was wanted."""
