@@ -198,6 +198,31 @@ void bind_unpack_add_sums(const Array<const uint8_t, 1>& widths,
   if (!wrong.empty()) throw nb::value_error(("unpack_add_sums: " + wrong).c_str());
 }
 
+void require_grid_of_bf16(int grid) {
+  require(grid >= -64 && grid <= 96, "bf16: the grid must be in -64..96");
+}
+
+void bind_pack_bf16(const Array<const int64_t, 2>& sums, int grid, const Array<uint8_t, 1>& data) {
+  require_grid_of_bf16(grid);
+  require(2 * sums.size() == data.size(), "pack_bf16: two bytes for each sum");
+  nb::gil_scoped_release released;
+  pack_bf16(sums.data(), grid, data.data(), int64_t(sums.size()));
+}
+
+void bind_unpack_add_bf16(const Array<const uint8_t, 1>& data, int grid, const Indices& rows,
+                          const Array<int64_t, 2>& into) {
+  require_grid_of_bf16(grid);
+  require(2 * rows.shape(0) * into.shape(1) == data.size(),
+          "unpack_add_bf16: two bytes for each value");
+  std::string wrong;
+  {
+    nb::gil_scoped_release released;
+    wrong = unpack_add_bf16(data.data(), int64_t(rows.shape(0)), grid, rows.data(), into.data(),
+                            int64_t(into.shape(0)), int64_t(into.shape(1)));
+  }
+  if (!wrong.empty()) throw nb::value_error(("unpack_add_bf16: " + wrong).c_str());
+}
+
 bool bind_all_finite(const AnyArray<const float>& x) {
   nb::gil_scoped_release released;
   return all_finite(x.data(), size_of(x));
@@ -288,6 +313,10 @@ void bind_combine(nb::module_& m) {
         "data"_a.noconvert(), "Write rows of sums, little-endian.");
   m.def("unpack_add_sums", bind_unpack_add_sums, "widths"_a.noconvert(), "data"_a.noconvert(),
         "rows"_a.noconvert(), "into"_a.noconvert(), "Add packed rows to rows of `into`.");
+  m.def("pack_bf16", bind_pack_bf16, "sums"_a.noconvert(), "grid"_a, "data"_a.noconvert(),
+        "Round sums * 2^-grid to bfloat16, little-endian.");
+  m.def("unpack_add_bf16", bind_unpack_add_bf16, "data"_a.noconvert(), "grid"_a,
+        "rows"_a.noconvert(), "into"_a.noconvert(), "Add rows of bfloat16 to rows of `into`.");
 }
 
 void bind_sampling(nb::module_& m) {

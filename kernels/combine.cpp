@@ -56,6 +56,43 @@ bool is_honest(const uint8_t* data, int64_t dim) {
   return true;
 }
 
+// Integers all the way: the bits are the same everywhere, though they are not the sum's.
+uint16_t bf16_of(int64_t sum, int grid) {
+  if (sum == 0) return 0;
+  const uint64_t magnitude = sum < 0 ? uint64_t(-sum) : uint64_t(sum);
+  int exponent = 63 - __builtin_clzll(magnitude);
+  uint64_t digits = magnitude << (63 - exponent) >> 56;  // eight of them, the first one 1
+  if (exponent > 7) {
+    const uint64_t rest = magnitude << (64 - (exponent - 7));
+    const uint64_t half = uint64_t(1) << 63;
+    digits += rest > half || (rest == half && (digits & 1));
+    if (digits == 256) {
+      digits = 128;
+      ++exponent;
+    }
+  }
+  return uint16_t((sum < 0) << 15 | (127 + exponent - grid) << 7 | int(digits & 127));
+}
+
+// kMaxSum: no honest value.
+int64_t sum_of(uint16_t bits, int grid) {
+  const int biased = bits >> 7 & 255;
+  if (biased == 0) return bits & 127 ? kMaxSum : 0;
+  const uint64_t digits = 128 | (bits & 127);
+  const int shift = biased - 127 - 7 + grid;
+  if (biased == 255 || shift > 48) return kMaxSum;
+  uint64_t magnitude = 0;
+  if (shift >= 0) {
+    magnitude = digits << shift;
+  } else if (shift >= -8) {
+    const uint64_t half = uint64_t(1) << (-shift - 1);
+    magnitude = (digits + half - 1 + (digits >> -shift & 1)) >> -shift;
+  }
+  return bits >> 15 ? -int64_t(magnitude) : int64_t(magnitude);
+}
+
+uint16_t bits_at(const uint8_t* p) { return uint16_t(p[0] | p[1] << 8); }
+
 }  // namespace
 
 void finish_sums(const int64_t* sums, int grid, float* out, int64_t n) {
@@ -96,6 +133,32 @@ void pack_sums(const int64_t* sums, int64_t rows, int64_t dim, const uint8_t* wi
       }
     }
   });
+}
+
+void pack_bf16(const int64_t* sums, int grid, uint8_t* data, int64_t n) {
+  parallel_for(n, kValuesPerChunk, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const uint16_t bits = bf16_of(sums[i], grid);
+      data[2 * i] = uint8_t(bits);
+      data[2 * i + 1] = uint8_t(bits >> 8);
+    }
+  });
+}
+
+std::string unpack_add_bf16(const uint8_t* data, int64_t packed_rows, int grid,
+                            const int32_t* target, int64_t* into, int64_t rows, int64_t dim) {
+  for (int64_t t = 0; t < packed_rows; ++t) {
+    if (target[t] < 0 || target[t] >= rows)
+      return "row " + std::to_string(t) + " belongs to row " + std::to_string(target[t]) + " of " +
+             std::to_string(rows);
+    for (int64_t i = t * dim; i < (t + 1) * dim; ++i)
+      if (sum_of(bits_at(data + 2 * i), grid) == kMaxSum)
+        return "row " + std::to_string(t) + ": a value that is not finite, or of 2^56 quanta";
+  }
+  for (int64_t t = 0; t < packed_rows; ++t)
+    for (int64_t i = 0; i < dim; ++i)
+      into[target[t] * dim + i] += sum_of(bits_at(data + 2 * (t * dim + i)), grid);
+  return "";
 }
 
 std::string unpack_add_sums(const uint8_t* widths, int64_t packed_rows, const uint8_t* data,

@@ -4,7 +4,13 @@ The only package that imports shoal._kernels. SHOAL_ISA (scalar, avx2, avx512) c
 at import; without it the fastest that this CPU has. Results are the same bits with each.
 """
 
-from shoal.ops.combine import finish_sums, pack_sums, unpack_add_sums
+from shoal.ops.combine import (
+    finish_sums,
+    pack_bf16,
+    pack_sums,
+    unpack_add_bf16,
+    unpack_add_sums,
+)
 from shoal.ops.floats import (
     add,
     attention,
@@ -64,6 +70,7 @@ __all__ = [
     "pack_expert",
     "pack_matrix",
     "pack_rows",
+    "pack_bf16",
     "pack_sums",
     "quantise_q4_k",
     "quantise_rows",
@@ -75,6 +82,7 @@ __all__ = [
     "set_isa",
     "set_threads",
     "top_logprobs",
+    "unpack_add_bf16",
     "unpack_add_sums",
     "unpack_expert",
     "unpack_matrix",

@@ -40,3 +40,25 @@ def unpack_add_sums(widths: U8, data: U8, rows: NDArray[np.int32], into: I64) ->
             unchanged. The arrays may come from a stranger.
     """
     _kernels.unpack_add_sums(widths, data, rows, into)
+
+
+def pack_bf16(sums: I64, grid: int) -> U8:
+    """Return bfloat16(sums * 2^-grid), rounded to nearest even, little-endian. Not exact.
+
+    Args:
+        sums: [T, D], each below 2^56 in magnitude.
+        grid: in -64..96.
+    """
+    data = np.empty(2 * sums.size, np.uint8)
+    _kernels.pack_bf16(sums, grid, data)
+    return data
+
+
+def unpack_add_bf16(data: U8, grid: int, rows: NDArray[np.int32], into: I64) -> None:
+    """Add rne(row t of bfloat16 values * 2^grid) to row rows[t] of `into` [T, D].
+
+    Raises:
+        ValueError: a row or size that cannot be, or a value that is not finite or of 2^56 quanta
+            or more; `into` is then unchanged. The arrays may come from a stranger.
+    """
+    _kernels.unpack_add_bf16(data, grid, rows, into)

@@ -19,6 +19,11 @@ class Scheme(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCHEME_F32: _ClassVar[Scheme]
     SCHEME_INT8_32: _ClassVar[Scheme]
     SCHEME_INT8_256: _ClassVar[Scheme]
+
+class ReplyFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REPLY_FORMAT_EXACT: _ClassVar[ReplyFormat]
+    REPLY_FORMAT_BF16: _ClassVar[ReplyFormat]
 LANE_UNSPECIFIED: Lane
 LANE_INTERACTIVE: Lane
 LANE_BULK: Lane
@@ -26,6 +31,8 @@ SCHEME_UNSPECIFIED: Scheme
 SCHEME_F32: Scheme
 SCHEME_INT8_32: Scheme
 SCHEME_INT8_256: Scheme
+REPLY_FORMAT_EXACT: ReplyFormat
+REPLY_FORMAT_BF16: ReplyFormat
 
 class DescribeRequest(_message.Message):
     __slots__ = ("protocol_version",)
@@ -106,7 +113,7 @@ class Open(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., identity: _Optional[str] = ..., numerics: _Optional[str] = ..., lane: _Optional[_Union[Lane, str]] = ..., coordinator_nonce: _Optional[bytes] = ..., stream_epoch: _Optional[int] = ...) -> None: ...
 
 class ExpertCall(_message.Message):
-    __slots__ = ("call_id", "layer", "deadline_ms", "scheme", "num_rows", "dim", "values", "scales", "pairs_per_row", "experts", "weights")
+    __slots__ = ("call_id", "layer", "deadline_ms", "scheme", "num_rows", "dim", "values", "scales", "pairs_per_row", "experts", "weights", "reply_format")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +125,7 @@ class ExpertCall(_message.Message):
     PAIRS_PER_ROW_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FORMAT_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     layer: int
     deadline_ms: int
@@ -129,7 +137,8 @@ class ExpertCall(_message.Message):
     pairs_per_row: bytes
     experts: bytes
     weights: bytes
-    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., scheme: _Optional[_Union[Scheme, str]] = ..., num_rows: _Optional[int] = ..., dim: _Optional[int] = ..., values: _Optional[bytes] = ..., scales: _Optional[bytes] = ..., pairs_per_row: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., weights: _Optional[bytes] = ...) -> None: ...
+    reply_format: ReplyFormat
+    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., scheme: _Optional[_Union[Scheme, str]] = ..., num_rows: _Optional[int] = ..., dim: _Optional[int] = ..., values: _Optional[bytes] = ..., scales: _Optional[bytes] = ..., pairs_per_row: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., reply_format: _Optional[_Union[ReplyFormat, str]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("call_id",)
@@ -160,7 +169,7 @@ class Opened(_message.Message):
     def __init__(self, credit_bytes: _Optional[int] = ..., max_rows_per_call: _Optional[int] = ...) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("call_id", "num_rows", "dim", "grid", "widths", "sums", "queue_us", "compute_us", "load_us")
+    __slots__ = ("call_id", "num_rows", "dim", "grid", "widths", "sums", "queue_us", "compute_us", "load_us", "format")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +179,7 @@ class Reply(_message.Message):
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     LOAD_US_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     num_rows: int
     dim: int
@@ -179,7 +189,8 @@ class Reply(_message.Message):
     queue_us: int
     compute_us: int
     load_us: int
-    def __init__(self, call_id: _Optional[int] = ..., num_rows: _Optional[int] = ..., dim: _Optional[int] = ..., grid: _Optional[int] = ..., widths: _Optional[bytes] = ..., sums: _Optional[bytes] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., load_us: _Optional[int] = ...) -> None: ...
+    format: ReplyFormat
+    def __init__(self, call_id: _Optional[int] = ..., num_rows: _Optional[int] = ..., dim: _Optional[int] = ..., grid: _Optional[int] = ..., widths: _Optional[bytes] = ..., sums: _Optional[bytes] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., load_us: _Optional[int] = ..., format: _Optional[_Union[ReplyFormat, str]] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("call_id", "code", "message", "rows")

@@ -1,5 +1,7 @@
 """Integer sums: packed, unpacked, finished; hostile messages are refused and change nothing."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -130,3 +132,55 @@ def test_a_grid_that_is_no_float_is_refused() -> None:
     for grid in (-127, 127):
         with pytest.raises(ValueError, match="grid"):
             ops.finish_sums(np.zeros((1, 1), np.int64), grid)
+
+
+def nearest_bf16(value: float) -> float:
+    """Round to bfloat16 by Python's own integers: eight digits, ties to even."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(mantissa * 256), exponent - 8)
+
+
+@pytest.mark.parametrize("grid", [-64, -1, 0, 13, 20, 96])
+def test_bf16_rounds_to_nearest_even_and_comes_back_as_quanta(grid: int) -> None:
+    sums = sums_of_every_width()
+    ties = [[255, 256, 257, 258, 259, 2**20 + 2**12, 2**20 + 3 * 2**12, -511]]
+    sums[:1, :8] = ties
+    data = ops.pack_bf16(sums, grid)
+    wanted = [[int(nearest_bf16(value)) for value in row] for row in sums.tolist()]
+    into = np.full_like(sums, 7)
+    ops.unpack_add_bf16(data, grid, np.arange(len(sums), dtype=np.int32), into)
+    np.testing.assert_array_equal(into - 7, np.array(wanted, np.int64))
+    as_floats = (data.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(sums.shape)
+    np.testing.assert_array_equal(as_floats.astype(np.float64), np.array(wanted) * 2.0**-grid)
+    assert (into - 7 != sums).mean() > 0.4, "it is not exact, and not said to be"
+    same_bits_everywhere(lambda: [ops.pack_bf16(sums, grid)])
+
+
+def test_bf16_of_another_grid_is_rounded_to_quanta() -> None:
+    data = np.array([0x3F80, 0x3FC0, 0x4020, 0xBF00, 0x3B00], "<u2").view(np.uint8)
+    into = np.zeros((1, 5), np.int64)
+    ops.unpack_add_bf16(data, 0, np.zeros(1, np.int32), into)
+    assert into.tolist() == [[1, 2, 2, 0, 0]], "1, 1.5, 2.5, -0.5, 0.002"
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "message"),
+    [
+        (0x7F80, 0, "row 0: a value that is not finite"),
+        (0xFFC0, 0, "row 0: a value that is not finite"),
+        (0x0001, 0, "row 0: a value"),
+        (0x5B80, 0, "2.56"),
+        (0x3F80, 2, "row 0 belongs to row 2"),
+        (0x3F80, -1, "row 0 belongs to row -1"),
+    ],
+)
+def test_malformed_bf16_is_refused_and_changes_nothing(bits: int, row: int, message: str) -> None:
+    data = np.array([0x3F80, bits], "<u2").view(np.uint8)
+    into = np.full((2, 2), 7, np.int64)
+    with pytest.raises(ValueError, match=message):
+        ops.unpack_add_bf16(data, 0, np.array([row], np.int32), into)
+    with pytest.raises(ValueError, match="two bytes"):
+        ops.unpack_add_bf16(data[:3], 0, np.zeros(1, np.int32), into)
+    with pytest.raises(ValueError, match="grid"):
+        ops.unpack_add_bf16(data, 97, np.zeros(1, np.int32), into)
+    assert (into == 7).all()
