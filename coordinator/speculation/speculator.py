@@ -5,6 +5,9 @@
 Drafters are asked in the order of what they promise: tokens a second, drafting and pass together,
 from what they guess now (where guessing is free) or from their usual luck. The first whose planner
 finds a length that pays is taken. A drafter that fails costs its guesses, never the request.
+
+Asking takes some 0.1 ms, which a small model in one process would notice: while it leads to no
+guesses, it rests for as many steps as keep it below a share of their time.
 """
 
 from collections.abc import Callable
@@ -23,6 +26,9 @@ from coordinator.speculation.pass_time import PassTime
 from coordinator.speculation.routing_watch import Routing
 from shoal.errors import NumericError, ShoalError
 
+ASKING_SHARE = 0.01  # of the time of plain passes: what asking in vain may take
+MAX_REST = 16  # steps: a text that begins to repeat itself is noticed within that
+PATIENCE = 2  # steps in vain before the first rest
 LEAST_LIKELY = 0.03  # of all guesses so far being right: a free drafter is not asked beyond
 
 
@@ -66,16 +72,21 @@ class Speculator:
         self._verified_routing = verified_routing
         self._notify = notify
         self._candidates = [
-            Candidate(drafter, pass_time, max_draft, divergence) for drafter in drafters
+            Candidate(drafter, pass_time, max_draft, divergence, max(1, len(drafters)))
+            for drafter in drafters
         ]
         self._draft: Draft | None = None  # of the step under way
         self._pass_rows, self._pass_s = 0, 0.0
         self._num_passes = 0
+        self._num_in_vain = 0  # steps since the last guesses
+        self._num_rests = 0  # steps in which nobody is asked, from now on
+        self._is_resting = False
+        self._asking_s = 0.0  # of this step
 
     def begin(self, request: GenerationRequest) -> None:
         """Hear of a new request."""
-        self._num_passes = 0
-        self._draft = None
+        self._num_passes = self._num_rests = self._num_in_vain = 0
+        self._is_resting, self._draft = False, None
         for candidate in self._candidates:
             candidate.begin()
             candidate.drafter.begin(request)
@@ -88,20 +99,30 @@ class Speculator:
         Raises: Cancelled.
         """
         self._num_passes += 1
-        self._draft = None
+        self._draft, self._asking_s = None, 0.0
+        self._is_resting = self._num_rests > 0
+        if self._is_resting:
+            self._num_rests -= 1
+            return []
         limit = min(room, self._max_draft)
         if limit < 1 or not self._candidates or not self._pass_time.is_known:
             return []
+        began_s = self._clock()
+        self._draft = self._choose(sequence, limit, cancellation)
+        self._asking_s = self._clock() - began_s
+        return [] if self._draft is None else [guess.token_id for guess in self._draft.guesses]
+
+    def _choose(self, sequence: Sequence, limit: int, cancellation: Cancellation) -> Draft | None:
         for draft in self._in_order(sequence, limit, cancellation):
             candidate = draft.candidate
             if not candidate.is_free:
                 self._ask(draft, sequence, limit, candidate.wants_more, cancellation)
-            draft.cut(draft.candidate.planner.best_length(draft.chances, draft.draft_s))
             if draft.guesses:
-                self._draft = draft
-                return [guess.token_id for guess in draft.guesses]
-            draft.candidate.owed_s += draft.draft_s
-        return []
+                draft.cut(candidate.planner.best_length(draft.chances, draft.draft_s))
+            if draft.guesses:
+                return draft
+            candidate.owed_s += draft.draft_s
+        return None
 
     def _in_order(self, sequence: Sequence, limit: int, cancellation: Cancellation) -> list[Draft]:
         """Return a draft of every candidate, the most promising first; of the free ones, filled."""
@@ -147,24 +168,38 @@ class Speculator:
 
     def ran(self, num_rows: int, seconds: float) -> None:
         """Hear what a pass of the target took, of the prompt too."""
-        if self._candidates:
+        if self._candidates and not self._is_resting:
             self._pass_time.observe(num_rows, seconds)
             self._pass_rows, self._pass_s = num_rows, seconds
 
     def judged(self, num_right: int, num_judged: int) -> None:
         """Hear how many guesses of the last pass were right, of how many that were compared."""
         draft, self._draft = self._draft, None
-        if draft is None:
-            for candidate in self._candidates if self._num_passes else ():
-                candidate.planner.observe(0, 1, self._pass_s, candidate.owed_s)
-                candidate.owed_s = 0.0
+        if not self._num_passes or not self._candidates or self._is_resting:
             return
+        if draft is None:
+            self._count_plain_step()
+            return
+        self._num_in_vain = 0
         draft.cut(self._pass_rows - 1)  # the pass may have been run again without a bad row
         candidate, num_drafted = draft.candidate, len(draft.guesses)
         draft_s = draft.draft_s + candidate.owed_s
         candidate.owed_s = 0.0
         candidate.planner.observe(num_drafted, num_right + 1, self._pass_s, draft_s)
         candidate.judge(draft, num_right, num_judged, self._verified_routing(self._pass_rows))
+
+    def _count_plain_step(self) -> None:
+        began_s = self._clock()
+        # A planner counts what costly drafts in vain took; here is what comes on top of it.
+        asking_s = self._asking_s - sum(candidate.owed_s for candidate in self._candidates)
+        for candidate in self._candidates:
+            candidate.planner.observe(0, 1, self._pass_s, candidate.owed_s)
+            candidate.owed_s = 0.0
+        self._num_in_vain += 1
+        if self._num_in_vain > PATIENCE:
+            asking_s += self._clock() - began_s
+            share = asking_s / self._pass_time.predict(1)
+            self._num_rests = min(MAX_REST, int(share / ASKING_SHARE))
 
     def figures(self) -> SpeculationFigures:
         """Return what was done for the request so far."""
