@@ -48,13 +48,13 @@ class MoeDispatchFigures:
         )
 
 
-def check_shadow(shadow: Artifact) -> None:
+def check_shadow(shadow: Artifact, min_bits: float = MIN_SHADOW_BITS) -> None:
     """Raise UsageError for a stand-in too coarse for --moe-dispatch batch."""
     bits = expert_bits(shadow)
-    if bits < MIN_SHADOW_BITS:
+    if bits < min_bits:
         raise UsageError(
             f"--shadow {shadow.path} has {bits:.1f} bits a weight: --moe-dispatch batch needs"
-            f" {MIN_SHADOW_BITS:g} or more, with fewer what it says is garbage. Make another with"
+            f" {min_bits:g} or more, with fewer what it says is garbage. Make another with"
             " `shoal shadow MODEL OUT --format q4`"
         )
 

@@ -46,14 +46,22 @@ class CorrectedExperts:
         artifact: the target's, whose schemes and grids the true experts have.
         dispatch: where these are. Their calls stay in flight from one pass to the next: whoever
             stops in between must `abandon` them.
+        max_calls_ahead: at one node: beyond, the oldest is waited for before the next leaves.
     """
 
-    def __init__(self, artifact: Artifact, dispatch: ExpertDispatch, surrogate: Surrogate) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        dispatch: ExpertDispatch,
+        surrogate: Surrogate,
+        max_calls_ahead: int = limits.MAX_CALLS_AHEAD,
+    ) -> None:
         layers = [i for i, layer in enumerate(artifact.spec.layers) if layer.router is not None]
         self._forms = {index: (artifact.scheme(index), artifact.grid(index)) for index in layers}
         self._windows = {index: LayerWindow() for index in layers}
         self._dispatch = dispatch
         self._surrogate = surrogate
+        self._max_calls_ahead = max_calls_ahead
         self._questions: dict[int, _Question] = {}
         self._pass = WindowPass(0, 0, is_sweep=False, asks=False)
         self.num_round_trips = 0  # so far
@@ -97,7 +105,7 @@ class CorrectedExperts:
 
     def _ask(self, layer: int, first: int, end: int) -> None:
         calls_per_node = -(-(end - first) // BULK_ROWS_PER_CALL)
-        if (len(self._questions) + 1) * calls_per_node > limits.MAX_CALLS_AHEAD:
+        if (len(self._questions) + 1) * calls_per_node > self._max_calls_ahead:
             self._take_answer(next(iter(self._questions)))
         assert layer not in self._questions, f"layer {layer} asks twice"
         pending = self._dispatch.start(layer, *self._windows[layer].asked(first, end))

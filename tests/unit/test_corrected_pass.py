@@ -1,6 +1,5 @@
 """The corrected pass on tiny models: what it converges to, what travels when, and how it fails."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,110 +7,41 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from coordinator.batch import Piece, make_batch
 from coordinator.cancellation import Cancellation, Cancelled
+from coordinator.corrected.compose import check_shadow
+from coordinator.corrected.config import MoeDispatch, MoeDispatchConfig
 from coordinator.corrected.corrected_pass import CorrectedPass
-from coordinator.corrected.experts import CorrectedExperts
-from coordinator.corrected.surrogate import Shadow, expert_bits
-from coordinator.dispatch_stats import DispatchStats
-from coordinator.expert_branch import DispatchedExperts
-from coordinator.expert_dispatch import LocalDispatch, PendingSums
+from coordinator.corrected.surrogate import expert_bits
+from coordinator.engine import Engine, EngineConfig
 from coordinator.kv_arrays import KvArrays
-from coordinator.kv_cache import KvBlockPool
-from coordinator.sequence import Sequence
-from coordinator.transformer import Transformer
-from coordinator.weights import load_weights
-from shoal import limits
+from coordinator.request import Finished, GenerationRequest, PromptRead, TokenGenerated
+from coordinator.tokenizer import NoTokenizer
 from shoal.artifact import Artifact
-from shoal.errors import NodeUnreachable
-from shoal.router import RoutingPlan
-from shoal.rows import Rows
+from shoal.errors import NodeUnreachable, UsageError
+from shoal.ops import SamplingParams
+from support.corrected import PROMPT, Passes
 from support.tiny_model import make_tiny_artifact
-from support.whole_store import whole_executor
 
 F32 = NDArray[np.float32]
 NUM_LAYERS = 4
-PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
-MORE = [5, 3, 5, 8, 9]
-
-
-class CountingDispatch:
-    """A dispatch that writes down what is started, waited for and taken back.
-
-    fails_in: the layer whose answer is lost; None: no layer.
-    """
-
-    def __init__(self, artifact: Artifact) -> None:
-        self._inner = LocalDispatch(whole_executor(artifact))
-        self.stats = DispatchStats()
-        self.log: list[tuple[str, int]] = []
-        self.fails_in: int | None = None
-
-    def start(self, layer: int, rows: Rows, plan: RoutingPlan) -> PendingSums:
-        self.log.append(("start", layer))
-        return CountedSums(self, layer, self._inner.start(layer, rows, plan))
-
-    def close(self) -> None:
-        self._inner.close()
-
-
-class CountedSums:
-    def __init__(self, dispatch: CountingDispatch, layer: int, inner: PendingSums) -> None:
-        self._dispatch, self._layer, self._inner = dispatch, layer, inner
-
-    def wait(self) -> NDArray[np.int64]:
-        self._dispatch.log.append(("wait", self._layer))
-        if self._layer == self._dispatch.fails_in:
-            raise NodeUnreachable("it is gone")
-        return self._inner.wait()
-
-    def abandon(self) -> None:
-        self._dispatch.log.append(("abandon", self._layer))
-
-
-class Passes:
-    """One prompt, read exactly, and what follows, exactly or corrected."""
-
-    def __init__(self, target: Path, shadow: Path) -> None:
-        artifact, coarse = Artifact.open(target), Artifact.open(shadow)
-        self.dispatch = CountingDispatch(artifact)
-        stand_in = Shadow(coarse, LocalDispatch(whole_executor(coarse)))
-        weights = load_weights(artifact)
-        self.experts = CorrectedExperts(artifact, self.dispatch, stand_in)
-        self.exact = Transformer(artifact.spec, weights, DispatchedExperts(artifact, self.dispatch))
-        self.corrected = Transformer(artifact.spec, weights, self.experts)
-        self.pool = KvBlockPool(32)
-        self.kv = KvArrays(artifact.spec, artifact.kv_dtype, 32)
-
-    def logits(self, num_sweeps: int | None, cancellation: Cancellation | None = None) -> F32:
-        """Return the logits of MORE's rows, in one pass after the prompt's; None: exact ones."""
-        sequence = Sequence(self.pool)
-        sequence.extend(PROMPT + MORE)
-        assert sequence.try_reserve(len(PROMPT + MORE))
-        try:
-            self.exact.forward(
-                make_batch([Piece(sequence, len(PROMPT), 0)]), self.kv, Cancellation()
-            )
-            sequence.advance(len(PROMPT))
-            self.dispatch.log.clear()
-            batch = make_batch([Piece(sequence, len(MORE), len(MORE))])
-            cancellation = cancellation or Cancellation()
-            if num_sweeps is None:
-                return self.exact.forward(batch, self.kv, cancellation)
-            corrected = CorrectedPass(self.corrected, self.experts, num_sweeps)
-            return corrected.forward(batch, self.kv, cancellation)
-        finally:
-            sequence.truncate(0)
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "llama"])
-def passes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Passes:
+def paths(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A target and its stand-in."""
     folder = tmp_path_factory.mktemp("corrected")
     family = request.param
     geometry: dict[str, Any] = {"num_hidden_layers": NUM_LAYERS, "intermediate_size": 512}
     target = make_tiny_artifact(folder, family, "bf16", name="target", **geometry)
     shadow = make_tiny_artifact(folder, family, "q4_0", name="shadow", **geometry)
-    return Passes(target, shadow)
+    return target, shadow
+
+
+@pytest.fixture(scope="module")
+def passes(paths: tuple[Path, Path]) -> Passes:
+    return Passes(*paths)
 
 
 def distance(a: F32, b: F32) -> float:
@@ -136,7 +66,7 @@ def test_a_sweep_sends_every_layers_call_before_it_waits_for_any(passes: Passes)
     passes.logits(1)
     starts = [("start", layer) for layer in range(NUM_LAYERS)]
     waits = [("wait", layer) for layer in range(NUM_LAYERS)]
-    assert passes.dispatch.log == starts + waits
+    assert passes.counting.log == starts + waits
     assert passes.experts.num_round_trips - before == 1
 
 
@@ -144,7 +74,7 @@ def test_each_further_sweep_is_one_more_round_trip(passes: Passes) -> None:
     """A layer's next call leaves once its last answer is there, and nobody waits for it."""
     before = passes.experts.num_round_trips
     passes.logits(3)
-    log = passes.dispatch.log
+    log = passes.counting.log
     assert [what for what, _ in log].count("start") == 3 * NUM_LAYERS
     per_layer = [[what for what, layer in log if layer == index] for index in range(NUM_LAYERS)]
     assert per_layer == [["start", "wait"] * 3] * NUM_LAYERS
@@ -152,14 +82,14 @@ def test_each_further_sweep_is_one_more_round_trip(passes: Passes) -> None:
 
 
 def test_a_lost_answer_fails_the_pass_and_takes_the_other_calls_back(passes: Passes) -> None:
-    passes.dispatch.fails_in = 1
+    passes.counting.fails_in = 1
     try:
         with pytest.raises(NodeUnreachable):
             passes.logits(2)
     finally:
-        passes.dispatch.fails_in = None
-    ended = [layer for what, layer in passes.dispatch.log if what in ("wait", "abandon")]
-    started = [layer for what, layer in passes.dispatch.log if what == "start"]
+        passes.counting.fails_in = None
+    ended = [layer for what, layer in passes.counting.log if what in ("wait", "abandon")]
+    started = [layer for what, layer in passes.counting.log if what == "start"]
     assert sorted(ended) == sorted(started), "a call was left behind"
     assert passes.logits(NUM_LAYERS).tobytes() == passes.logits(None).tobytes()
 
@@ -175,23 +105,17 @@ def test_a_cancelled_pass_leaves_no_call_behind(passes: Passes) -> None:
 
     with pytest.raises(Cancelled):
         passes.logits(2, CancelledInTheSecondPass())
-    log = passes.dispatch.log
+    log = passes.counting.log
     assert [what for what, _ in log].count("abandon") == NUM_LAYERS
     assert passes.logits(NUM_LAYERS).tobytes() == passes.logits(None).tobytes()
 
 
-@pytest.fixture
-def few_calls_ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(limits, "MAX_CALLS_AHEAD", 2)
-    yield
-
-
-@pytest.mark.usefixtures("few_calls_ahead")
-def test_calls_ahead_are_bounded_and_the_result_is_the_same(passes: Passes) -> None:
+def test_calls_ahead_are_bounded_and_the_result_is_the_same(paths: tuple[Path, Path]) -> None:
+    passes = Passes(*paths, max_calls_ahead=2)
     exact = passes.logits(None)
     assert passes.logits(NUM_LAYERS).tobytes() == exact.tobytes()
     in_flight = most = 0
-    for what, _ in passes.dispatch.log:
+    for what, _ in passes.counting.log:
         in_flight += 1 if what == "start" else -1
         most = max(most, in_flight)
     assert most == 2
@@ -201,3 +125,86 @@ def test_the_bits_of_a_weight_are_those_of_its_format(tmp_path: Path) -> None:
     for quant, bits in (("q4_0", 4.5), ("bf16", 16.0)):
         path = make_tiny_artifact(tmp_path, "qwen3_moe", quant, name=quant, num_hidden_layers=1)
         assert expert_bits(Artifact.open(path)) == bits
+
+
+class Answers:
+    """An engine whose answers are exact, or of a corrected pass; what a request brought."""
+
+    def __init__(self, passes: Passes, artifact: Artifact, num_sweeps: int | None) -> None:
+        approximate = None
+        if num_sweeps is not None:
+            approximate = CorrectedPass(passes.corrected, passes.experts, num_sweeps)
+        self.engine = Engine(
+            passes.exact,
+            NoTokenizer({}),
+            lambda num_blocks: KvArrays(artifact.spec, artifact.kv_dtype, num_blocks),
+            EngineConfig(max_context=128),
+            lambda: 0.0,
+            approximate=approximate,
+        )
+
+    def ask(self, prompt_ids: tuple[int, ...]) -> tuple[list[int], int, str | None]:
+        """Return the answer's ids, how much of the prompt was reused, and the logits' digest."""
+        request = GenerationRequest(
+            prompt_ids, 8, SamplingParams(), ignore_eos=True, num_top_logprobs=0
+        )
+        events = list(self.engine.generate(request, Cancellation()))
+        self.engine.check_integrity()
+        [read] = [event for event in events if isinstance(event, PromptRead)]
+        ids = [event.token_id for event in events if isinstance(event, TokenGenerated)]
+        finished = events[-1]
+        assert isinstance(finished, Finished)
+        return ids, read.num_reused, finished.logits_digest
+
+
+def test_an_engine_reads_prompts_exactly_and_forgets_approximate_kv(passes: Passes) -> None:
+    """An answer that comes back as part of the next prompt is read again: rule 8."""
+    exact, rough = Answers(passes, passes.artifact, None), Answers(passes, passes.artifact, 1)
+    prompt = tuple(PROMPT)
+    for _ in range(2):
+        ids, _, digest = exact.ask(prompt)
+        rough_ids, num_reused, rough_digest = rough.ask(prompt)
+        assert rough_ids[0] == ids[0], "the first token follows the prompt, which is read exactly"
+        assert rough_digest != digest, "a blunt test: nothing is approximate"
+        assert num_reused <= len(prompt)
+        prompt = (*prompt, *rough_ids, 7)
+    _, num_reused, _ = rough.ask(prompt)
+    assert num_reused == len(prompt) - 9, "of the last turn its prompt, and no token of its answer"
+
+
+def test_an_engine_with_a_sweep_a_layer_says_what_the_exact_one_says(passes: Passes) -> None:
+    exact = Answers(passes, passes.artifact, None)
+    whole = Answers(passes, passes.artifact, NUM_LAYERS)
+    ids, _, digest = exact.ask(tuple(PROMPT))
+    whole_ids, _, whole_digest = whole.ask(tuple(PROMPT))
+    assert (whole_ids, whole_digest) == (ids, digest)
+
+
+def test_batch_mode_is_refused_where_its_text_would_be_garbage() -> None:
+    for shadow, guesses, words in (
+        (None, False, "needs --shadow.*shoal shadow MODEL OUT --format q4"),
+        ("q4", True, "do not go together.*--speculate batch"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            MoeDispatchConfig(MoeDispatch.BATCH).check(shadow, guesses)
+    MoeDispatchConfig(MoeDispatch.BATCH, 2).check("q4", False)
+    MoeDispatchConfig(MoeDispatch.AUTO).check(None, True)
+
+
+@pytest.mark.parametrize("mode", [MoeDispatch.AUTO, MoeDispatch.STREAM])
+def test_a_number_of_sweeps_needs_a_mode_that_sweeps(mode: MoeDispatch) -> None:
+    with pytest.raises(UsageError, match="--moe-iters does nothing"):
+        MoeDispatchConfig(mode, 2)
+    assert MoeDispatchConfig(mode).is_exact
+
+
+@pytest.mark.parametrize("num_iters", [0, 9])
+def test_a_number_of_sweeps_has_bounds(num_iters: int) -> None:
+    with pytest.raises(UsageError, match=r"must be in 1\.\.8"):
+        MoeDispatchConfig(MoeDispatch.BATCH, num_iters)
+
+
+def test_a_stand_in_of_too_few_bits_is_refused(passes: Passes) -> None:
+    check_shadow(passes.coarse)
+    with pytest.raises(UsageError, match=r"4\.\d bits a weight.*needs 5 or more"):
+        check_shadow(passes.coarse, min_bits=5.0)
