@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-from measure import ROOT, Row, save, show, spread
+
+from bench.measure import ROOT, Row, save, show, spread
 
 
 class Command(NamedTuple):
@@ -61,6 +62,7 @@ def start(command: Command, checkout: Path) -> Start:
         env={**os.environ, "PYTHONPATH": str(checkout)},
     )
     assert process.stdout is not None
+    cpu_s: float | None = None
     with process.stdout as stdout:
         first = os.read(stdout.fileno(), 1)
         wall_s = time.perf_counter() - began
@@ -73,7 +75,7 @@ def start(command: Command, checkout: Path) -> Start:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0 or not first:
         raise subprocess.CalledProcessError(process.returncode, process.args)
-    return Start(wall_s, cpu_s if command.serves else usage.ru_utime + usage.ru_stime)
+    return Start(wall_s, usage.ru_utime + usage.ru_stime if cpu_s is None else cpu_s)
 
 
 def _cpu_s(pid: int) -> float:

@@ -11,7 +11,6 @@ Needs root, or a delegated group.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 ROOT_V1 = Path("/sys/fs/cgroup/memory")
@@ -57,12 +56,7 @@ class MemoryCap:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.is_v1:
             (self.path / "memory.force_empty").write_text("0")
         self.path.rmdir()

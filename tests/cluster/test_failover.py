@@ -31,23 +31,12 @@ from shoal.rows import Rows
 from shoal.transport import Transport
 from support.chaos_proxy import ChaosProxy, Direction, Weather
 from support.cluster import Cluster, freeze, kill, thaw
-from support.tiny_model import make_tiny_artifact
 
 pytestmark = pytest.mark.processes
 
 NUM_TOKENS = 24
 WAIT_S = 120.0  # a busy machine
 both_transports = pytest.mark.parametrize("transport", [Transport.FAST, Transport.GRPCIO])
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_artifact(tmp_path_factory.mktemp("model"), "qwen3_moe", "q8_0")
-
-
-@pytest.fixture(scope="module")
-def artifact(path: Path) -> Artifact:
-    return Artifact.open(path)
 
 
 class Staged:
@@ -162,7 +151,7 @@ def test_a_node_killed_mid_token_is_replaced_by_its_replica_and_met_again(
     """
     news = News()
     with Cluster() as cluster:
-        a, b = cluster.node(path), cluster.node(path)
+        a, b = cluster.nodes(path)
         address = a.endpoint.removeprefix("grpc://")
         with staged(artifact, f"0-15={a.endpoint}|{b.endpoint}", transport, news) as (stage, _):
             stage.before[20] = lambda: freeze(a)
@@ -186,7 +175,7 @@ def test_a_frozen_node_is_given_up_and_its_late_answers_are_dropped(
     """
     news = News()
     with Cluster() as cluster:
-        a, b = cluster.node(path), cluster.node(path)
+        a, b = cluster.nodes(path)
         news.on["no sign of life"] = lambda: thaw(a)
         with staged(artifact, f"0-15={a.endpoint}|{b.endpoint}", transport, news) as (stage, _):
             stage.before[40] = lambda: freeze(a)
@@ -205,7 +194,7 @@ def test_a_range_without_a_node_waits_until_one_is_back(
     """
     news = News()
     with Cluster() as cluster:
-        a, b = cluster.node(path), cluster.node(path)
+        a, b = cluster.nodes(path)
         address = b.endpoint.removeprefix("grpc://")
         news.on[b.endpoint] = lambda: cluster.node(path, listen=address)
         shards = f"0-7={a.endpoint},8-15={b.endpoint}"
@@ -220,7 +209,7 @@ def test_a_replica_that_is_down_at_start_is_told_and_joins_later(
 ) -> None:
     news = News()
     with Cluster() as cluster:
-        a, b = cluster.node(path), cluster.node(path)
+        a, b = cluster.nodes(path)
         address = a.endpoint.removeprefix("grpc://")
         kill(a)
         shards = f"0-15={a.endpoint}|{b.endpoint}"
@@ -244,7 +233,7 @@ def test_late_segments_and_resets_every_second_cost_no_token(
     path: Path, artifact: Artifact, alone: tuple[int, ...], transport: Transport
 ) -> None:
     with Cluster() as cluster:
-        nodes = [cluster.node(path), cluster.node(path)]
+        nodes = cluster.nodes(path)
         with (
             ChaosProxy(nodes[0].endpoint, stormy, seed=1) as first,
             ChaosProxy(nodes[1].endpoint, seed=2) as second,
@@ -269,7 +258,7 @@ def test_the_map_changes_under_a_request(
 
     file = tmp_path / "map.toml"
     with Cluster() as cluster:
-        a, b = cluster.node(path), cluster.node(path)
+        a, b = cluster.nodes(path)
         write(a.endpoint)
         with staged(artifact, f"@{file}", Transport.FAST) as (stage, dispatch):
 

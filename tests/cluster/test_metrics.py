@@ -24,34 +24,23 @@ from support.expert_node import (
     start_node,
 )
 from support.streaming import call_of, expert_bytes
-from support.tiny_model import make_tiny_artifact
 
 pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_artifact(tmp_path_factory.mktemp("model"), quant="q8_0")
-
-
-@pytest.fixture(scope="module")
-def artifact(model: Path) -> Artifact:
-    return Artifact.open(model)
-
-
-@pytest.fixture(scope="module")
 def node(
-    model: Path, artifact: Artifact, tmp_path_factory: pytest.TempPathFactory
+    path: Path, artifact: Artifact, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningNode]:
     """A node whose cache holds a quarter of its experts."""
     log = tmp_path_factory.mktemp("node") / "log"
     flags = ("--cache", str(12 * expert_bytes(artifact)), "--metrics-listen", "127.0.0.1:0")
-    with running_node(model, log, *flags, "--threads", "1") as running:
+    with running_node(path, log, *flags, "--threads", "1") as running:
         yield running
 
 
-def get(node: RunningNode, path: str = "/metrics", accept: str = "*/*") -> str:
-    url = node.ready["metrics"].removesuffix("/metrics") + path
+def get(node: RunningNode, page: str = "/metrics", accept: str = "*/*") -> str:
+    url = node.ready["metrics"].removesuffix("/metrics") + page
     with urlopen(Request(url, headers={"Accept": accept}), timeout=30) as response:
         text: str = response.read().decode()
     return text
@@ -123,23 +112,23 @@ def test_probes_are_answered(node: RunningNode) -> None:
 
 
 def test_a_metrics_port_that_is_taken_is_named(
-    model: Path, node: RunningNode, tmp_path: Path
+    path: Path, node: RunningNode, tmp_path: Path
 ) -> None:
     taken = node.ready["metrics"].removeprefix("http://").removesuffix("/metrics")
     with pytest.raises(NodeDied, match="--metrics-listen") as caught:
-        start_node(model, tmp_path / "log", "--metrics-listen", taken)
+        start_node(path, tmp_path / "log", "--metrics-listen", taken)
     assert caught.value.status == 4
 
 
 def test_what_was_used_is_recorded_and_warms_the_next_start(
-    model: Path, artifact: Artifact, tmp_path: Path
+    path: Path, artifact: Artifact, tmp_path: Path
 ) -> None:
     """1. a node records; 2. it leaves; 3. another reads its heat, the hottest first, and pins."""
     heat_file = tmp_path / "heat.json"
     router = artifact.spec.layers[0].router
     assert router is not None and router.experts_per_token == 4
     passes = [[3, 14, 0, 1]] * 5 + [[3, 14, 7, 9]] * 2 + [[0, 3, 8, 5]]
-    with running_node(model, tmp_path / "one", "--record-heat", str(heat_file)) as node:
+    with running_node(path, tmp_path / "one", "--record-heat", str(heat_file)) as node:
         pass_through(node, artifact, passes)
         assert node.terminate() == 0
     heat = decode_heat(heat_file.read_bytes(), "heat")
@@ -158,7 +147,7 @@ def test_what_was_used_is_recorded_and_warms_the_next_start(
     size = expert_bytes(artifact)
     flags = ["--warmup-from", str(heat_file), "--cache", str(7 * size), "--pin-experts", "3"]
     flags += ["--metrics-listen", "127.0.0.1:0", "--prefetch", "off"]
-    with running_node(model, tmp_path / "two", *flags) as node:
+    with running_node(path, tmp_path / "two", *flags) as node:
         warm = samples(node)
         assert warm["shoal_cache_experts"] == 7
         assert warm["shoal_cache_pinned_bytes"] == 3 * size
@@ -167,7 +156,7 @@ def test_what_was_used_is_recorded_and_warms_the_next_start(
 
 
 def test_a_heat_map_of_another_model_is_refused(
-    model: Path, artifact: Artifact, tmp_path: Path
+    path: Path, artifact: Artifact, tmp_path: Path
 ) -> None:
     heat_file = tmp_path / "heat.json"
     other = "f" * 64
@@ -175,19 +164,19 @@ def test_a_heat_map_of_another_model_is_refused(
     heat_file.write_text(text)
     for flag in ("--warmup-from", "--record-heat", "--pin-experts"):
         with pytest.raises(NodeDied, match="another model") as caught:
-            start_node(model, tmp_path / "log", flag, str(heat_file))
+            start_node(path, tmp_path / "log", flag, str(heat_file))
         assert caught.value.status == 2 and flag in caught.value.stderr
     assert heat_file.read_text() == text, "what it cannot go on from is not overwritten"
 
 
 def test_a_file_that_cannot_be_written_costs_a_warning_and_no_call(
-    model: Path, artifact: Artifact, tmp_path: Path
+    path: Path, artifact: Artifact, tmp_path: Path
 ) -> None:
     """1. a node records into a folder; 2. the folder goes; 3. calls are answered; 4. it leaves."""
     folder = tmp_path / "heat"
     folder.mkdir()
     flags = ("--record-heat", str(folder / "heat.json"))
-    with running_node(model, tmp_path / "log", *flags) as node:
+    with running_node(path, tmp_path / "log", *flags) as node:
         pass_through(node, artifact, [[0, 1]])
         folder.rmdir()
         pass_through(node, artifact, [[0, 1]])
@@ -195,10 +184,10 @@ def test_a_file_that_cannot_be_written_costs_a_warning_and_no_call(
         assert "heat not written: calls are served all the same" in node.log.read_text()
 
 
-def test_a_draining_node_is_not_ready(model: Path, artifact: Artifact, tmp_path: Path) -> None:
+def test_a_draining_node_is_not_ready(path: Path, artifact: Artifact, tmp_path: Path) -> None:
     """1. calls are in flight; 2. SIGTERM; 3. /ready says no before the node is gone."""
     flags = ("--metrics-listen", "127.0.0.1:0", "--threads", "1")
-    with running_node(model, tmp_path / "log", *flags) as node, connection(node.target) as channel:
+    with running_node(path, tmp_path / "log", *flags) as node, connection(node.target) as channel:
         stream = Stream(channel)
         stream.open(describe(channel), pb.LANE_BULK)
         assert get(node, "/ready") == "ready\n"

@@ -22,17 +22,10 @@ from shoal.artifact import Artifact
 from shoal.router import RoutingPlan
 from shoal.transport import Transport
 from shoal.v1 import expert_pb2 as pb
-from support.tiny_model import make_tiny_artifact
 
 NUM_EXPERTS = 16
 Connect = Callable[..., RemoteDispatch]
 Answer = Callable[[pb.ExpertCall], list[pb.NodeFrame | bytes]]
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    path = make_tiny_artifact(tmp_path_factory.mktemp("model"), "qwen3_moe", "q8_0")
-    return Artifact.open(path)
 
 
 @pytest.fixture(params=[Transport.FAST, Transport.GRPCIO])

@@ -34,11 +34,6 @@ from support.whole_store import whole_executor
 pytestmark = pytest.mark.processes
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_artifact(tmp_path_factory.mktemp("model"), quant="q8_0")
-
-
 @pytest.fixture(scope="module", params=["fast", "grpcio"], autouse=True)
 def transport(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -48,12 +43,12 @@ def transport(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def node(
-    transport: None, model: Path, tmp_path_factory: pytest.TempPathFactory
+    transport: None, path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningNode]:
     """One node for every test that leaves it alive. It lacks the last expert."""
-    last = Artifact.open(model).owned_experts[1][-1]
+    last = Artifact.open(path).owned_experts[1][-1]
     log = tmp_path_factory.mktemp("node") / "log"
-    with running_node(model, log, "--experts", f"0-{last - 1}", "--threads", "1") as running:
+    with running_node(path, log, "--experts", f"0-{last - 1}", "--threads", "1") as running:
         yield running
 
 
@@ -72,9 +67,9 @@ def stream(channel: grpc.Channel) -> Iterator[Stream]:
 
 
 def random_call(
-    model: Path, layer: int, num_rows: int, *, seed: int = 0, num_experts: int | None = None
+    path: Path, layer: int, num_rows: int, *, seed: int = 0, num_experts: int | None = None
 ) -> ExpertCall:
-    artifact = Artifact.open(model)
+    artifact = Artifact.open(path)
     rng = np.random.default_rng(seed)
     router = artifact.spec.layers[layer].router
     assert router is not None
@@ -91,8 +86,8 @@ def random_call(
     )
 
 
-def local_sums(model: Path, call: ExpertCall) -> np.ndarray:
-    return whole_executor(Artifact.open(model)).compute(call)
+def local_sums(path: Path, call: ExpertCall) -> np.ndarray:
+    return whole_executor(Artifact.open(path)).compute(call)
 
 
 def sums_of(reply: pb.Reply, call: ExpertCall, grid: int) -> np.ndarray:
@@ -102,9 +97,9 @@ def sums_of(reply: pb.Reply, call: ExpertCall, grid: int) -> np.ndarray:
 
 
 def test_describe_says_who_the_node_is(
-    model: Path, node: RunningNode, channel: grpc.Channel
+    path: Path, node: RunningNode, channel: grpc.Channel
 ) -> None:
-    artifact, who = Artifact.open(model), describe(channel)
+    artifact, who = Artifact.open(path), describe(channel)
     assert who.identity == artifact.identity == node.ready["identity"]
     assert who.numerics == node.ready["numerics"]
     assert (who.ready, who.draining, who.num_threads) == (True, False, 1)
@@ -117,24 +112,24 @@ def test_describe_says_who_the_node_is(
 
 @pytest.mark.parametrize("num_rows", [1, 2, 17, 300])
 def test_a_node_answers_with_the_bits_of_a_local_executor(
-    model: Path, stream: Stream, num_rows: int
+    path: Path, stream: Stream, num_rows: int
 ) -> None:
-    artifact = Artifact.open(model)
+    artifact = Artifact.open(path)
     for layer in range(artifact.spec.num_layers):
-        call = random_call(model, layer, num_rows, seed=layer)
+        call = random_call(path, layer, num_rows, seed=layer)
         stream.send(wire.encode_call(layer, 60_000, call))
         reply = stream.receive().reply
         assert reply.call_id == layer
-        expected = local_sums(model, call)
+        expected = local_sums(path, call)
         assert np.count_nonzero(expected) > expected.size // 2, "sums are degenerate"
         assert (sums_of(reply, call, artifact.grid(layer)) == expected).all()
 
 
 def test_many_calls_in_flight_on_two_streams_each_get_their_answer(
-    model: Path, channel: grpc.Channel
+    path: Path, channel: grpc.Channel
 ) -> None:
-    grid = Artifact.open(model).grid(0)
-    calls = {call_id: random_call(model, 0, 1 + call_id % 5, seed=call_id) for call_id in range(40)}
+    grid = Artifact.open(path).grid(0)
+    calls = {call_id: random_call(path, 0, 1 + call_id % 5, seed=call_id) for call_id in range(40)}
     streams = {lane: Stream(channel) for lane in (pb.LANE_INTERACTIVE, pb.LANE_BULK)}
     who = describe(channel)
     for lane, stream in streams.items():
@@ -147,13 +142,13 @@ def test_many_calls_in_flight_on_two_streams_each_get_their_answer(
         assert {reply.call_id for reply in replies} == set(calls)
         for reply in replies:
             call = calls[reply.call_id]
-            assert (sums_of(reply, call, grid) == local_sums(model, call)).all()
+            assert (sums_of(reply, call, grid) == local_sums(path, call)).all()
         stream.cancel()
 
 
-def test_an_expert_that_is_not_owned_is_named_and_never_zeros(model: Path, stream: Stream) -> None:
-    call = random_call(model, 1, 1)
-    missing = Artifact.open(model).owned_experts[1][-1]
+def test_an_expert_that_is_not_owned_is_named_and_never_zeros(path: Path, stream: Stream) -> None:
+    call = random_call(path, 1, 1)
+    missing = Artifact.open(path).owned_experts[1][-1]
     call.experts[0] = missing
     stream.send(wire.encode_call(5, 60_000, call))
     failure = stream.receive().failure
@@ -163,12 +158,12 @@ def test_an_expert_that_is_not_owned_is_named_and_never_zeros(model: Path, strea
 
 
 def test_rows_that_are_not_finite_fail_their_call_and_name_layer_and_rows(
-    model: Path, stream: Stream
+    path: Path, stream: Stream
 ) -> None:
-    call = random_call(model, 1, 3)
+    call = random_call(path, 1, 3)
     call.rows.scales[2, 0] = np.nan
     stream.send(wire.encode_call(1, 60_000, call))
-    stream.send(wire.encode_call(2, 60_000, random_call(model, 1, 1)))
+    stream.send(wire.encode_call(2, 60_000, random_call(path, 1, 1)))
     failure = stream.receive().failure
     assert (failure.code, list(failure.rows)) == (pb.Failure.NON_FINITE, [2])
     assert "layer 1" in failure.message
@@ -176,9 +171,9 @@ def test_rows_that_are_not_finite_fail_their_call_and_name_layer_and_rows(
 
 
 def test_a_result_beyond_the_grid_fails_its_call_and_names_layer_and_rows(
-    model: Path, stream: Stream
+    path: Path, stream: Stream
 ) -> None:
-    call = random_call(model, 1, 3)
+    call = random_call(path, 1, 3)
     call.weights[call.row_offsets[1]] = 3e38
     stream.send(wire.encode_call(1, 60_000, call))
     failure = stream.receive().failure
@@ -191,9 +186,9 @@ def test_a_result_beyond_the_grid_fails_its_call_and_names_layer_and_rows(
     [("layer", 77, "layer 77"), ("dim", 32, "values"), ("scheme", 3, "values")],
 )
 def test_a_call_that_does_not_fit_the_model_is_malformed(
-    model: Path, stream: Stream, field: str, value: int, complaint: str
+    path: Path, stream: Stream, field: str, value: int, complaint: str
 ) -> None:
-    frame = wire.encode_call(1, 60_000, random_call(model, 0, 1))
+    frame = wire.encode_call(1, 60_000, random_call(path, 0, 1))
     setattr(frame.call, field, value)
     stream.send(frame)
     failure = stream.receive().failure
@@ -202,7 +197,7 @@ def test_a_call_that_does_not_fit_the_model_is_malformed(
 
 
 def test_bytes_that_are_no_frame_end_their_stream_and_no_other(
-    channel: grpc.Channel, model: Path, stream: Stream
+    channel: grpc.Channel, path: Path, stream: Stream
 ) -> None:
     other = Stream(channel)
     other.open(describe(channel))
@@ -211,7 +206,7 @@ def test_bytes_that_are_no_frame_end_their_stream_and_no_other(
         other.receive()
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "no ClientFrame" in str(caught.value.details())
-    stream.send(wire.encode_call(1, 60_000, random_call(model, 0, 1)))
+    stream.send(wire.encode_call(1, 60_000, random_call(path, 0, 1)))
     assert stream.receive().reply.call_id == 1
 
 
@@ -234,10 +229,10 @@ def test_a_coordinator_of_another_model_numerics_or_protocol_is_refused(
 
 
 def test_calls_sent_before_the_end_of_a_stream_are_still_answered(
-    model: Path, stream: Stream
+    path: Path, stream: Stream
 ) -> None:
     for call_id in range(5):
-        stream.send(wire.encode_call(call_id, 60_000, random_call(model, 0, 200)))
+        stream.send(wire.encode_call(call_id, 60_000, random_call(path, 0, 200)))
     stream.finish()
     assert [stream.receive().reply.call_id for _ in range(5)] == list(range(5))
     with pytest.raises(StopIteration):
@@ -252,16 +247,16 @@ def test_health_says_serving(channel: grpc.Channel) -> None:
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "Drain"])
-def test_a_node_under_load_leaves_in_peace(model: Path, tmp_path: Path, how: str) -> None:
+def test_a_node_under_load_leaves_in_peace(path: Path, tmp_path: Path, how: str) -> None:
     """1. calls are in flight; 2. the node is told to leave; 3. each is answered once; 4. exit 0."""
-    with running_node(model, tmp_path / "log") as node, connection(node.target) as channel:
+    with running_node(path, tmp_path / "log") as node, connection(node.target) as channel:
         stream = Stream(channel)
         stream.open(describe(channel), pb.LANE_BULK)
         health: Any = health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=60)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         for call_id in range(100):
-            stream.send(wire.encode_call(call_id, 60_000, random_call(model, 0, 64, seed=call_id)))
+            stream.send(wire.encode_call(call_id, 60_000, random_call(path, 0, 64, seed=call_id)))
         answered = [stream.receive().reply.call_id]
         if how == "Drain":
             drain(channel, "a test")
@@ -292,8 +287,8 @@ def iter_frames(stream: Stream) -> Iterator[pb.NodeFrame]:
             return
 
 
-def test_an_idle_node_with_an_open_stream_leaves_in_peace(model: Path, tmp_path: Path) -> None:
-    with running_node(model, tmp_path / "log") as node, connection(node.target) as channel:
+def test_an_idle_node_with_an_open_stream_leaves_in_peace(path: Path, tmp_path: Path) -> None:
+    with running_node(path, tmp_path / "log") as node, connection(node.target) as channel:
         stream = Stream(channel)
         stream.open(describe(channel))
         assert node.terminate() == 0
@@ -302,37 +297,37 @@ def test_an_idle_node_with_an_open_stream_leaves_in_peace(model: Path, tmp_path:
             stream.receive()
 
 
-def test_warm_up_reads_everything_before_ready(model: Path, tmp_path: Path) -> None:
-    with running_node(model, tmp_path / "log", "--warmup", "--log-format", "json") as node:
+def test_warm_up_reads_everything_before_ready(path: Path, tmp_path: Path) -> None:
+    with running_node(path, tmp_path / "log", "--warmup", "--log-format", "json") as node:
         assert '"event":"warm-up"' in node.log.read_text()
         assert node.terminate() == 0
 
 
-def test_a_unix_socket_serves_and_is_removed(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "node.sock"
-    listen = f"unix://{path}"
-    with running_node(model, tmp_path / "log", "--listen", listen) as node:
+def test_a_unix_socket_serves_and_is_removed(path: Path, tmp_path: Path) -> None:
+    socket_path = tmp_path / "node.sock"
+    listen = f"unix://{socket_path}"
+    with running_node(path, tmp_path / "log", "--listen", listen) as node:
         assert node.endpoint == listen
         with connection(node.target) as channel:
             assert describe(channel).ready
         with pytest.raises(NodeDied, match="another process") as caught:
-            start_node(model, tmp_path / "second", "--listen", listen)
+            start_node(path, tmp_path / "second", "--listen", listen)
         assert caught.value.status == 4
         assert node.terminate() == 0
-        assert not path.exists()
+        assert not socket_path.exists()
 
 
-def test_a_used_port_is_refused(model: Path, tmp_path: Path) -> None:
+def test_a_used_port_is_refused(path: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(NodeDied, match=f"cannot listen on {listen}") as caught:
-            start_node(model, tmp_path / "log", "--listen", listen)
+            start_node(path, tmp_path / "log", "--listen", listen)
         assert caught.value.status == 4
 
 
-def test_two_nodes_do_not_share_a_port(model: Path, node: RunningNode, tmp_path: Path) -> None:
+def test_two_nodes_do_not_share_a_port(path: Path, node: RunningNode, tmp_path: Path) -> None:
     with pytest.raises(NodeDied, match="cannot listen on"):
-        start_node(model, tmp_path / "log", "--listen", node.target)
+        start_node(path, tmp_path / "log", "--listen", node.target)
 
 
 @pytest.mark.parametrize(
@@ -347,22 +342,22 @@ def test_two_nodes_do_not_share_a_port(model: Path, node: RunningNode, tmp_path:
     ],
 )
 def test_a_wrong_flag_is_refused_with_its_fix(
-    model: Path, tmp_path: Path, flags: tuple[str, ...], status: int, complaint: str
+    path: Path, tmp_path: Path, flags: tuple[str, ...], status: int, complaint: str
 ) -> None:
     with pytest.raises(NodeDied) as caught:
-        start_node(model, tmp_path / "log", *flags)
+        start_node(path, tmp_path / "log", *flags)
     assert caught.value.status == status
     assert complaint in caught.value.stderr
 
 
-def test_insecure_listening_is_said_loudly(model: Path, tmp_path: Path) -> None:
-    with running_node(model, tmp_path / "log", "--listen", "0.0.0.0:0", "--insecure") as node:
+def test_insecure_listening_is_said_loudly(path: Path, tmp_path: Path) -> None:
+    with running_node(path, tmp_path / "log", "--listen", "0.0.0.0:0", "--insecure") as node:
         assert "INSECURE" in node.log.read_text()
 
 
-def test_the_environment_sets_what_flags_set(model: Path, tmp_path: Path) -> None:
+def test_the_environment_sets_what_flags_set(path: Path, tmp_path: Path) -> None:
     env = {"EXPERTS": "1-2", "LAYERS": "0", "WARMUP": "1", "PORT": "0", "SHOAL_THREADS": "1"}
-    with running_node(model, tmp_path / "log", "--listen", "127.0.0.1:1", env=env) as node:
+    with running_node(path, tmp_path / "log", "--listen", "127.0.0.1:1", env=env) as node:
         assert (node.ready["experts"], node.ready["layers"]) == ("1-2", "0")
         assert node.ready["num_threads"] == 1
         assert not node.endpoint.endswith(":1")
@@ -371,18 +366,18 @@ def test_the_environment_sets_what_flags_set(model: Path, tmp_path: Path) -> Non
 
 def test_a_flipped_bit_is_never_served(tmp_path: Path) -> None:
     """1. one bit of an expert flips; 2. lazily: its calls fail, others work; 3. warm-up refuses."""
-    model = make_tiny_artifact(tmp_path, quant="q8_0")
-    where = Artifact.open(model).expert_location(0, 1)
+    path = make_tiny_artifact(tmp_path, quant="q8_0")
+    where = Artifact.open(path).expert_location(0, 1)
     with where.path.open("r+b") as file:
         file.seek(where.offset + 100)
         [byte] = file.read(1)
         file.seek(where.offset + 100)
         file.write(bytes([byte ^ 4]))
-    with running_node(model, tmp_path / "log") as node, connection(node.target) as channel:
+    with running_node(path, tmp_path / "log") as node, connection(node.target) as channel:
         stream = Stream(channel)
         stream.open(describe(channel))
         for call_id, expert in enumerate((1, 0, 1)):
-            call = random_call(model, 0, 1, num_experts=1)
+            call = random_call(path, 0, 1, num_experts=1)
             call.experts[:] = expert
             stream.send(wire.encode_call(call_id, 60_000, call))
         received = [stream.receive() for _ in range(3)]  # whoever waits for no read is first
@@ -392,5 +387,5 @@ def test_a_flipped_bit_is_never_served(tmp_path: Path) -> None:
             assert "expert 1 of layer 0" in failure.message
         assert answers[1].reply.call_id == 1
     with pytest.raises(NodeDied, match="expert 1 of layer 0") as caught:
-        start_node(model, tmp_path / "second", "--warmup")
+        start_node(path, tmp_path / "second", "--warmup")
     assert caught.value.status == 3

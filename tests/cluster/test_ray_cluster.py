@@ -14,16 +14,10 @@ pytest.importorskip("ray", reason="the extra [ray] is not installed")
 
 from support.command import assert_refused, shoal
 from support.ray_machines import running_machines
-from support.tiny_model import make_tiny_artifact
 
 pytestmark = pytest.mark.processes
 
 RUN = ["--prompt-ids", "5,6,7", "--ignore-eos", "--max-tokens", "8", "--json"]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_artifact(tmp_path_factory.mktemp("model"), "qwen3_moe", "q8_0")
 
 
 @pytest.fixture(scope="module")

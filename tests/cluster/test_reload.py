@@ -31,25 +31,15 @@ MAX_LOOKS = 20_000  # at a node that is about to change; each look is a round tr
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_artifact(tmp_path_factory.mktemp("model"), quant="q8_0")
-
-
-@pytest.fixture(scope="module")
-def artifact(model: Path) -> Artifact:
-    return Artifact.open(model)
-
-
-@pytest.fixture(scope="module")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_artifact(tmp_path_factory.mktemp("other"), quant="q8_0", seed=1)
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path) -> Iterator[Callable[[list[int], int], np.ndarray]]:
+def expected(path: Path) -> Iterator[Callable[[list[int], int], np.ndarray]]:
     """What a row that goes to those experts gives in this process."""
-    with streaming_store(model, None) as store:
-        artifact = Artifact.open(model)
+    with streaming_store(path, None) as store:
+        artifact = Artifact.open(path)
         executor = ExpertExecutor(artifact, store)
         yield lambda experts, seed: executor.compute(call_of(artifact, LAYER, experts, seed))
 
@@ -101,14 +91,14 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def configured(model: Path, tmp_path: Path, transport: str) -> Iterator[Configured]:
+def configured(path: Path, tmp_path: Path, transport: str) -> Iterator[Configured]:
     """A node that owns experts 0-3 by its file, on either transport."""
     file = tmp_path / "node.toml"
     write_settings(file, experts="0-3")
     flags = ["--config", str(file), "--transport", transport, "--log-format", "json"]
     flags += ["--threads", "1", "--metrics-listen", "127.0.0.1:0"]
     with (
-        running_node(model, tmp_path / "log", *flags) as node,
+        running_node(path, tmp_path / "log", *flags) as node,
         connection(node.target) as channel,
     ):
         yield Configured(node, channel, file)
@@ -214,7 +204,7 @@ def test_streams_from_before_are_served_as_they_were_promised(
 
 @only_fast
 def test_a_slice_takes_the_place_of_another_while_calls_go_on(
-    model: Path,
+    path: Path,
     artifact: Artifact,
     other_model: Path,
     tmp_path: Path,
@@ -291,10 +281,10 @@ def test_a_node_may_be_told_to_leave_while_it_reloads(configured: Configured) ->
     assert configured.node.terminate() == 0
 
 
-def test_a_node_whose_terminal_is_gone_leaves(model: Path, tmp_path: Path) -> None:
+def test_a_node_whose_terminal_is_gone_leaves(path: Path, tmp_path: Path) -> None:
     """1. a node runs in a terminal; 2. somebody closes it; 3. that SIGHUP is no reload."""
     ours, terminal = os.openpty()
-    command = [sys.executable, "-m", "expert_node", str(model), "--listen", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "expert_node", str(path), "--listen", "127.0.0.1:0"]
     try:
         with (tmp_path / "log").open("wb") as log:
             process = subprocess.Popen(

@@ -14,7 +14,7 @@ from shoal import ops
 from shoal.artifact import Artifact
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
-from support.cluster import Cluster
+from support.cluster import Cluster, Flags
 from support.tiny_model import make_tiny_artifact
 from support.whole_store import whole_executor
 
@@ -76,11 +76,12 @@ def expected(artifact: Artifact, calls: list[Call]) -> list[NDArray[np.int64]]:
 def nodes(path: Path) -> Iterator[list[str]]:
     """Endpoints of three nodes that differ in ISA, threads, sockets and what they own."""
     with Cluster() as cluster:
-        yield [
-            cluster.node(path, isa="scalar").endpoint,
-            cluster.node(path, experts="3-15", is_unix=True, threads=2).endpoint,
-            cluster.node(path, experts="0-4+9-15", layers="0-1", isa="avx2").endpoint,
+        unlike: list[Flags] = [
+            {"isa": "scalar"},
+            {"experts": "3-15", "is_unix": True, "threads": 2},
+            {"experts": "0-4+9-15", "layers": "0-1", "isa": "avx2"},
         ]
+        yield [node.endpoint for node in cluster.nodes(path, unlike)]
 
 
 def assert_equal(

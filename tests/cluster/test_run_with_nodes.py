@@ -53,7 +53,7 @@ def ended(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
 def answering(path: Path, *flags: str) -> Iterator[tuple["subprocess.Popen[bytes]", NodeProcess]]:
     """A run that has printed its first text and has a very long way to go, and one of its nodes."""
     with Cluster() as cluster:
-        a, b = cluster.node(path), cluster.node(path)
+        a, b = cluster.nodes(path)
         shards = f"0-7={a.endpoint},8-15={b.endpoint}"
         with running(path, shards, "--max-tokens", "90000", *flags) as process:
             assert process.stdout is not None

@@ -23,18 +23,12 @@ from shoal.experts.ownership import Ownership
 from shoal.experts.store import ExpertStore, StoreOptions
 from support.fuse_files import FuseFiles, fuse_files
 from support.streaming import call_of, streaming_store
-from support.tiny_model import make_tiny_artifact
 
 pytestmark = pytest.mark.processes
 LAYER = 1
 EXPERTS = [2, 5, 11]
 BROKEN = 5
 GIVE_UP_S = 60.0  # a thread that never ends is a failure, not a hang of the suite
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_artifact(tmp_path_factory.mktemp("model"), "qwen3_moe", "q8_0")
 
 
 @pytest.fixture(scope="module")

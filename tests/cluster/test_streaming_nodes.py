@@ -22,7 +22,6 @@ from support.cluster import Cluster
 from support.command import assert_refused, shoal
 from support.fuse_files import FuseFiles, fuse_files, small_tmpfs
 from support.streaming import call_of, expert_bytes, streaming_store
-from support.tiny_model import make_tiny_artifact
 
 pytestmark = pytest.mark.processes
 LAYER = 1
@@ -34,27 +33,11 @@ Sums = Callable[[list[int]], bytes]
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_artifact(tmp_path_factory.mktemp("model"), "qwen3_moe", "q8_0")
-
-
-@pytest.fixture(scope="module")
-def artifact(path: Path) -> Artifact:
-    return Artifact.open(path)
-
-
-@pytest.fixture(scope="module")
 def expected(artifact: Artifact) -> Iterator[Sums]:
     """What a row that goes to those experts gives when everything is in memory."""
     with streaming_store(artifact.path, None) as store:
         executor = ExpertExecutor(artifact, store)
         yield lambda experts: executor.compute(call_of(artifact, LAYER, experts)).tobytes()
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    with Cluster() as cluster:
-        yield cluster
 
 
 @pytest.fixture

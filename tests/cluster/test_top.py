@@ -14,17 +14,11 @@ from client.top.scrape import watch
 from client.top.screen import TopApp
 from support.cluster import Cluster, kill
 from support.command import shoal
-from support.tiny_model import make_tiny_artifact
 
 pytestmark = pytest.mark.processes
 
 INTERVAL_S = 0.1
 NOBODY = "127.0.0.1:1"
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_artifact(tmp_path_factory.mktemp("model"), "qwen3_moe", "q8_0")
 
 
 def test_one_look_is_a_table_or_json_and_the_status_tells_who_is_silent(path: Path) -> None:

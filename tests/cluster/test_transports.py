@@ -30,21 +30,10 @@ from shoal.shard_map import Endpoint, EndpointKind
 from shoal.transport import Transport
 from support.cluster import Cluster
 from support.expert_node import connection
-from support.tiny_model import make_tiny_artifact
 
 pytestmark = pytest.mark.processes
 KINDS = (Transport.FAST, Transport.GRPCIO)
 NUM_EXPERTS = 16
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_artifact(tmp_path_factory.mktemp("model"), "qwen3_moe", "q8_0")
-
-
-@pytest.fixture(scope="module")
-def artifact(path: Path) -> Artifact:
-    return Artifact.open(path)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +70,7 @@ def test_every_pairing_brings_the_same_bits(
     with closing(in_process(artifact)) as local:
         wanted = [start(local, artifact, *shape).wait().tobytes() for shape in shapes]
     with Cluster(node_kind) as cluster:
-        a, b = (cluster.node(path, is_unix=is_unix) for _ in range(2))
+        a, b = cluster.nodes(path, is_unix=is_unix)
         shards = f"0-7={a.endpoint},8-15={b.endpoint}"
         with closing(open_remote_dispatch(artifact, shards, transport=kind)) as dispatch:
             for _ in range(3):

@@ -12,15 +12,9 @@ import pytest
 from client.shards import even_ranges
 from client.up import PLACEHOLDER
 from shoal.errors import UsageError
-from support.tiny_model import make_tiny_artifact
 
 UP = [sys.executable, "-m", "client.cli", "up"]
 TIMEOUT_S = 120
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_artifact(tmp_path_factory.mktemp("model"), "qwen3_moe", "q8_0")
 
 
 def run_up(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from client.shards import moe_shards
 from shoal.artifact import Artifact
 from support.cluster import Cluster
 from support.command import shoal
@@ -35,22 +36,30 @@ def test_it_is_intact() -> None:
     assert ended.status == 0, ended.err
 
 
+@pytest.fixture(scope="module")
+def alone() -> dict[tuple[str, ...], dict[str, Any]]:
+    """What one process tells."""
+    return {way: tell(*way) for way in (GREEDY, SAMPLED)}
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize("name", ["greedy", "sampled"])
-def test_its_story_is_the_recorded_one(name: str) -> None:
+@pytest.mark.parametrize(("name", "way"), [("greedy", GREEDY), ("sampled", SAMPLED)])
+def test_its_story_is_the_recorded_one(
+    name: str, way: tuple[str, ...], alone: dict[tuple[str, ...], dict[str, Any]]
+) -> None:
     golden = json.loads(GOLDEN.read_text())
     assert golden["identity"] == Artifact.open(fables()).identity, "another model: record it anew"
-    told = tell(*(SAMPLED if name == "sampled" else GREEDY))
-    assert told == golden[name] | {"identity": golden["identity"]}
+    assert alone[way] == golden[name] | {"identity": golden["identity"]}
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("split", SPLITS)
-def test_nodes_tell_the_same_story_bit_for_bit(split: str) -> None:
+def test_nodes_tell_the_same_story_bit_for_bit(
+    split: str, alone: dict[tuple[str, ...], dict[str, Any]]
+) -> None:
     with Cluster() as cluster:
-        shards = ",".join(
-            f"{experts}={cluster.node(fables(), experts=experts).endpoint}"
-            for experts in SPLITS[split]
-        )
-        for way in (GREEDY, SAMPLED):
-            assert tell("--moe-shards", shards, *way) == tell(*way)
+        ranges = SPLITS[split]
+        nodes = cluster.nodes(fables(), [{"experts": experts} for experts in ranges])
+        shards = moe_shards(ranges, [node.endpoint for node in nodes])
+        for way, story in alone.items():
+            assert tell("--moe-shards", shards, *way) == story

@@ -6,18 +6,20 @@ token ids, and hashes the same logits bit for bit, as one process on one thread.
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from client.shards import moe_shards
 from shoal import ops
-from support.cluster import Cluster
+from support.cluster import Cluster, Flags
+from support.command import end_of, running_shoal
 
 pytestmark = [pytest.mark.processes, pytest.mark.weights]
 
@@ -31,53 +33,67 @@ SAMPLED = (*GREEDY, "--temperature", "0.9", "--top-p", "0.95", "--seed", "7")
 FAST_ISAS = [isa for isa in ops.available_isas() if isa != "scalar"]
 
 
-def run_json(model: Path, *arguments: str, isa: str | None = None) -> dict[str, Any]:
+Answer = dict[str, Any]
+
+
+def run_json(model: Path, *arguments: str, isa: str | None = None) -> Answer:
     """Run `shoal run MODEL PROMPT --json` and return what must not depend on how it is served."""
-    prompt = [] if "--prompt-ids" in arguments else [PROMPT]
-    command = [sys.executable, "-P", "-m", "client", "run", str(model), *prompt]
-    done = subprocess.run(
-        [*command, "--json", "--top-logprobs", "4", *arguments],
-        env={**os.environ, **({} if isa is None else {"SHOAL_ISA": isa})},
-        capture_output=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    report: dict[str, Any] = json.loads(done.stdout)
+    return run_side_by_side(model, [arguments], isa)[0]
+
+
+def run_side_by_side(
+    model: Path, runs: Sequence[tuple[str, ...]], isa: str | None = None
+) -> list[Answer]:
+    """Do what `run_json` does, for several runs at the same time: they take less of it."""
+    with ExitStack() as stack:
+        processes: list[subprocess.Popen[bytes]] = []
+        for arguments in runs:
+            prompt = () if "--prompt-ids" in arguments else (PROMPT,)
+            flags = ("--json", "--top-logprobs", "4", *arguments)
+            env = {} if isa is None else {"SHOAL_ISA": isa}
+            processes.append(
+                stack.enter_context(running_shoal("run", model, *prompt, *flags, env=env))
+            )
+        return [_answer(process) for process in processes]
+
+
+def _answer(process: "subprocess.Popen[bytes]") -> Answer:
+    ended = end_of(process)
+    assert ended.status == 0, ended
+    report: Answer = json.loads(ended.out)
     kept = ("prompt_ids", "token_ids", "text", "logprobs", "logits_digest", "finish_reason")
     return {key: report[key] for key in (*kept, "identity", "numerics")}
 
 
 @pytest.fixture(scope="module")
-def alone(smollm2: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+def alone(smollm2: Path) -> dict[tuple[str, ...], Answer]:
     """What one thread of one process says, greedy and sampled."""
-    answers: dict[tuple[str, ...], dict[str, Any]] = {
-        arguments: run_json(smollm2, "--threads", "1", *arguments)
-        for arguments in (GREEDY, SAMPLED)
-    }
-    greedy, sampled = answers.values()
+    ways = (GREEDY, SAMPLED)
+    runs = [("--threads", "1", *way) for way in ways]
+    greedy, sampled = run_side_by_side(smollm2, runs)
     assert greedy["token_ids"] != sampled["token_ids"], "sampling changes nothing: a blunt test"
     assert len(greedy["logprobs"]) == len(greedy["token_ids"]) == 12
-    return answers
+    return dict(zip(ways, (greedy, sampled), strict=True))
 
 
 @dataclass(frozen=True)
 class Topology:
-    """ranges: experts of each node; None: in process."""
+    """ranges: experts of each node; none: in process."""
 
-    ranges: Sequence[str | None]
+    ranges: Sequence[str]
     is_unix: bool = False
     isas: Sequence[str | None] = (None,)
     arguments: Sequence[str] = field(default=("--threads", "2"))
 
     def shards(self, cluster: Cluster, model: Path) -> str:
         """Start the nodes; return the value of --moe-shards."""
-        parts = []
-        for experts, isa in zip(self.ranges, itertools.cycle(self.isas), strict=False):
-            assert experts is not None
-            node = cluster.node(model, experts=experts, is_unix=self.is_unix, isa=isa, threads=1)
-            parts.append(f"{experts}={node.endpoint}")
-        return ",".join(parts)
+        isas = itertools.cycle(self.isas)
+        flags: list[Flags] = [
+            {"experts": experts, "is_unix": self.is_unix, "isa": isa}
+            for experts, isa in zip(self.ranges, isas, strict=False)
+        ]
+        nodes = cluster.nodes(model, flags) if flags else []
+        return moe_shards(self.ranges, [node.endpoint for node in nodes])
 
 
 TOPOLOGIES = {
@@ -108,18 +124,18 @@ def test_every_topology_says_the_same_bits(
     name: str,
     cluster: Cluster,
     smollm2: Path,
-    alone: dict[tuple[str, ...], dict[str, Any]],
+    alone: dict[tuple[str, ...], Answer],
 ) -> None:
     topology = TOPOLOGIES[name]
     shards = topology.shards(cluster, smollm2)
     where = ("--moe-shards", shards) if shards else ()
-    for arguments, expected in alone.items():
-        assert run_json(smollm2, *where, *topology.arguments, *arguments) == expected
+    runs = [(*where, *topology.arguments, *way) for way in alone]
+    assert run_side_by_side(smollm2, runs) == list(alone.values())
 
 
 @pytest.mark.parametrize("isa", FAST_ISAS)
 def test_every_instruction_set_of_the_coordinator_says_the_same_bits(
-    isa: str, smollm2: Path, alone: dict[tuple[str, ...], dict[str, Any]]
+    isa: str, smollm2: Path, alone: dict[tuple[str, ...], Answer]
 ) -> None:
     assert run_json(smollm2, *SAMPLED, isa=isa) == alone[SAMPLED]
 
@@ -135,7 +151,7 @@ def test_slices_say_the_same_bits_as_the_whole(
     cluster: Cluster,
     smollm2: Path,
     tmp_path: Path,
-    alone: dict[tuple[str, ...], dict[str, Any]],
+    alone: dict[tuple[str, ...], Answer],
 ) -> None:
     def cut(name: str, *arguments: str) -> Path:
         out = tmp_path / f"{name}.shoal"

@@ -2,6 +2,7 @@
 
 with Cluster() as cluster:
     node = cluster.node(artifact, experts="0-7")     # returns once it serves
+    a, b = cluster.nodes(artifact)                   # two of them, started side by side
     ... f"0-7={node.endpoint},8-15=local" ...
     freeze(node); kill(node)
 """
@@ -10,14 +11,32 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Self, TypedDict, Unpack
 
 from client.node_process import NodeProcess, stop_all
 from shoal.transport import Transport
 
 READY_TIMEOUT_S = 60.0  # a busy machine; a node that fails ends the wait at once
+
+
+class Flags(TypedDict, total=False):
+    """How a node of a test is started.
+
+    listen: default: a free port of 127.0.0.1, or with is_unix a new socket.
+    isa: what SHOAL_ISA forces its kernels to; default: the best this machine has.
+    is_warm: whether it reads what it owns before it serves; default: it does.
+    """
+
+    experts: str | None
+    layers: str | None
+    is_unix: bool
+    listen: str | None
+    isa: str | None
+    threads: int
+    is_warm: bool
+    extra: tuple[str, ...]
 
 
 class Cluster:
@@ -32,56 +51,47 @@ class Cluster:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for node in self._nodes:
             if node.exit_status is None:
                 node.send(signal.SIGCONT)
         stop_all(self._nodes)
         shutil.rmtree(self.folder)
 
-    def node(
-        self,
-        model: Path,
-        *,
-        experts: str | None = None,
-        layers: str | None = None,
-        is_unix: bool = False,
-        listen: str | None = None,
-        isa: str | None = None,
-        threads: int = 1,
-        is_warm: bool = True,
-        extra: tuple[str, ...] = (),
-    ) -> NodeProcess:
-        """Start a node and return it once it serves; `node.endpoint` is what a map takes.
+    def node(self, model: Path, **flags: Unpack[Flags]) -> NodeProcess:
+        """Start a node and return it once it serves; `node.endpoint` is what a map takes."""
+        node = self._start(model, **flags)
+        node.wait_ready(READY_TIMEOUT_S)
+        return node
 
-        Args:
-            isa: what SHOAL_ISA forces its kernels to; None: the best this machine has.
-            listen: None: a free port of 127.0.0.1, or with is_unix a new socket.
-            is_warm: whether it reads what it owns before it serves.
-        """
+    def nodes(
+        self, model: Path, each: Sequence[Flags] = ({}, {}), **common: Unpack[Flags]
+    ) -> list[NodeProcess]:
+        """Start nodes side by side, which takes less time; return them once all serve."""
+        nodes = [self._start(model, **(common | flags)) for flags in each]
+        for node in nodes:
+            node.wait_ready(READY_TIMEOUT_S)
+        return nodes
+
+    def _start(self, model: Path, **flags: Unpack[Flags]) -> NodeProcess:
         number = len(self._nodes)
+        listen = flags.get("listen")
         if listen is None:
             socket_path = self.folder / f"{number}.sock"
-            listen = f"unix://{socket_path}" if is_unix else "127.0.0.1:0"
-        arguments = [str(model), "--listen", listen, "--threads", str(threads)]
-        arguments += ["--warmup"] if is_warm else []
+            listen = f"unix://{socket_path}" if flags.get("is_unix") else "127.0.0.1:0"
+        arguments = [str(model), "--listen", listen, "--threads", str(flags.get("threads", 1))]
+        arguments += ["--warmup"] if flags.get("is_warm", True) else []
+        experts, layers, isa = flags.get("experts"), flags.get("layers"), flags.get("isa")
         arguments += ["--experts", experts] if experts is not None else []
         arguments += ["--layers", layers] if layers is not None else []
-        arguments += ["--transport", self._transport]
-        environment = {} if isa is None else {"SHOAL_ISA": isa}
+        arguments += ["--transport", self._transport, *flags.get("extra", ())]
         node = NodeProcess(
             f"test node {number}",
-            [*arguments, *extra],
+            arguments,
             self.folder / f"{number}.log",
-            environment,
+            {} if isa is None else {"SHOAL_ISA": isa},
         )
         self._nodes.append(node)
-        node.wait_ready(READY_TIMEOUT_S)
         return node
 
 

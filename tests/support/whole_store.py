@@ -1,7 +1,6 @@
 """WholeStore: every owned expert read beforehand, one by one: the oracle of stores that stream."""
 
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Self
 
 from shoal.artifact import Artifact
@@ -56,12 +55,7 @@ class WholeAcquisition:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Nothing is held."""
 
 
