@@ -87,15 +87,17 @@ void bind_guess(nb::module_& m) {
       "refreshes"_a, "ratios"_a, "Count which experts followed which.");
   m.def(
       "note_uses",
-      [](const Array<int64_t, 1>& recent, const Array<double, 1>& lately, const Ids& used, int bits,
-         double decay) {
-        check(recent.size() == lately.size(), "recent, lately: [E]");
-        check(bits > 0 && bits < 63, "bits: in [1, 63)");
-        check_ids(used, recent.size(), "used: no such expert");
-        note_uses(recent.data(), lately.data(), int(recent.size()), used.data(), used.size(), bits,
-                  decay);
+      [](const Array<int64_t, 2>& bins, const Array<double, 1>& lately, const Ids& used, int bits,
+         double decay, double scale, int num_bins) {
+        const size_t experts = lately.size();
+        check(bins.shape(0) == 2 && bins.shape(1) == experts, "bins: [2, E]");
+        check(bits > 0 && bits < 63 && num_bins > 0, "bits: in [1, 63)");
+        check_ids(used, experts, "used: no such expert");
+        note_uses(bins.data(), lately.data(), bins.data() + experts, int(experts), used.data(),
+                  used.size(), bits, decay, scale, num_bins);
       },
-      "recent"_a, "lately"_a, "used"_a, "bits"_a, "decay"_a, "Remember which experts a call used.");
+      "bins"_a, "lately"_a, "used"_a, "bits"_a, "decay"_a, "scale"_a, "num_bins"_a,
+      "Remember which experts a call used.");
   m.def(
       "rank_experts",
       [](const Ids& first, const Array<double, 1>& weights, double bias, double z_width,

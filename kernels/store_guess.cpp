@@ -79,8 +79,9 @@ void chain_learn(float* pairs, float* uses, const int64_t* before, size_t num_be
   }
 }
 
-void note_uses(int64_t* recent, double* lately, int experts, const int64_t* used, size_t num_used,
-               int bits, double decay) {
+void note_uses(int64_t* recent, double* lately, int64_t* lately_bins, int experts,
+               const int64_t* used, size_t num_used, int bits, double decay, double scale,
+               int num_bins) {
   for (int e = 0; e < experts; ++e) {
     recent[e] >>= 1;
     lately[e] *= decay;
@@ -89,6 +90,7 @@ void note_uses(int64_t* recent, double* lately, int experts, const int64_t* used
     recent[used[i]] |= int64_t{1} << (bits - 1);
     lately[used[i]] += 1 - decay;
   }
+  for (int e = 0; e < experts; ++e) lately_bins[e] = bin_of(float(lately[e] * scale), num_bins);
 }
 
 void rank_experts(const FusedModel& model, const int64_t* features, int experts,

@@ -24,9 +24,11 @@ void chain_learn(float* pairs, float* uses, const int64_t* before, size_t num_be
                  const int64_t* used, size_t num_used, const float* frequency, int experts,
                  float weight, float prior, bool refreshes, float* ratios);
 
-// recent[e]: a bit a call, the newest the highest of `bits`; lately[e]: a share that decays.
-void note_uses(int64_t* recent, double* lately, int experts, const int64_t* used, size_t num_used,
-               int bits, double decay);
+// recent[e]: a bit a call, the newest the highest of `bits`; lately[e]: a share that decays, and
+// its bin, of which `scale` make a whole.
+void note_uses(int64_t* recent, double* lately, int64_t* lately_bins, int experts,
+               const int64_t* used, size_t num_used, int bits, double decay, double scale,
+               int num_bins);
 
 // The additive model of shoal/experts/prefetch/fusion.py: weights and squares of all features' bins
 // one after the other, feature f's from first[f] on; probability: of num_z bins of z, each z_width
