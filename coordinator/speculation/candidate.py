@@ -40,12 +40,17 @@ class Candidate:
     """One drafter of a model. Owned by the speculator."""
 
     def __init__(
-        self, drafter: Drafter, pass_time: PassTime, max_draft: int, divergence: float
+        self,
+        drafter: Drafter,
+        pass_time: PassTime,
+        max_draft: int,
+        divergence: float,
+        num_candidates: int = 1,
     ) -> None:
         """Args: pass_time: of the target, shared by all; divergence: see RoutingWatch."""
         self.drafter = drafter
         self.acceptance = Acceptance()
-        self.planner = Planner(pass_time, max_draft)
+        self.planner = Planner(pass_time, max_draft, num_candidates)
         self.watch = RoutingWatch(divergence, max_draft)
         self.is_out = False  # it failed: not asked again
         self.owed_s = 0.0  # drafting that no pass was charged with yet

@@ -24,6 +24,7 @@ from itertools import combinations
 from shoal import limits
 
 MAX_NEAR_ROWS = 1 + limits.MAX_DRAFT  # what a verify pass runs: a bucket each; more rows share some
+_NEAR = range(1, MAX_NEAR_ROWS + 1)
 SAMPLES = 5  # of a bucket: two outliers do not move its median
 FEW, BEND = 2.5, 1.25  # a median of fewer passes moves the fit by no more than a quarter
 FADE = 0.5 ** (1 / 256)  # a pass: a bucket that saw none of the last 256 weighs half
@@ -32,8 +33,7 @@ FAR_MARGIN = 1.5  # on the rise read off a prefill chunk alone, for the same rea
 LOOK_EVERY = 64  # passes of more rows: then T(1) is due to be seen again: at most 1.6 % of passes
 LOOK_SOON = 6  # likewise, while few were seen or after one unlike those before it
 SURPRISE = 0.15  # beyond the slowest or quickest T(1) remembered: such a one
-REFIT_EVERY = 8  # passes: a fit takes some 100 us
-EARLY = 16  # passes that are fitted each
+REFIT_EVERY = 16  # passes, at first a quarter of those seen: a fit takes some 100 us
 
 
 class PassTime:
@@ -111,7 +111,7 @@ class PassTime:
     def table(self) -> list[float]:
         """Return what `predict` says of 1, 2, .. MAX_NEAR_ROWS rows. Not to be changed."""
         since = self._num_passes - self._fitted_at
-        if since >= REFIT_EVERY or (since and self._num_passes <= EARLY):
+        if since and since >= min(REFIT_EVERY, self._num_passes // 4):
             self._refit()
         return self._table
 
@@ -141,18 +141,17 @@ class PassTime:
         chunks = [(rows, seconds) for rows, seconds, _ in points if rows > 1]
         if not chunks:
             self._parts = (0.0, plain_s, 0.0)
-            return [plain_s * rows for rows in range(1, MAX_NEAR_ROWS + 1)]
+            return [plain_s * rows for rows in _NEAR]
         rows, seconds = min(chunks)
         rise = FAR_MARGIN * max(0.0, seconds - plain_s)
         one = self.distinct_experts(1)
         spread = self.distinct_experts(rows) - one
-        if spread > 1e-9 * one:
-            expert = rise / spread
-            self._parts = (plain_s - expert * one, 0.0, expert)
-        else:
+        expert, row = rise / spread if spread > 1e-9 * one else 0.0, 0.0
+        if not expert:
             row = rise / (rows - 1)
-            self._parts = (plain_s - row, row, 0.0)
-        return [min(self._shape(r), plain_s * r) for r in range(1, MAX_NEAR_ROWS + 1)]
+        self._parts = (max(0.0, plain_s - row - expert * one), row, expert)
+        risen = [row * (r - 1) + expert * (self.distinct_experts(r) - one) for r in _NEAR]
+        return [min(plain_s + more, plain_s * r) for r, more in zip(_NEAR, risen, strict=True)]
 
     def _fit(self, points: "list[_Point]") -> tuple[float, float, float]:
         """Fit the three parts by least squares of relative errors, none negative."""
@@ -180,7 +179,7 @@ class PassTime:
         near = {rows: (seconds, weight) for rows, seconds, weight in points}
         most = max(near)
         table: list[float] = []
-        for rows in range(1, MAX_NEAR_ROWS + 1):
+        for rows in _NEAR:
             seconds = self._shape(rows)
             if rows in near:
                 median_s, weight = near[rows]
