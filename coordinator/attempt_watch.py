@@ -3,6 +3,7 @@
 from enum import Enum, auto
 
 from coordinator.calls_and_nodes import Attempt
+from coordinator.node_health import WAIT_FACTOR
 from shoal.errors import NodeUnreachable
 
 
@@ -33,14 +34,16 @@ def judge(attempt: Attempt, now_s: float, call_timeout_s: float) -> Verdict:
         return Verdict.DEAD
     if silent_s > call_timeout_s:  # its node goes on, and has forgotten this call
         return Verdict.DEAD
+    wait_s = attempt.wait_s * WAIT_FACTOR
     if attempt.is_orphan:
-        is_silent = silent_s > health.silent_after_s(work)
+        is_silent = silent_s - wait_s > health.silent_after_s(work)
         return Verdict.SILENT if is_silent else Verdict.FINE
     age_s = now_s - attempt.sent_s
     if age_s > call_timeout_s:
         return Verdict.TIMED_OUT
-    if silent_s > health.silent_after_s(work):
+    if silent_s - wait_s > health.silent_after_s(work):
         return Verdict.SILENT
+    age_s -= wait_s
     if age_s > health.deadline_s(work):
         return Verdict.OVERDUE
     if health.model.is_known and age_s > health.hedge_after_s(work):

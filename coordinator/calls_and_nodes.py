@@ -68,7 +68,10 @@ class Call:
 
 
 class Attempt:
-    """heard_s: when its node last spoke of it. is_late: another one was made in its place."""
+    """heard_s: when its node last spoke of it. is_late: another one was made in its place.
+
+    wait_s: how long it will wait at its node behind what was sent there before.
+    """
 
     __slots__ = (
         "attempt_id",
@@ -80,6 +83,7 @@ class Attempt:
         "is_sent",
         "node",
         "sent_s",
+        "wait_s",
     )
 
     def __init__(self, attempt_id: int, call: Call, node: "Node", now_s: float) -> None:
@@ -87,18 +91,35 @@ class Attempt:
         self.call = call
         self.node = node
         self.sent_s = self.heard_s = now_s
+        self.wait_s = 0.0
         self.is_sent = self.is_orphan = self.is_late = self.has_missed = False
 
 
 class Stream:
-    """One lane of an open node: what it has of our credit, and what waits for some."""
+    """One lane of an open node: what it has of our credit, and what waits for some.
 
-    __slots__ = ("credit_bytes", "queue", "used_bytes")
+    work: of the attempts that are sent, num_sent of them.
+    """
+
+    __slots__ = ("credit_bytes", "num_sent", "queue", "used_bytes", "work")
 
     def __init__(self, credit_bytes: int) -> None:
         self.credit_bytes = credit_bytes
-        self.used_bytes = 0
+        self.used_bytes = self.num_sent = 0
+        self.work = 0.0
         self.queue: deque[Attempt] = deque()
+
+    def take(self, new: NewCall) -> None:
+        """Count a call as sent."""
+        self.used_bytes += new.num_bytes
+        self.num_sent += 1
+        self.work += new.work
+
+    def give_back(self, new: NewCall) -> None:
+        """Count a call as over."""
+        self.used_bytes -= new.num_bytes
+        self.num_sent -= 1
+        self.work = self.work - new.work if self.num_sent else 0.0
 
     def has_credit(self, num_bytes: int) -> bool:
         # A lone call always goes: the node's own bound on messages judges it, not we.
@@ -145,6 +166,14 @@ class Node:
         self.health.rtt_s = rtt_s
         victims, self.victims = self.victims, []
         return victims
+
+    def work_ahead(self, lane: Lane) -> float:
+        """Return what a call sent now on that lane waits for: bulk calls give way to others."""
+        bulk = self.streams[Lane.BULK]
+        if lane is Lane.BULK:
+            return bulk.work + self.streams[Lane.INTERACTIVE].work
+        running = bulk.work / bulk.num_sent if bulk.num_sent else 0.0
+        return self.streams[Lane.INTERACTIVE].work + running
 
     def leave(self, error: ShoalError) -> list[Attempt]:
         """Take no new call; return the attempts that were queued, which it has no more."""
@@ -200,6 +229,8 @@ def check_integrity(
         for lane, stream in node.streams.items():
             sent = [a.call.new for a in mine if a.is_sent and a.call.new.lane == lane]
             used_bytes = sum(new.num_bytes for new in sent)
+            assert stream.num_sent == len(sent)
+            assert abs(stream.work - sum(new.work for new in sent)) < 1e-6 * (1 + stream.work)
             assert stream.used_bytes == used_bytes, f"node {node.node_id}: credit leaks"
             assert used_bytes <= stream.credit_bytes or len(sent) == 1
             if stream.queue:

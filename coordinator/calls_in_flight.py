@@ -189,8 +189,9 @@ class CallsInFlight:
                 )
 
     def _on_reply(self, node: int, reply: pb.Reply, num_bytes: int, now_s: float) -> None:
-        busy_s = (reply.queue_us + reply.compute_us) * 1e-6
-        event = Replied(reply.call_id, node, now_s, busy_s, reply.load_us * 1e-6)
+        queue_s = reply.queue_us * 1e-6
+        busy_s = queue_s + reply.compute_us * 1e-6
+        event = Replied(reply.call_id, node, now_s, busy_s, reply.load_us * 1e-6, queue_s)
         for command in self._dispatcher.on(event):
             if isinstance(command, Accept):
                 fanout, _ = self._calls[command.call_id]

@@ -52,7 +52,7 @@ from coordinator.dispatch_events import (
     TimeOut,
 )
 from coordinator.node_health import SLOW_RESIDUAL, NodeHealth
-from coordinator.replica_choice import choose, demote, judge_slow
+from coordinator.replica_choice import choose, judge_cancelled, judge_slow
 from shoal import errors
 
 FIRST_RETRY_ID = 1 << 48  # calls are numbered from 1 by their makers, further attempts from here
@@ -184,10 +184,13 @@ class Dispatcher:
             self._send(attempt, stream, out)
 
     def _send(self, attempt: Attempt, stream: Stream, out: list[Command]) -> None:
-        new = attempt.call.new
-        stream.used_bytes += new.num_bytes
+        new, node = attempt.call.new, attempt.node
+        work_ahead = node.work_ahead(new.lane)
+        if work_ahead > 0.0:
+            attempt.wait_s = node.health.wait_s(work_ahead)
+        stream.take(new)
         attempt.is_sent = True
-        out.append(Send(attempt.attempt_id, new.call_id, attempt.node.node_id, new.lane))
+        out.append(Send(attempt.attempt_id, new.call_id, node.node_id, new.lane))
 
     def _send_queued(self, stream: Stream, out: list[Command]) -> None:
         while stream.queue and stream.has_credit(stream.queue[0].call.new.num_bytes):
@@ -202,16 +205,18 @@ class Dispatcher:
             return
         call, node = attempt.call, attempt.node
         latency_s = now_s - attempt.sent_s
-        residual = node.health.replied(call.new.work, latency_s, event.busy_s, event.load_s, now_s)
+        residual = node.health.replied(call.new.work, latency_s, event, attempt.wait_s)
         if residual > SLOW_RESIDUAL:
-            judge_slow(node, call, residual, self._nodes, now_s)
+            judge_slow(attempt, residual, self._nodes, now_s)
         if not attempt.is_orphan:
             out.append(Accept(call.new.call_id))
             fanout = call.fanout
             del self._calls[call.new.call_id]
             del fanout.calls[call.new.call_id]
-            if len(call.attempts) > 1:
-                self._win_race(attempt, now_s, out)
+            if len(call.attempts) > 1:  # how slow the others were, their late answers tell
+                call.attempts.remove(attempt)
+                for stream in self._take_back(call, out):
+                    self._send_queued(stream, out)
             call.attempts.clear()
             if not fanout.calls:
                 fanout.is_over = True
@@ -221,23 +226,15 @@ class Dispatcher:
         if stream.queue:
             self._send_queued(stream, out)
 
-    def _win_race(self, winner: Attempt, now_s: float, out: list[Command]) -> None:
-        """Take the call's other attempts back, and note which earlier one was slower."""
-        call = winner.call
-        for loser in call.attempts[: call.attempts.index(winner)]:
-            if loser.node.health.lost_hedge():
-                demote(loser.node, call, self._nodes, now_s)
-        call.attempts.remove(winner)
-        for stream in self._take_back(call, out):
-            self._send_queued(stream, out)
-
     def _on_failed(self, event: Failed, out: list[Command]) -> None:
         self._now_s = event.now_s
         attempt = self._settle(event.attempt_id, event.node, event.now_s)
         if attempt is None:
             return
         call, node = attempt.call, attempt.node
-        if not attempt.is_orphan:
+        if attempt.is_orphan:
+            judge_cancelled(attempt, self._nodes, event.now_s)
+        else:
             call.attempts.remove(attempt)
             call.error = event.error
             if event.is_final:
@@ -488,7 +485,7 @@ class Dispatcher:
             return None
         del self._attempts[attempt_id]
         node, new = attempt.node, attempt.call.new
-        node.streams[new.lane].used_bytes -= new.num_bytes
+        node.streams[new.lane].give_back(new)
         node.work -= new.work
         node.heard_s, node.health.is_suspect = now_s, False
         return attempt

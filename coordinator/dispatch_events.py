@@ -46,13 +46,14 @@ class FanoutStarted:
 
 @dataclass(slots=True)
 class Replied:
-    """busy_s: how long the node had it. load_s: how much of that it read experts."""
+    """busy_s: how long the node had it. load_s, queue_s: of that it read experts, it waited."""
 
     attempt_id: int
     node: int
     now_s: float
     busy_s: float = 0.0
     load_s: float = 0.0
+    queue_s: float = 0.0
 
 
 @dataclass(slots=True)

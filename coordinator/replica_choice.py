@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from coordinator.calls_and_nodes import Call, Node
+from coordinator.calls_and_nodes import Attempt, Call, Node
 from coordinator.node_health import SLOW_RESIDUAL
 
 # How much slower than another one the preferred replica may be. A slot's preference spreads the
@@ -57,11 +57,24 @@ def demote(node: Node, call: Call, nodes: Mapping[int, Node], now_s: float) -> N
             other.health.demoted_until_s = 0.0
 
 
-def judge_slow(
-    node: Node, call: Call, residual: float, nodes: Mapping[int, Node], now_s: float
-) -> None:
-    """Demote a node whose replies stay slow while those of the others are not."""
-    lately = sorted(other.health.residual for other in nodes.values() if other.is_open)
-    median = max(1.0, lately[(len(lately) - 1) // 2])
-    if residual > SLOW_RESIDUAL * median and node.health.is_slow_again():
-        demote(node, call, nodes, now_s)
+def judge_slow(attempt: Attempt, residual: float, nodes: Mapping[int, Node], now_s: float) -> None:
+    """Take in a slow reply: demote a node that loses far more time than the others do."""
+    node, health = attempt.node, attempt.node.health
+    if not health.stalled(residual, attempt.sent_s, now_s):
+        return
+    healths = [other.health for other in nodes.values() if other.is_open]
+    averages = sorted(max(other.usual, other.residual) for other in healths)
+    median = max(1.0, averages[(len(averages) - 1) // 2])
+    if health.residual > SLOW_RESIDUAL * median:
+        demote(node, attempt.call, nodes, now_s)
+
+
+def judge_cancelled(attempt: Attempt, nodes: Mapping[int, Node], now_s: float) -> None:
+    """Take in that a node is rid of a call that was taken back: it was as slow as that, at least.
+
+    So a hedge that was lost counts by how late its answer would have been.
+    """
+    age_s = now_s - attempt.sent_s
+    residual = attempt.node.health.cancelled(attempt.call.new.work, age_s, attempt.wait_s)
+    if residual > SLOW_RESIDUAL:
+        judge_slow(attempt, residual, nodes, now_s)

@@ -100,6 +100,8 @@ class FastConnection(asyncio.Protocol):
         finally:
             self._is_reading = False
         self._flush()
+        if self._is_leaving:
+            self._linger()
 
     def pause_writing(self) -> None:
         # A peer that does not read its answers gets no more calls in.
@@ -321,10 +323,11 @@ class FastConnection(asyncio.Protocol):
     def _linger(self) -> None:
         """Close our half; what still comes is discarded until the peer closes the other.
 
-        Closing with bytes unread resets the connection, and a reset takes answers with it that the
-        peer has not read yet. The server aborts who takes too long.
+        Not before the last answer is out: until then the peer's windows must be heard. Closing
+        with bytes unread resets the connection, and a reset takes answers with it that the peer
+        has not read yet. The server aborts who takes too long.
         """
-        if self._transport is None or self._transport.is_closing():
+        if self._transport is None or self._transport.is_closing() or self._connection.has_unsent:
             return
         self._is_lingering = True
         if not self._transport.is_reading():

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from expert_node.metrics import NodeView
     from expert_node.metrics_server import MetricsServer
 
-STREAM_GRACE_S = 2.0  # for streams to send their last frames once the calls are done
+STREAM_GRACE_S = 4.0  # for streams to send their last frames once the calls are done
 FORMER_GRACE_S = 10.0  # after a reload: streams that open know of the ranges before, perhaps
 _log = get_logger("app")
 

@@ -127,7 +127,8 @@ class Worker:
             self._fail(job, _refused(refusal, self._admission.num_waiting))
             return
         self._jobs[job.ticket.key] = job
-        self._pump()
+        if not self._is_pump_due:  # else enough was computed in this turn
+            self._pump()
         if self._jobs:
             self._idle.clear()
             self._tick_later()
@@ -174,15 +175,19 @@ class Worker:
         self._loaders.shutdown(wait=True)
 
     def _pump(self) -> None:
-        # Starts what can start. At most one call is computed inline per turn of the loop: a queue
-        # of small calls must not keep the loop from its streams.
+        # Starts what can start. A queue of small calls must not keep the loop from its streams: one
+        # is computed inline per turn of the loop; of those that come in one piece, as many as are
+        # short.
         self._is_pump_due = False
         job = self._next_to_run()
         self._start_loading()
         if job is None:
             return
         if self._executor.pair_bytes(job.call) <= self._inline_pair_bytes:
+            began_s = self._clock()
             self._end(job, self._terminal_frame(job))
+            if self._clock() - began_s > limits.INLINE_TURN_S:
+                self._pump_later()
         else:
             self._compute_on(self._thread, job)
 
@@ -242,7 +247,11 @@ class Worker:
         if self._log_calls:  # even a line that is filtered out costs a small call 5 us
             self._log_call(job, len(frame))
         self._note_idle()
-        if self._admission.num_waiting and not self._is_pump_due:
+        if self._admission.num_waiting:
+            self._pump_later()
+
+    def _pump_later(self) -> None:
+        if not self._is_pump_due:
             self._is_pump_due = True
             self._loop.call_soon(self._pump)
 

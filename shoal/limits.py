@@ -20,6 +20,7 @@ MAX_LOADING_CALLS = 8  # per node, waiting for reads together: a thread each; th
 MAX_SHARD_MAP_CHARS = 64 * KIB  # of --moe-shards: a thousand ranges
 MAX_SOCKET_PATH_BYTES = 103  # sun_path of macOS less its final zero; Linux: 107
 INLINE_PAIR_BYTES = 64 * MIB  # of weights: a smaller call is computed on the stream handler (~2 ms)
+INLINE_TURN_S = 0.00025  # a call that takes longer lets the loop turn first: 85 may come at once
 H2_WINDOW_BYTES = 16 * MIB  # of a connection and of each stream, each way: no message waits for it
 H2_FRAME_BYTES = MIB  # the largest frame we take; what one peer can make us hold before we look
 H2_HEADER_BYTES = 16 * KIB  # a header block, packed and unpacked; gRPC's own is under 1 KiB

@@ -134,6 +134,11 @@ class Connection:
         stream.outbox.append(memoryview(b"\0" + length.to_bytes(4, "big") + payload))
         self._drain_outbox(stream_id, stream)
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether a message waits for the peer's windows."""
+        return self._num_queued > 0
+
     def num_unsent(self, stream_id: int) -> int:
         """Return how many messages have not wholly become output yet."""
         stream = self._streams.get(stream_id)

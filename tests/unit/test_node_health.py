@@ -2,7 +2,7 @@
 
 import pytest
 
-from coordinator.calls_and_nodes import Call, Fanout, Node
+from coordinator.calls_and_nodes import Attempt, Call, Fanout, Node
 from coordinator.dispatch import HEDGE_BURST, HEDGE_SHARE, Dispatcher
 from coordinator.dispatch_events import (
     FanoutStarted,
@@ -13,14 +13,27 @@ from coordinator.dispatch_events import (
     Send,
     Ticked,
 )
-from coordinator.node_health import MIN_SAMPLES, UNKNOWN_S, LatencyModel, NodeHealth
+from coordinator.node_health import (
+    EARLY_SAMPLES,
+    EARLY_SILENT_S,
+    MIN_SAMPLES,
+    UNKNOWN_S,
+    LatencyModel,
+    NodeHealth,
+)
 from coordinator.replica_choice import choose, demote, judge_slow
+
+
+def reply(
+    health: NodeHealth, latency_s: float, busy_s: float, now_s: float, wait_s: float = 0.0
+) -> float:
+    return health.replied(1.0, latency_s, Replied(1, 1, now_s, busy_s), wait_s)
 
 
 def known(latency_s: float = 0.001, rtt_s: float = 0.0001) -> NodeHealth:
     health = NodeHealth(rtt_s)
     for n in range(2 * MIN_SAMPLES):
-        health.replied(1.0, latency_s, latency_s - rtt_s, 0.0, n * 0.01)
+        reply(health, latency_s, latency_s - rtt_s, n * 0.01)
     return health
 
 
@@ -54,29 +67,54 @@ def test_about_one_call_in_twenty_is_slow() -> None:
         latency_s = 0.01 + 0.00001 * (n * 7919 % 1000)  # 10 to 20 ms, spread evenly
         if n >= 2000:
             num_slow += latency_s > health.hedge_after_s(1.0)
-        health.replied(1.0, latency_s, latency_s, 0.0, n * 0.1)
+        reply(health, latency_s, latency_s, n * 0.1)
     assert 40 < num_slow < 200
 
 
-def test_three_lost_hedges_in_thirty_replies_are_too_many() -> None:
-    health = known()
-    assert [health.lost_hedge() for _ in range(3)] == [False, False, True]
-    patient = known()
-    for _ in range(6):
-        assert not patient.lost_hedge()
-        for n in range(20):
-            patient.replied(1.0, 0.001, 0.001, 0.0, float(n))
+def test_silence_is_noticed_early_once_a_few_replies_have_come() -> None:
+    health = NodeHealth(0.0002)
+    for n in range(EARLY_SAMPLES):
+        assert health.silent_after_s(1.0) == UNKNOWN_S
+        reply(health, 0.001, 0.0008, n * 0.01)
+    assert health.silent_after_s(1.0) == EARLY_SILENT_S
+    assert health.silent_after_s(500.0) == UNKNOWN_S, "a call of that size was never seen"
+    reply(health, 0.1, 0.0998, 1.0)
+    assert health.silent_after_s(1.0) == pytest.approx(0.8), "it was once that slow"
+    assert known().silent_after_s(500.0) == UNKNOWN_S
 
 
 def test_demotion_lasts_longer_each_time_and_probation_is_short() -> None:
     health = known()
     health.demote(100.0)
     assert health.rank(104.9) == 1 and health.rank(105.0) == 0
-    assert health.lost_hedge(), "on probation one is enough"
-    health.demote(105.0)
-    assert health.rank(114.9) == 1 and health.rank(115.0) == 0
+    assert health.stalled(20.0, 105.0, 105.2), "on probation one is enough"
+    health.demote(105.2)
+    assert health.rank(115.1) == 1 and health.rank(115.2) == 0
     health.demote(1000.0)
     assert health.rank(1005.0) == 0, "that was long ago"
+
+
+def test_calls_that_one_stall_held_up_count_once() -> None:
+    health = known()
+    assert [health.stalled(30.0, sent, 10.0 + sent) for sent in (0.1, 0.2, 0.3)] == [False] * 3
+    assert health.residual < 3
+    assert health.stalled(30.0, 10.15, 10.3), "sent after the first was noticed"
+    patient = known()
+    for n in range(6):
+        assert not patient.stalled(30.0, 10.0 * n, 10.0 * n + 0.1)
+        for _ in range(40):
+            reply(patient, 0.001, 0.001, 10.0 * n)
+
+
+def test_what_a_call_waits_behind_others_is_no_fault_of_the_node() -> None:
+    """Sixty calls at once: the last one takes sixty times as long."""
+    health = known(latency_s=0.001, rtt_s=0.0001)
+    assert health.wait_s(59.0) == pytest.approx(59 * 0.0009, rel=0.05)
+    late = Replied(1, 1, 1.0, busy_s=0.054, queue_s=0.0531)
+    assert health.replied(1.0, 0.0541, late, health.wait_s(59.0)) == 1.0
+    assert health.replied(1.0, 0.0541, late) > 50, "alone it would be one"
+    stuck = Replied(1, 1, 1.0, busy_s=0.4, queue_s=0.399)
+    assert health.replied(1.0, 0.4, stuck, health.wait_s(59.0)) > 50, "and that is too long"
 
 
 def test_failures_in_a_row_break_a_node_off_and_one_more_after_the_pause() -> None:
@@ -88,7 +126,7 @@ def test_failures_in_a_row_break_a_node_off_and_one_more_after_the_pause() -> No
     assert health.rank(10.5) == 3 and health.rank(11.0) == 0
     health.failed(11.0)
     assert health.rank(12.9) == 3, "twice as long"
-    health.replied(1.0, 0.001, 0.001, 0.0, 13.0)
+    reply(health, 0.001, 0.001, 13.0)
     health.failed(14.0)
     assert health.rank(14.0) == 0, "a reply ends the row"
 
@@ -102,23 +140,29 @@ def test_three_missed_deadlines_in_ten_seconds_break_a_node_off() -> None:
     assert health.rank(13.5) == 3
 
 
-def test_a_slow_node_is_demoted_after_eight_replies_and_not_when_all_are_slow() -> None:
+def test_a_slow_node_is_demoted_and_not_when_all_are_slow() -> None:
     nodes = {n: Node(n, 0.0001) for n in range(3)}
     call = Call(NewCall(1, (0, 1, 2), Lane.INTERACTIVE, 10, 1.0), Fanout(1))
     for node in nodes.values():
         node.open(1000, 0.0001, 0.0)
         node.health = known(latency_s=0.01)
-    for _ in range(8):
-        residual = nodes[0].health.replied(1.0, 0.1, 0.1, 0.0, 1.0)
-        assert nodes[0].health.rank(1.0) == 0
-        judge_slow(nodes[0], call, residual, nodes, 1.0)
-    assert nodes[0].health.rank(1.0) == 1
-    residual = 0.0
-    for node in (nodes[1], nodes[2]):
-        for _ in range(20):
-            residual = node.health.replied(1.0, 0.1, 0.1, 0.0, 1.0)
-    judge_slow(nodes[1], call, residual, nodes, 1.0)
-    assert nodes[1].health.rank(1.0) == 0 and nodes[1].health.slow_streak == 0
+
+    def slow_reply(node: Node, now_s: float) -> None:
+        attempt = Attempt(1, call, node, now_s - 0.1)
+        judge_slow(attempt, reply(node.health, 0.1, 0.1, now_s), nodes, now_s)
+
+    calls_until = 0
+    while nodes[0].health.rank(calls_until) == 0:
+        calls_until += 1
+        slow_reply(nodes[0], float(calls_until))
+    assert calls_until <= 10
+    worst = 0.0
+    for n in range(60):
+        for number in (1, 2):
+            slow_reply(nodes[number], 1000.0 + n)
+            assert nodes[number].health.rank(1000.0 + n) == 0
+            worst = max(worst, nodes[number].health.residual)
+    assert worst > 3, "it would have been enough for one alone"
 
 
 def test_a_demotion_of_the_last_one_in_good_standing_pardons_the_others() -> None:
@@ -131,7 +175,7 @@ def test_a_demotion_of_the_last_one_in_good_standing_pardons_the_others() -> Non
     assert [node.health.rank(1.0) for node in nodes.values()] == [1, 0, 0]
     demote(nodes[1], call, nodes, 2.0)
     assert [node.health.rank(2.0) for node in nodes.values()] == [0, 1, 0]
-    assert nodes[0].health.lost_hedge(), "and yet it is on probation"
+    assert nodes[0].health.stalled(5.0, 2.0, 2.1), "and yet it is on probation"
 
 
 def asked(nodes: dict[int, Node], candidates: tuple[int, ...], now_s: float = 1.0) -> int:
