@@ -12,7 +12,6 @@ All state belongs to `_lock`, which is free while the leader polls.
 import asyncio
 import concurrent.futures
 import contextlib
-import itertools
 import select
 import socket
 import threading
@@ -23,9 +22,8 @@ from coordinator.calls_in_flight import CallsInFlight, Fanout, OutgoingCall, clo
 from coordinator.dispatch_events import Lane, NodeAbsent, NodeLost, NodeOpened, NodeRetired
 from coordinator.fast_lane import RECEIVE_BYTES, FastLane
 from coordinator.grpc_loop import grpc_loop
-from coordinator.handshake import NodeFacts
+from coordinator.known_nodes import KnownNodes
 from coordinator.node_client import Patience, on_grpc_loop, retired
-from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import NodeKeeper, OpenedLanes, Terms
 from coordinator.node_link import Greeting, NodeLink
 from shoal import errors
@@ -36,21 +34,22 @@ IDLE_TICK_S = 0.05  # for signs of life while nobody calls
 CLOSE_TIMEOUT_S = 2.0
 
 
-class FastClient:
+class FastClient(KnownNodes):
     """Calls to nodes on our own framing; see ExpertClient. Arguments as NodeClient's."""
 
     def __init__(
         self, greeting: Greeting, patience: Patience, notify: Callable[[str], None]
     ) -> None:
         self._greeting = greeting
+        self._keepalive = patience.keepalive
         self._loop = grpc_loop()
-        self._keeper = NodeKeeper(self, notify)
-        self._in_flight = CallsInFlight(
-            self._keeper.names, patience.call_timeout_s, patience.shard_wait_s, self
+        keeper = NodeKeeper(self, patience.keepalive, notify)
+        in_flight = CallsInFlight(
+            keeper.names, patience.call_timeout_s, patience.shard_wait_s, self
         )
+        super().__init__(keeper, in_flight)
         self._lanes: dict[tuple[int, Lane], FastLane] = {}  # of open nodes
         self._ends: dict[int, asyncio.Future[errors.NodeError | None]] = {}
-        self._call_ids = itertools.count(1)
         self._lock = threading.Lock()
         self._led = threading.Condition(self._lock)  # the lead is free, or a fan-out has ended
         self._idle = threading.Condition(self._lock)  # the thread of our own sleeps here
@@ -86,22 +85,6 @@ class FastClient:
                 self._in_flight.on(NodeRetired(node, retired(self._keeper.names[node])))
             self._flush_dirty()
             self._ticked_s = 0.0  # so that what is idle is let go of at once
-
-    def facts(self, node: int) -> NodeFacts | None:
-        """Return what a node says of itself (see ExpertClient)."""
-        return self._keeper.facts.get(node)
-
-    def health(self, node: int) -> NodeHealth | None:
-        """Return what is known of a node (see ExpertClient)."""
-        return self._in_flight.health(node)
-
-    def name(self, node: int) -> str:
-        """Return a node's endpoint (see ExpertClient)."""
-        return self._keeper.names[node]
-
-    def next_call_id(self) -> int:
-        """Return an id that no other call of this client has."""
-        return next(self._call_ids)
 
     def submit(self, calls: Sequence[OutgoingCall]) -> Fanout:
         """Send a fan-out's calls (see ExpertClient)."""
@@ -164,7 +147,8 @@ class FastClient:
     async def open_lanes(self, node: int, link: NodeLink, first_epoch: int) -> OpenedLanes:
         """Open both lanes (see LaneOpener)."""
         await link.close()  # it was for Describe
-        lanes = {lane: FastLane(self._keeper.endpoints[node], lane) for lane in Lane}
+        endpoint, keepalive = self._keeper.endpoints[node], self._keepalive
+        lanes = {lane: FastLane(endpoint, lane, keepalive) for lane in Lane}
         credit_bytes, rtt_s = 0, 0.0
         try:
             for epoch, lane in enumerate(lanes.values(), first_epoch):
@@ -303,6 +287,8 @@ class FastClient:
             return
         self._kept_alive_s = now_s
         for node, lane in list(self._lane_of_fd.values()):
+            if (node, lane) not in self._lanes:
+                continue  # lost just now, with its other lane
             try:
                 self._lanes[node, lane].tick(now_s)
             except errors.NodeError as error:

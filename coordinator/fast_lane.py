@@ -12,7 +12,9 @@ from coordinator.dispatch_events import Lane
 from coordinator.node_link import (
     CONNECT_TIMEOUT_S,
     EXECUTE,
+    KEEPALIVE,
     Greeting,
+    Keepalive,
     error_of_status,
     frame_of,
     opened_of,
@@ -36,16 +38,15 @@ from shoal.http2.frames import Code, Http2Error
 from shoal.shard_map import Endpoint, EndpointKind
 from shoal.v1 import expert_pb2 as pb
 
-KEEPALIVE_S = 10.0  # of silence, then a PING
-PING_TIMEOUT_S = 4.0  # a node that hangs during a call is the dispatch core's to find, within 2 s
 RECEIVE_BYTES = 256 * 1024
 
 
 class FastLane:
     """A lane of a node, as LaneLink is on grpc.aio."""
 
-    def __init__(self, endpoint: Endpoint, lane: Lane) -> None:
+    def __init__(self, endpoint: Endpoint, lane: Lane, keepalive: Keepalive = KEEPALIVE) -> None:
         self.node, self.lane = str(endpoint), lane
+        self._keepalive = keepalive
         self._endpoint = endpoint
         self._connection = Connection(is_client=True)
         self._socket: socket.socket | None = None
@@ -182,9 +183,9 @@ class FastLane:
 
     def tick(self, now_s: float) -> None:
         """Ask a silent peer for a sign of life. Raises NodeUnreachable: it gave none."""
-        if self._pinged_s is not None and now_s - self._pinged_s > PING_TIMEOUT_S:
+        if self._pinged_s is not None and now_s - self._pinged_s > self._keepalive.timeout_s:
             raise error_of_status(self.node, "UNAVAILABLE", "no answer to a ping")
-        if self._pinged_s is None and now_s - self._heard_s > KEEPALIVE_S:
+        if self._pinged_s is None and now_s - self._heard_s > self._keepalive.after_s:
             self._pinged_s = now_s
             self._connection.ping()
 

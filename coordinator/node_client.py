@@ -7,7 +7,6 @@ is ended; it decodes the replies itself. So the loop's thread does little more t
 
 import asyncio
 import concurrent.futures
-import itertools
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from coordinator.calls_in_flight import CallsInFlight, Fanout, OutgoingCall, clo
 from coordinator.dispatch_events import Lane, NodeAbsent, NodeLost, NodeOpened, NodeRetired
 from coordinator.grpc_loop import grpc_loop
 from coordinator.handshake import NodeFacts
+from coordinator.known_nodes import KnownNodes
 from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import NodeKeeper, OpenedLanes, Terms
-from coordinator.node_link import Greeting, LaneLink, NodeLink
+from coordinator.node_link import KEEPALIVE, Greeting, Keepalive, LaneLink, NodeLink
 from shoal import errors
 from shoal.shard_map import Endpoint
 
@@ -30,10 +30,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """call_timeout_s: for one node to answer a call. shard_wait_s: for a node to be there."""
+    """call_timeout_s: for one node to answer a call. shard_wait_s: for a node to be there.
+
+    keepalive: for a sign of life of a node that nobody calls.
+    """
 
     call_timeout_s: float
     shard_wait_s: float
+    keepalive: Keepalive = KEEPALIVE
 
 
 class ExpertClient(Protocol):
@@ -83,7 +87,7 @@ class ExpertClient(Protocol):
         ...
 
 
-class NodeClient:
+class NodeClient(KnownNodes):
     """Calls to nodes over grpc.aio; see ExpertClient.
 
     Args:
@@ -96,13 +100,13 @@ class NodeClient:
     ) -> None:
         self._greeting = greeting
         self._loop = grpc_loop()
-        self._keeper = NodeKeeper(self, notify)
-        self._in_flight = CallsInFlight(
-            self._keeper.names, patience.call_timeout_s, patience.shard_wait_s, self
+        keeper = NodeKeeper(self, patience.keepalive, notify)
+        in_flight = CallsInFlight(
+            keeper.names, patience.call_timeout_s, patience.shard_wait_s, self
         )
+        super().__init__(keeper, in_flight)
         self._lanes: dict[int, dict[Lane, LaneLink]] = {}  # of open nodes
         self._released: dict[int, asyncio.Event] = {}
-        self._call_ids = itertools.count(1)
         self._is_ticking = False
         self._running = asyncio.run_coroutine_threadsafe(self._keeper.run(), self._loop)
         # Over: closed, or dead of a bug that `close` will raise.
@@ -117,22 +121,6 @@ class NodeClient:
     def retire(self, nodes: Sequence[int]) -> None:
         """Call these nodes no more (see ExpertClient)."""
         self._loop.call_soon_threadsafe(self._retire, nodes)
-
-    def facts(self, node: int) -> NodeFacts | None:
-        """Return what a node says of itself (see ExpertClient)."""
-        return self._keeper.facts.get(node)
-
-    def health(self, node: int) -> NodeHealth | None:
-        """Return what is known of a node (see ExpertClient)."""
-        return self._in_flight.health(node)
-
-    def name(self, node: int) -> str:
-        """Return a node's endpoint (see ExpertClient)."""
-        return self._keeper.names[node]
-
-    def next_call_id(self) -> int:
-        """Return an id that no other call of this client has."""
-        return next(self._call_ids)
 
     def submit(self, calls: Sequence[OutgoingCall]) -> Fanout:
         """Send a fan-out's calls (see ExpertClient)."""

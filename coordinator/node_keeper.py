@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from coordinator.dispatch_events import NodeAbsent, NodeOpened
 from coordinator.handshake import NodeFacts
-from coordinator.node_link import NodeLink
+from coordinator.node_link import Keepalive, NodeLink
 from shoal import errors
 from shoal.shard_map import Endpoint
 
@@ -65,14 +65,18 @@ class NodeKeeper:
     """Meets nodes. A node is its index in `endpoints`, which grows and never shrinks.
 
     Args:
+        keepalive: of gRPC's connections.
         notify: told in a sentence what is waited for, lost and back.
     """
 
-    def __init__(self, opener: LaneOpener, notify: Callable[[str], None]) -> None:
+    def __init__(
+        self, opener: LaneOpener, keepalive: Keepalive, notify: Callable[[str], None]
+    ) -> None:
         self.endpoints: list[Endpoint] = []
         self.names: list[str] = []
         self.facts: dict[int, NodeFacts] = {}  # of open nodes
         self._opener = opener
+        self._keepalive = keepalive
         self._notify = notify
         self._terms: Terms | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -174,7 +178,7 @@ class NodeKeeper:
     async def _keep(self, node: int) -> None:
         epoch, process, pause_s, told = 0, "", FIRST_PAUSE_S, ""
         while node in self._tasks:
-            link = NodeLink(self.endpoints[node])
+            link = NodeLink(self.endpoints[node], self._keepalive)
             try:
                 facts = await self._describe(node, link)
                 lanes = await self._opener.open_lanes(node, link, epoch)

@@ -23,12 +23,26 @@ from shoal.shard_map import Endpoint, EndpointKind
 from shoal.v1 import expert_pb2 as pb
 
 CONNECT_TIMEOUT_S = 1.8  # a node that is down is reported within 2 s
-# A node that hangs during a call is the dispatch core's to find, in 2 s: pings are more patient.
-PING_TIMEOUT_MS = 4000
 EXECUTE = "/shoal.v1.ExpertService/Execute"
 DESCRIBE = "/shoal.v1.ExpertService/Describe"
 _channel_numbers = itertools.count()
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Keepalive:
+    """The backstop behind call deadlines: a peer that is cut off while nobody calls it.
+
+    after_s: of silence a PING goes out; gRPC nodes take no more than two a second.
+    timeout_s: without an answer to it the node is lost. A node that hangs during a call is the
+        dispatch core's to find, in 2 s: pings are more patient.
+    """
+
+    after_s: float = 10.0
+    timeout_s: float = 4.0
+
+
+KEEPALIVE = Keepalive()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +69,10 @@ class Greeting:
 class LaneLink:
     """One stream on a channel of its own."""
 
-    def __init__(self, node: str, target: str, lane: Lane) -> None:
+    def __init__(self, node: str, target: str, lane: Lane, keepalive: Keepalive) -> None:
         self.node, self.lane = node, lane
         self._target = target
+        self._keepalive = keepalive
         # A bare deque: asyncio.Queue costs 20 us a frame more. Credit bounds what is in it.
         self._outbox: deque[bytes] = deque()
         self._filled: asyncio.Future[None] | None = None  # what the idle writer waits for
@@ -68,7 +83,8 @@ class LaneLink:
     @property
     def channel(self) -> grpc.aio.Channel:
         if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self._target, options=channel_options())
+            options = channel_options(self._keepalive)
+            self._channel = grpc.aio.insecure_channel(self._target, options=options)
         return self._channel
 
     async def open(self, greeting: Greeting, stream_epoch: int) -> pb.Opened:
@@ -131,11 +147,11 @@ class LaneLink:
 class NodeLink:
     """A node's two lanes, and its unary calls, which travel on the interactive channel."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, keepalive: Keepalive) -> None:
         self.node = str(endpoint)
         is_unix = endpoint.kind is EndpointKind.UNIX
         target = f"unix:{endpoint.address}" if is_unix else endpoint.address
-        self.lanes = {lane: LaneLink(self.node, target, lane) for lane in Lane}
+        self.lanes = {lane: LaneLink(self.node, target, lane, keepalive) for lane in Lane}
 
     async def describe(self) -> NodeFacts:
         """Ask the node who it is. Raises NodeUnreachable within CONNECT_TIMEOUT_S."""
@@ -152,19 +168,18 @@ class NodeLink:
             await lane.close()
 
 
-def channel_options() -> list[tuple[str, int]]:
+def channel_options(keepalive: Keepalive) -> list[tuple[str, int]]:
     """Return gRPC's options of one channel."""
+    timeout_ms = int(keepalive.timeout_s * 1000)
     return [
         # Channels to one target share a connection unless an argument differs.
         ("shoal.channel", next(_channel_numbers)),
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
-        # The backstop behind call deadlines: a peer that is cut off while nobody calls it. Without
-        # ping_timeout_ms its default of 60 s wins over keepalive_timeout_ms (measured, 1.85.1).
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
-        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.keepalive_time_ms", int(keepalive.after_s * 1000)),
+        ("grpc.keepalive_timeout_ms", timeout_ms),
+        ("grpc.http2.ping_timeout_ms", timeout_ms),  # its default, 60 s, would win (1.85.1)
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.lookahead_bytes", 16 * limits.MIB),

@@ -24,7 +24,7 @@ from coordinator.handshake import Expected, NodeFacts, check_node, check_rows
 from coordinator.node_client import ExpertClient, NodeClient, Patience
 from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import Terms
-from coordinator.node_link import Greeting
+from coordinator.node_link import KEEPALIVE, Greeting, Keepalive
 from coordinator.placement import Placement
 from shoal import __version__, errors, limits, numerics, shard_map, wire
 from shoal.allocator import keep_freed_memory
@@ -74,6 +74,7 @@ def open_remote_dispatch(
     store: StoreOptions | None = None,
     prefetch: Mode = Mode.AUTO,
     ready_timeout_s: float = READY_TIMEOUT_S,
+    keepalive: Keepalive = KEEPALIVE,
     notify: Callable[[str], None] = lambda _: None,
     report_load: Callable[[WarmUpProgress], None] = lambda _: None,
 ) -> "RemoteDispatch":
@@ -85,6 +86,7 @@ def open_remote_dispatch(
         moe_shards: the map, or @FILE.toml.
         shard_wait_s: how long a call waits for a node when its range has none.
         store, prefetch: of the `local` experts.
+        keepalive: when a node that nobody calls is asked for a sign of life, and given up.
         notify: told in a sentence what is waited for, lost and back. From any thread.
         report_load: told how far the reading of `local` experts is.
 
@@ -107,7 +109,8 @@ def open_remote_dispatch(
             "--moe-shards names none as `local`: give them to `shoal node`"
         )
     make_client = FastClient if transport.is_fast else NodeClient
-    client: ExpertClient = make_client(greeting, Patience(call_timeout_s, shard_wait_s), notify)
+    patience = Patience(call_timeout_s, shard_wait_s, keepalive)
+    client: ExpertClient = make_client(greeting, patience, notify)
     try:
         route = meet_nodes(artifact, placement, client, ready_timeout_s)
         if local is not None:

@@ -71,6 +71,7 @@ class FastConnection(asyncio.Protocol):
         self._watches: dict[int, Callable[[], None]] = {}
         self._is_reading = False  # what is sent meanwhile goes out at once afterwards
         self._is_leaving = False
+        self._last_ping: bool | None = None  # of a leaving node: whether it was answered
         self._is_lingering = False  # our half is closed; what comes is discarded
         self._heard_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -101,7 +102,7 @@ class FastConnection(asyncio.Protocol):
             self._is_reading = False
         self._flush()
         if self._is_leaving:
-            self._linger()
+            self._part()
 
     def pause_writing(self) -> None:
         # A peer that does not read its answers gets no more calls in.
@@ -134,7 +135,7 @@ class FastConnection(asyncio.Protocol):
             self._finish(stream_id, Status.UNAVAILABLE, "the node is leaving")
         self._connection.go_away()
         self._flush()
-        self._linger()
+        self._part()
 
     def abort(self) -> None:
         """Close without sending what is queued."""
@@ -168,7 +169,8 @@ class FastConnection(asyncio.Protocol):
             case StreamReset(stream_id, _):
                 self._forget(stream_id)
             case PingAnswered():
-                pass
+                if self._last_ping is False:
+                    self._last_ping = True
             case _:  # GOAWAY: the peer will close when it is done
                 pass
 
@@ -320,14 +322,29 @@ class FastConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
+    def _part(self) -> None:
+        """Close our half once the last answer is out and the peer has taken it in.
+
+        Until it is out, the peer's windows must be heard. And a gRPC client that reads the end of
+        a stream and the end of the connection in one go may take the latter for what ended the
+        stream (seen with 1.85.1): the answer to a PING tells that it is past the former.
+        """
+        if self._connection.has_unsent:
+            return
+        if not self._heard_s or self._last_ping:
+            self._linger()
+        elif self._last_ping is None:
+            self._last_ping = False
+            self._connection.ping()
+            self._flush()
+
     def _linger(self) -> None:
         """Close our half; what still comes is discarded until the peer closes the other.
 
-        Not before the last answer is out: until then the peer's windows must be heard. Closing
-        with bytes unread resets the connection, and a reset takes answers with it that the peer
-        has not read yet. The server aborts who takes too long.
+        Closing with bytes unread resets the connection, and a reset takes answers with it that the
+        peer has not read yet. The server aborts who takes too long.
         """
-        if self._transport is None or self._transport.is_closing() or self._connection.has_unsent:
+        if self._transport is None or self._transport.is_closing():
             return
         self._is_lingering = True
         if not self._transport.is_reading():

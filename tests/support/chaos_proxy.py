@@ -147,6 +147,8 @@ class ChaosProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"grpc://127.0.0.1:{self._listener.getsockname()[1]}"
         self.num_connections = 0
+        self._num_carried = dict.fromkeys(Direction, 0)
+        self._carried = threading.Condition()
         self._started_s = time.monotonic()
         self._closing = asyncio.Event()
         # epoll waits in whole milliseconds, select in microseconds: a delay is what it says.
@@ -160,6 +162,18 @@ class ChaosProxy:
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join()
+
+    def num_carried(self, direction: Direction) -> int:
+        """Return the bytes that have arrived at the other end so far."""
+        return self._num_carried[direction]
+
+    def wait_carried(self, direction: Direction, num_bytes: int, timeout_s: float) -> None:
+        """Return once so many bytes in all have arrived. Raises TimeoutError."""
+        with self._carried:
+            if not self._carried.wait_for(
+                lambda: self._num_carried[direction] >= num_bytes, timeout_s
+            ):
+                raise TimeoutError(f"{self._num_carried[direction]} of {num_bytes} bytes arrived")
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
@@ -235,8 +249,12 @@ class ChaosProxy:
                 raise _Reset
             if not weather.stalls:
                 while half.held and half.held[0][0] <= now_s:
-                    half.writer.write(half.held.pop(0)[1])
+                    data = half.held.pop(0)[1]
+                    half.writer.write(data)
                     await half.writer.drain()
+                    with self._carried:
+                        self._num_carried[direction] += len(data)
+                        self._carried.notify_all()
                 if half.num_held() <= MAX_HELD_BYTES:
                     half.has_room.set()
                 if half.is_over and not half.held:

@@ -1,0 +1,33 @@
+"""What every client can tell of the nodes that it keeps, however their frames travel."""
+
+import itertools
+
+from coordinator.calls_in_flight import CallsInFlight
+from coordinator.handshake import NodeFacts
+from coordinator.node_health import NodeHealth
+from coordinator.node_keeper import NodeKeeper
+
+
+class KnownNodes:
+    """The part of an ExpertClient that no transport changes."""
+
+    def __init__(self, keeper: NodeKeeper, in_flight: CallsInFlight) -> None:
+        self._keeper = keeper
+        self._in_flight = in_flight
+        self._call_ids = itertools.count(1)
+
+    def facts(self, node: int) -> NodeFacts | None:
+        """Return what a node says of itself; None: it is lost."""
+        return self._keeper.facts.get(node)
+
+    def health(self, node: int) -> NodeHealth | None:
+        """Return what is known of a node's speed; None: it was never there."""
+        return self._in_flight.health(node)
+
+    def name(self, node: int) -> str:
+        """Return a node's endpoint."""
+        return self._keeper.names[node]
+
+    def next_call_id(self) -> int:
+        """Return an id that no other call of this client has."""
+        return next(self._call_ids)
