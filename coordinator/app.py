@@ -42,7 +42,7 @@ from shoal.experts.options import Mode
 from shoal.experts.ownership import Ownership
 from shoal.experts.store import StoreOptions, WarmUpProgress
 from shoal.paths import resolve_model
-from shoal.transport import Transport
+from shoal.transport import Transport, Wire
 
 if TYPE_CHECKING:
     from coordinator.chat_template import ChatTemplate
@@ -75,6 +75,7 @@ class CoordinatorConfig:
     call_timeout_s: float = 10.0
     shard_wait_s: float = SHARD_WAIT_S
     transport: Transport = Transport.AUTO
+    wire: Wire = Wire.EXACT
     store: StoreOptions = field(default_factory=StoreOptions)
     prefetch: Mode = Mode.AUTO
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
@@ -84,6 +85,10 @@ class CoordinatorConfig:
         guesses = self.speculation.mode not in {Speculate.AUTO, Speculate.OFF}
         guesses |= self.speculation.draft_model is not None
         self.moe_dispatch.check(self.speculation.shadow, guesses)
+        if self.wire is not Wire.EXACT and self.moe_shards is None:
+            raise UsageError(
+                f"--wire {self.wire} needs --moe-shards: without nodes there is no wire"
+            )
         if self.threads is not None and not 1 <= self.threads <= limits.MAX_THREADS:
             raise UsageError(f"--threads {self.threads}: must be in 1..{limits.MAX_THREADS}")
         if not 0 < self.call_timeout_s <= limits.MAX_CALL_TIMEOUT_S:
@@ -300,6 +305,7 @@ def open_dispatch(
             config.call_timeout_s,
             shard_wait_s=config.shard_wait_s,
             transport=config.transport,
+            replies=config.wire,
             store=config.store,
             prefetch=config.prefetch,
             notify=feedback.tell,

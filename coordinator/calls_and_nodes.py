@@ -109,18 +109,6 @@ class Stream:
         self.work = 0.0
         self.queue: deque[Attempt] = deque()
 
-    def take(self, new: NewCall) -> None:
-        """Count a call as sent."""
-        self.used_bytes += new.num_bytes
-        self.num_sent += 1
-        self.work += new.work
-
-    def give_back(self, new: NewCall) -> None:
-        """Count a call as over."""
-        self.used_bytes -= new.num_bytes
-        self.num_sent -= 1
-        self.work = self.work - new.work if self.num_sent else 0.0
-
     def has_credit(self, num_bytes: int) -> bool:
         # A lone call always goes: the node's own bound on messages judges it, not we.
         return self.used_bytes == 0 or self.used_bytes + num_bytes <= self.credit_bytes

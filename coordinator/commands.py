@@ -20,7 +20,7 @@ from shoal.experts.options import Io, Mode, Verify
 from shoal.option_groups import grouped
 from shoal.paths import SUFFIX, default_model, is_artifact, user_folder
 from shoal.sizes import parse_size
-from shoal.transport import Transport
+from shoal.transport import Transport, Wire
 
 if TYPE_CHECKING:
     from coordinator.app import CoordinatorConfig, Feedback
@@ -125,6 +125,10 @@ class EngineOptions:
     transport: Annotated[
         Transport, typer.Option(help="to nodes: grpcio, or our own framing (fast, auto)")
     ] = Transport.AUTO
+    wire: Annotated[
+        Wire,
+        typer.Option(help="of nodes' replies: exact integers; bf16: rounded, so NOT the same text"),
+    ] = Wire.EXACT
 
     def config(
         self,
@@ -146,6 +150,7 @@ class EngineOptions:
             call_timeout_s=self.call_timeout,
             shard_wait_s=self.shard_wait,
             transport=self.transport,
+            wire=self.wire,
             store=StoreOptions(
                 cache_bytes=cache,
                 verify=self.verify,

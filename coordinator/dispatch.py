@@ -185,10 +185,11 @@ class Dispatcher:
 
     def _send(self, attempt: Attempt, stream: Stream, out: list[Command]) -> None:
         new, node = attempt.call.new, attempt.node
-        work_ahead = node.work_ahead(new.lane)
-        if work_ahead > 0.0:
-            attempt.wait_s = node.health.wait_s(work_ahead)
-        stream.take(new)
+        if node.work > new.work:
+            attempt.wait_s = node.health.wait_s(node.work_ahead(new.lane))
+        stream.used_bytes += new.num_bytes
+        stream.num_sent += 1
+        stream.work += new.work
         attempt.is_sent = True
         out.append(Send(attempt.attempt_id, new.call_id, node.node_id, new.lane))
 
@@ -204,8 +205,7 @@ class Dispatcher:
         if attempt is None:
             return
         call, node = attempt.call, attempt.node
-        latency_s = now_s - attempt.sent_s
-        residual = node.health.replied(call.new.work, latency_s, event, attempt.wait_s)
+        residual = node.health.replied(call.new.work, now_s - attempt.sent_s, event, attempt.wait_s)
         if residual > SLOW_RESIDUAL:
             judge_slow(attempt, residual, self._nodes, now_s)
         if not attempt.is_orphan:
@@ -485,7 +485,10 @@ class Dispatcher:
             return None
         del self._attempts[attempt_id]
         node, new = attempt.node, attempt.call.new
-        node.streams[new.lane].give_back(new)
+        stream = node.streams[new.lane]
+        stream.used_bytes -= new.num_bytes
+        stream.num_sent -= 1
+        stream.work = stream.work - new.work if stream.num_sent else 0.0
         node.work -= new.work
         node.heard_s, node.health.is_suspect = now_s, False
         return attempt

@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from shoal.transport import Wire
+
 MAX_SAMPLES = 8192  # fan-outs: over 100 tokens of a 60-layer model
 
 
@@ -13,7 +15,7 @@ class DispatchSummary:
 
     A fan-out is one layer of one forward pass. `latency`: from handing its rows over to having
     their sums. `beyond_compute`: what is left of that after its slowest compute.
-    bytes_up, bytes_down: of messages to and from nodes.
+    bytes_up, bytes_down: of messages to and from nodes. wire: the form of the replies.
     """
 
     num_fanouts: int
@@ -23,12 +25,14 @@ class DispatchSummary:
     beyond_compute_p99_s: float
     bytes_up: int
     bytes_down: int
+    wire: Wire = Wire.EXACT
 
 
 class DispatchStats:
-    """Written by the forward thread alone, one `record` a fan-out."""
+    """Written by the forward thread alone, one `record` a fan-out. wire: see the summary."""
 
-    def __init__(self) -> None:
+    def __init__(self, wire: Wire = Wire.EXACT) -> None:
+        self._wire = wire
         self.reset()
 
     def reset(self) -> None:
@@ -53,6 +57,7 @@ class DispatchStats:
             beyond_compute_p99_s=percentile(self._beyond_compute_s, 99),
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
+            wire=self._wire,
         )
 
 

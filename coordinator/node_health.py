@@ -223,7 +223,9 @@ class NodeHealth:
             if not self._num_outliers % LEARN_SLOW_EVERY:
                 model.learn(work, latency_s, residual)
             return residual
-        self._average(min(residual, SLOW_RESIDUAL))
+        shown = residual if residual < SLOW_RESIDUAL else SLOW_RESIDUAL
+        self.residual += (shown - self.residual) * LATE_SHARE
+        self.usual += (shown - self.usual) * USUAL_SHARE
         model.learn(work, latency_s, residual)
         return 1.0
 
@@ -241,13 +243,11 @@ class NodeHealth:
         if sent_s < self._stalled_s:
             return False  # in flight together with the last one
         self._stalled_s = now_s
-        self._average(min(residual, MAX_RESIDUAL))
+        shown = min(residual, MAX_RESIDUAL)
+        self.residual += (shown - self.residual) * LATE_SHARE
+        self.usual += (shown - self.usual) * USUAL_SHARE
         self._stalls.append(self.num_replies)
         return len(self._stalls) == STALLS and self.num_replies - self._stalls[0] < STALL_REPLIES
-
-    def _average(self, residual: float) -> None:
-        self.residual += (residual - self.residual) * LATE_SHARE
-        self.usual += (residual - self.usual) * USUAL_SHARE
 
     def demote(self, now_s: float) -> None:
         """Prefer others for a while, twice as long each time."""

@@ -38,7 +38,7 @@ from shoal.experts.store import StoreOptions, WarmUpProgress
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
 from shoal.shard_map import EndpointKind
-from shoal.transport import Transport
+from shoal.transport import Transport, Wire
 
 READY_TIMEOUT_S = 600.0  # warm-up: 500 GB at 1 GB/s
 
@@ -71,6 +71,7 @@ def open_remote_dispatch(
     *,
     shard_wait_s: float = SHARD_WAIT_S,
     transport: Transport = Transport.AUTO,
+    replies: Wire = Wire.EXACT,
     store: StoreOptions | None = None,
     prefetch: Mode = Mode.AUTO,
     ready_timeout_s: float = READY_TIMEOUT_S,
@@ -85,12 +86,14 @@ def open_remote_dispatch(
     Args:
         moe_shards: the map, or @FILE.toml.
         shard_wait_s: how long a call waits for a node when its range has none.
+        replies: the form that nodes send sums in; another than EXACT is told, as it is not.
         store, prefetch: of the `local` experts.
         keepalive: when a node that nobody calls is asked for a sign of life, and given up.
         notify: told in a sentence what is waited for, lost and back. From any thread.
         report_load: told how far the reading of `local` experts is.
 
     Raises:
+        UsageError: the map names no node, or nothing `local`, and what was asked for needs one.
         ShardMapError: the map is wrong for this model.
         NodeError: a range whose nodes are down, hang, or are not what the map and the model need.
         ArtifactError: a `local` expert cannot be read.
@@ -108,6 +111,13 @@ def open_remote_dispatch(
             "--cache, --data-dir, --verify and --io are of experts in this process, and "
             "--moe-shards names none as `local`: give them to `shoal node`"
         )
+    if replies is not Wire.EXACT:
+        if set(kinds) == {EndpointKind.LOCAL}:
+            raise errors.UsageError(f"--wire {replies}: --moe-shards names no node")
+        notify(
+            f"--wire {replies} is NOT exact: nodes round their sums, so the text may differ from "
+            "that of --wire exact, and from that of another shard map"
+        )
     make_client = FastClient if transport.is_fast else NodeClient
     patience = Patience(call_timeout_s, shard_wait_s, keepalive)
     client: ExpertClient = make_client(greeting, patience, notify)
@@ -121,7 +131,7 @@ def open_remote_dispatch(
             local.close()
         raise
     executor = None if local is None else local.executor
-    return RemoteDispatch(artifact, moe_shards, route, client, executor, call_timeout_s)
+    return RemoteDispatch(artifact, moe_shards, route, client, executor, call_timeout_s, replies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +213,10 @@ class RemoteDispatch:
         client: ExpertClient,
         executor: ExpertExecutor | None,
         call_timeout_s: float,
+        replies: Wire = Wire.EXACT,
     ) -> None:
-        self.stats = DispatchStats()
+        self.stats = DispatchStats(replies)
+        self._replies = replies
         self.route = route
         self._artifact = artifact
         self._moe_shards = moe_shards
@@ -288,7 +300,8 @@ class RemoteDispatch:
     ) -> OutgoingCall:
         call_id = self._client.next_call_id()
         call = _call_of_part(layer, rows, part)
-        frame = wire.encode_call(call_id, self._deadline_ms, call).SerializeToString()
+        message = wire.encode_call(call_id, self._deadline_ms, call, self._replies)
+        frame = message.SerializeToString()
         num_rows, num_pairs, num_bytes = part.num_rows, part.experts.size, len(frame)
         is_small = (
             num_rows <= self._interactive_reply_rows
@@ -320,8 +333,9 @@ class RemoteDispatch:
         """Wait for a fan-out and add what it brings. Raises what PendingSums.wait does."""
         self._client.wait(fanout)
         for call in fanout.calls:
+            reply = fanout.replies[call.call_id]
             try:
-                wire.add_reply(fanout.replies[call.call_id], call.rows, self._grids[layer], into)
+                wire.add_reply(reply, call.rows, self._grids[layer], into, self._replies)
             except errors.MalformedMessage as error:
                 name = self._client.name(fanout.answered_by[call.call_id])
                 raise errors.MalformedMessage(f"node {name}: {error}") from error

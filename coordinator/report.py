@@ -8,6 +8,7 @@ import orjson
 from coordinator.corrected.compose import MoeDispatchFigures
 from coordinator.dispatch_stats import DispatchSummary
 from coordinator.request import Finished, GenerationRequest, Timings, TokenGenerated, TokenLogprob
+from shoal.transport import Wire
 
 
 @dataclass(slots=True)
@@ -64,6 +65,8 @@ def figures_line(transcript: Transcript) -> str:
         parts.append(speculation)
     wire = wire_bytes_per_token(transcript)
     parts.append("experts in process" if wire == 0 else f"{wire / 1e3:.1f} KB per token")
+    if summary is not None and summary.wire is not Wire.EXACT:
+        parts.append(f"NOT exact: --wire {summary.wire}")
     return " | ".join([*parts, str(finished.reason)])
 
 
@@ -225,4 +228,5 @@ def _summary(summary: DispatchSummary | None) -> dict[str, Any] | None:
         "beyond_compute_p99_us": summary.beyond_compute_p99_s * 1e6,
         "bytes_up": summary.bytes_up,
         "bytes_down": summary.bytes_down,
+        "wire": summary.wire,
     }

@@ -186,7 +186,7 @@ class Session:
             raise self._broken(f"call id {call_id} is in flight already")
         try:
             self._check_size(num_bytes)
-            call = wire.decode_call(message)
+            call, form = wire.decode_call(message), wire.wire_of(message)
             self._worker.check(call)
         except errors.ShoalError as error:
             _log.info("call refused", stream=self._stream_id, call_id=call_id, error=str(error))
@@ -197,7 +197,7 @@ class Session:
         self._held[call_id] = num_bytes
         self._used_bytes += num_bytes
         self._observe(self._stream_id, call)
-        self._worker.submit(Job(ticket, call, self))
+        self._worker.submit(Job(ticket, call, self, form))
 
     def _check_size(self, num_bytes: int) -> None:
         if self._lane is Lane.INTERACTIVE and num_bytes > limits.INTERACTIVE_MESSAGE_BYTES:

@@ -20,6 +20,7 @@ from shoal import errors, limits, wire
 from shoal.experts.call import ExpertCall
 from shoal.experts.executor import Computed
 from shoal.log import get_logger
+from shoal.transport import Wire
 from shoal.v1 import expert_pb2 as pb
 
 _log = get_logger("worker")
@@ -57,11 +58,15 @@ class Caller(Protocol):
 
 @dataclass(slots=True)
 class Job:
-    """A decoded and checked call, and who waits for it; opened: once it is computed or loads."""
+    """A decoded and checked call, and who waits for it; opened: once it is computed or loads.
+
+    wire: how its reply travels.
+    """
 
     ticket: Ticket
     call: ExpertCall
     caller: Caller
+    wire: Wire = Wire.EXACT
     opened: Opened | None = None
     is_cancelled: bool = False
     is_answered: bool = False
@@ -279,6 +284,7 @@ class Worker:
                 call_id,
                 computed.sums,
                 self._executor.grid(job.call.layer),
+                job.wire,
                 queue_us=_microseconds(began_s - job.ticket.received_s),
                 compute_us=_microseconds(ended_s - began_s),
                 load_us=_microseconds(computed.load_s),

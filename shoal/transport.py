@@ -1,4 +1,4 @@
-"""Which implementation of gRPC's wire carries expert calls."""
+"""How expert calls travel: by which implementation of gRPC's wire, and in which form replies."""
 
 import select
 from enum import StrEnum
@@ -18,3 +18,10 @@ class Transport(StrEnum):
     def is_fast(self) -> bool:
         """What `auto` comes to on this machine: poll(2) is missing on Windows."""
         return self is Transport.FAST or (self is Transport.AUTO and hasattr(select, "poll"))
+
+
+class Wire(StrEnum):
+    """exact: replies are integers. bf16: rounded to bfloat16: fewer bytes, and other tokens."""
+
+    EXACT = "exact"
+    BF16 = "bf16"

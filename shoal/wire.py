@@ -18,6 +18,7 @@ from shoal import errors, limits, ops
 from shoal.experts.call import ExpertCall
 from shoal.quant import Scheme, round_up
 from shoal.rows import Rows
+from shoal.transport import Wire
 from shoal.v1 import expert_pb2 as pb
 
 # Protobuf framing and the fields of a message that do not grow with its rows. The largest is
@@ -53,8 +54,10 @@ def max_rows_per_call(dim: int) -> int:
     return max(1, min(limits.MAX_ROWS_PER_CALL, room // largest_row))
 
 
-def encode_call(call_id: int, deadline_ms: int, call: ExpertCall) -> pb.ClientFrame:
-    """Return the frame of a call. Args: deadline_ms: > 0, from receipt."""
+def encode_call(
+    call_id: int, deadline_ms: int, call: ExpertCall, wire: Wire = Wire.EXACT
+) -> pb.ClientFrame:
+    """Return the frame of a call. Args: deadline_ms: > 0, from receipt; wire: of its reply."""
     scheme = call.rows.scheme
     fields = {  # a mapping fills the frame's own message: a message would be copied into it
         "call_id": call_id,
@@ -68,6 +71,7 @@ def encode_call(call_id: int, deadline_ms: int, call: ExpertCall) -> pb.ClientFr
         "pairs_per_row": _little_endian(np.diff(call.row_offsets).astype(np.uint16)),
         "experts": _little_endian(call.experts.astype(np.uint16)),
         "weights": _little_endian(call.weights),
+        "reply_format": _FORMAT_OF_WIRE[wire],
     }
     return pb.ClientFrame(call=fields)
 
@@ -90,6 +94,12 @@ def decode_call(message: pb.ExpertCall) -> ExpertCall:
     rows = _decode_rows(message, Scheme(message.scheme - 1), num_rows, dim)
     row_offsets, experts, weights = _decode_pairs(message, num_rows)
     return ExpertCall(layer, rows, row_offsets, experts, weights)
+
+
+def wire_of(message: pb.ExpertCall) -> Wire:
+    """Return the form that a call wants its reply in. Raises MalformedMessage: an unknown one."""
+    _check_range("reply_format", message.reply_format, 0, len(Wire) - 1)
+    return _WIRE_OF_FORMAT[message.reply_format]
 
 
 def _decode_rows(message: pb.ExpertCall, scheme: Scheme, num_rows: int, dim: int) -> Rows:
@@ -147,14 +157,19 @@ def encode_reply(
     call_id: int,
     sums: NDArray[np.int64],
     grid: int,
+    wire: Wire = Wire.EXACT,
     *,
     queue_us: int = 0,
     compute_us: int = 0,
     load_us: int = 0,
 ) -> pb.NodeFrame:
     """Return the frame that carries sums [T, D], each row at the smallest width that holds it."""
-    widths, data = ops.pack_sums(sums)
+    if wire is Wire.EXACT:
+        widths, data = ops.pack_sums(sums)
+    else:
+        widths, data = _NO_WIDTHS, ops.pack_bf16(sums, grid)
     fields = {
+        "format": _FORMAT_OF_WIRE[wire],
         "call_id": call_id,
         "num_rows": sums.shape[0],
         "dim": sums.shape[1],
@@ -169,33 +184,47 @@ def encode_reply(
 
 
 def add_reply(
-    message: pb.Reply, rows: NDArray[np.int32], grid: int, into: NDArray[np.int64]
+    message: pb.Reply,
+    rows: NDArray[np.int32],
+    grid: int,
+    into: NDArray[np.int64],
+    wire: Wire = Wire.EXACT,
 ) -> None:
     """Add a reply's sums to rows `rows` of `into` [T, D]. Nothing is added when it raises.
 
     Args:
         rows: [T'] int32, the row of `into` for each row of the call that is answered; distinct.
         grid: the layer's, as the coordinator's artifact has it.
+        wire: what was asked for; an exact reply is always welcome.
 
     Raises:
         MalformedMessage: naming the field; the shape, grid or sizes are not the call's.
     """
+    is_rounded = message.format != pb.REPLY_FORMAT_EXACT
+    if is_rounded and message.format != _FORMAT_OF_WIRE[wire]:
+        raise errors.MalformedMessage(f"reply's format: {message.format}, which nobody asked for")
     for name, got, wanted in (
         ("num_rows", message.num_rows, rows.size),
         ("dim", message.dim, into.shape[1]),
         ("grid", message.grid, grid),
-        ("widths", len(message.widths), rows.size),
+        ("widths", len(message.widths), 0 if is_rounded else rows.size),
     ):
         if got != wanted:
             raise errors.MalformedMessage(f"reply's {name}: {got}, must be {wanted}")
     widths = np.frombuffer(message.widths, np.uint8)
     data = np.frombuffer(message.sums, np.uint8)
     try:
-        ops.unpack_add_sums(widths, data, rows, into)
+        if is_rounded:
+            ops.unpack_add_bf16(data, grid, rows, into)
+        else:
+            ops.unpack_add_sums(widths, data, rows, into)
     except ValueError as error:
         raise errors.MalformedMessage(f"reply's sums: {error}") from error
 
 
+_WIRE_OF_FORMAT = {pb.REPLY_FORMAT_EXACT: Wire.EXACT, pb.REPLY_FORMAT_BF16: Wire.BF16}
+_FORMAT_OF_WIRE = {wire: number for number, wire in _WIRE_OF_FORMAT.items()}
+_NO_WIDTHS = np.empty(0, np.uint8)
 _WIRE_TYPES = {name: np.dtype(name) for name in ("i1", "<u2", "<f4")}
 _WIRE_SCHEME = {
     Scheme.F32: pb.SCHEME_F32,

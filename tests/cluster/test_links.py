@@ -25,7 +25,7 @@ from shoal.http2 import frames, grpc_headers
 from shoal.http2.frames import Kind
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
-from shoal.transport import Transport
+from shoal.transport import Transport, Wire
 from shoal.v1 import expert_pb2 as pb
 from support.chaos_proxy import FAIR, ChaosProxy, Direction, Weather, steady
 from support.cluster import Cluster
@@ -213,6 +213,32 @@ def test_a_leaving_node_waits_until_its_last_answers_are_taken_in(
             assert connection.recv(1) == b"", "and now it is closed"
         node.wait()
         assert node.exit_status == 0
+
+
+@both_transports
+def test_bf16_replies_are_said_to_be_inexact_near_and_shorter(
+    nodes: dict[Transport, str], artifact: Artifact, transport: Transport
+) -> None:
+    shards = f"0-7={nodes[Transport.FAST]},8-15={nodes[Transport.GRPCIO]}"
+    question = asked(artifact, 1, 3)
+    told: list[str] = []
+    sums, num_bytes = {}, {}
+    for form in Wire:
+        with closing(
+            open_remote_dispatch(
+                artifact, shards, transport=transport, replies=form, notify=told.append
+            )
+        ) as dispatch:
+            sums[form] = [dispatch.start(*question).wait() for _ in range(2)]
+            summary = dispatch.stats.summary()
+            assert summary.wire is form
+            num_bytes[form] = summary.bytes_down
+    assert [text for text in told if "NOT exact" in text] == told and len(told) == 1
+    exact, rounded = sums[Wire.EXACT][0], sums[Wire.BF16][0]
+    assert rounded.tobytes() == sums[Wire.BF16][1].tobytes(), "the same calls, the same bits"
+    assert (rounded != exact).mean() > 0.5
+    assert abs(rounded - exact).max() < abs(exact).max() / 64
+    assert num_bytes[Wire.BF16] < num_bytes[Wire.EXACT]
 
 
 def call_of(call_id: int, question: Asked) -> bytes:

@@ -12,6 +12,7 @@ from shoal import errors, limits, wire
 from shoal.experts.call import ExpertCall
 from shoal.quant import Scheme, round_up
 from shoal.rows import Rows
+from shoal.transport import Wire
 from shoal.v1 import expert_pb2 as pb
 
 DIM = 40  # no multiple of any span: rows are padded
@@ -289,3 +290,53 @@ def test_a_failure_code_of_a_later_version_is_a_node_error() -> None:
     failure = pb.Failure(call_id=1, message="x")
     failure.code = 77  # type: ignore[assignment]
     assert type(wire.error_of(failure, "a")) is errors.NodeError
+
+
+def bf16_reply(sums: np.ndarray, grid: int = 13) -> pb.Reply:
+    frame = wire.encode_reply(9, sums, grid, Wire.BF16)
+    return pb.NodeFrame.FromString(frame.SerializeToString()).reply
+
+
+def test_a_call_says_in_which_form_it_wants_its_reply() -> None:
+    call = random_call(Scheme.INT8_32)
+    assert wire.wire_of(through_bytes(wire.encode_call(1, 1, call))) is Wire.EXACT
+    message = through_bytes(wire.encode_call(1, 1, call, Wire.BF16))
+    assert wire.wire_of(message) is Wire.BF16
+    message.reply_format = 2  # type: ignore[assignment]
+    with pytest.raises(errors.MalformedMessage, match="reply_format = 2"):
+        wire.wire_of(message)
+
+
+def test_a_bf16_reply_is_near_and_half_as_long() -> None:
+    sums = np.random.default_rng(0).integers(-(2**28), 2**28, (3, DIM))
+    reply, exact = bf16_reply(sums), wire.encode_reply(9, sums, 13).reply
+    assert len(reply.sums) == 2 * sums.size == len(exact.sums) // 2 and reply.widths == b""
+    into = np.zeros((4, DIM), np.int64)
+    wire.add_reply(reply, np.array([3, 0, 1], np.int32), 13, into, Wire.BF16)
+    assert (into[[3, 0, 1]] != sums).any() and not into[2].any()
+    assert (abs(into[[3, 0, 1]] - sums) <= abs(sums) / 256).all(), "half a unit of eight digits"
+
+
+def test_a_rounded_reply_is_taken_by_nobody_who_did_not_ask_for_it() -> None:
+    reply, rows = bf16_reply(np.ones((1, DIM), np.int64)), np.zeros(1, np.int32)
+    into = np.zeros((1, DIM), np.int64)
+    with pytest.raises(errors.MalformedMessage, match="nobody asked for"):
+        wire.add_reply(reply, rows, 13, into)
+    reply.widths = b"\2"
+    with pytest.raises(errors.MalformedMessage, match="widths: 1, must be 0"):
+        wire.add_reply(reply, rows, 13, into, Wire.BF16)
+    exact = wire.encode_reply(9, np.ones((1, DIM), np.int64), 13).reply
+    assert not into.any()
+    wire.add_reply(exact, rows, 13, into, Wire.BF16)
+    assert (into == 1).all(), "of a node that knows nothing else"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(min_size=2 * DIM, max_size=2 * DIM))
+def test_any_bf16_is_taken_or_refused(data: bytes) -> None:
+    reply, into = bf16_reply(np.ones((1, DIM), np.int64)), np.zeros((1, DIM), np.int64)
+    reply.sums = data
+    try:
+        wire.add_reply(reply, np.zeros(1, np.int32), 13, into, Wire.BF16)
+    except errors.MalformedMessage:
+        assert not into.any()
