@@ -1,0 +1,120 @@
+"""The corrected pass as a drafter: the target's own tokens, in fewer passes and round trips."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from coordinator.expert_dispatch import ExpertDispatch
+from coordinator.request import GenerationRequest
+from coordinator.speculation.corrected_drafter import CorrectedDrafter, Recipe
+from coordinator.speculation.shadow_drafter import ShadowDrafter
+from coordinator.speculation.shadow_experts import ShadowExperts
+from shoal.artifact import Artifact
+from shoal.artifact.shadow_build import make_shadow
+from shoal.ops import SamplingParams
+from shoal.quant import Format
+from support.corrected import CountingDispatch
+from support.speculation import MakeDrafters, Rig
+from support.tiny_model import make_tiny_artifact
+
+NUM_LAYERS = 3
+PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
+GREEDY = SamplingParams()
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, repetition_penalty=1.1, seed=5)
+REQUEST = GenerationRequest(PROMPT, 60, GREEDY, ignore_eos=True, num_top_logprobs=1)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights: a shadow of such a model guesses badly, as no text has any sense."""
+    return make_tiny_artifact(tmp_path_factory.mktemp("target"), "qwen3_moe", "bf16")
+
+
+@pytest.fixture(scope="module")
+def shadow(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShadowExperts]:
+    path = tmp_path_factory.mktemp("shadow") / "q4.shoal"
+    make_shadow(Artifact.open(target), Format.Q4_0, path, lambda _num_bytes: None, force=False)
+    with closing(ShadowExperts(Artifact.open(path), lambda _progress: None)) as shadow:
+        yield shadow
+
+
+@pytest.fixture
+def dispatch(target: Path) -> CountingDispatch:
+    return CountingDispatch(Artifact.open(target))
+
+
+def batch(shadow: ShadowExperts, dispatch: ExpertDispatch, recipe: Recipe) -> MakeDrafters:
+    return lambda parts: [
+        CorrectedDrafter(parts.artifact, dispatch, shadow, parts.weights, parts.kv, recipe)
+    ]
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(2, 3), Recipe(NUM_LAYERS, 5)], ids=str)
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_it_leaves_every_bit_as_it_was(
+    target: Path,
+    shadow: ShadowExperts,
+    dispatch: CountingDispatch,
+    recipe: Recipe,
+    sampling: SamplingParams,
+) -> None:
+    asked = replace(REQUEST, sampling=sampling)
+    with closing(Rig(target)) as alone:
+        expected = alone.run(asked).told
+    make = batch(shadow, dispatch, recipe)
+    with closing(Rig(target, make, dispatch=dispatch)) as rig:
+        answer = rig.run(asked)
+        assert answer.told == expected
+        figures = answer.of("batch")
+        assert figures.accepted > 12, "nothing was accepted: a blunt test"
+        if recipe.num_sweeps == NUM_LAYERS:
+            assert figures.accepted == figures.drafted, "a sweep a layer is exact"
+        assert rig.run(asked).told == expected
+
+
+def test_it_guesses_better_than_its_shadow_alone(
+    target: Path, shadow: ShadowExperts, dispatch: CountingDispatch
+) -> None:
+    passes = {}
+    for name, make in (
+        ("batch", batch(shadow, dispatch, Recipe())),
+        ("shadow", lambda parts: [ShadowDrafter(shadow, parts.weights, parts.kv)]),
+    ):
+        with closing(Rig(target, make, dispatch=dispatch)) as rig:
+            passes[name] = rig.run(REQUEST).passes
+    assert passes["batch"] < 0.8 * passes["shadow"], passes
+
+
+def test_a_turn_asks_all_layers_before_it_waits_and_is_counted(
+    target: Path, shadow: ShadowExperts, dispatch: CountingDispatch
+) -> None:
+    """The log of a draft is turns of (start a layer)*, (wait for a layer)*; a pass starts and waits
+    layer by layer.
+    """
+    with closing(Rig(target, batch(shadow, dispatch, Recipe()), dispatch=dispatch)) as rig:
+        figures = rig.run(REQUEST).of("batch")
+    starts = [("start", layer) for layer in range(NUM_LAYERS)]
+    waits = [("wait", layer) for layer in range(NUM_LAYERS)]
+    one_by_one = [event for pair in zip(starts, waits, strict=True) for event in pair]
+    num_turns, log = 0, dispatch.log
+    while log:
+        group, log = log[: 2 * NUM_LAYERS], log[2 * NUM_LAYERS :]
+        num_turns += group == starts + waits
+        assert group in (starts + waits, one_by_one), group
+    assert num_turns == figures.round_trips > 0
+
+
+def test_a_node_lost_while_guessing_costs_the_guesses_alone(
+    target: Path, shadow: ShadowExperts, dispatch: CountingDispatch
+) -> None:
+    with closing(Rig(target)) as alone:
+        expected = alone.run(REQUEST).told
+    asking = CountingDispatch(Artifact.open(target))
+    asking.fails_in = 1
+    with closing(Rig(target, batch(shadow, asking, Recipe()), dispatch=dispatch)) as rig:
+        assert rig.run(REQUEST).told == expected
+        assert rig.told and "it is gone" in rig.told[0]
+    assert [what for what, _ in asking.log].count("abandon") == NUM_LAYERS - 2
