@@ -85,6 +85,8 @@ class CoordinatorConfig:
         guesses = self.speculation.mode not in {Speculate.AUTO, Speculate.OFF}
         guesses |= self.speculation.draft_model is not None
         self.moe_dispatch.check(self.speculation.shadow, guesses)
+        if self.moe_dispatch.is_exact:
+            self.speculation.check_shadow_is_used()
         if self.wire is not Wire.EXACT and self.moe_shards is None:
             raise UsageError(
                 f"--wire {self.wire} needs --moe-shards: without nodes there is no wire"

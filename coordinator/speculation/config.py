@@ -57,11 +57,15 @@ class SpeculationConfig:
             )
         self._refuse_idle("--draft-model", self.draft_model is not None, {Speculate.DRAFT})
         self._refuse_idle("--history", self.history, {Speculate.LOOKUP})
-        # A shadow serves the dispatch too (--moe-dispatch batch), so it is never idle for sure.
+
+    def check_shadow_is_used(self) -> None:
+        """Raise UsageError for a shadow that nobody drafts with, where it has no other use."""
+        users = {Speculate.SHADOW, Speculate.BATCH}
+        self._refuse_idle("--shadow", self.shadow is not None, users)
 
     def _refuse_idle(self, option: str, is_given: bool, users: set[Speculate]) -> None:
         if is_given and self.mode not in {Speculate.AUTO, *users}:
             raise UsageError(
                 f"{option} does nothing with --speculate {self.mode}: "
-                f"use --speculate {min(users)}, or auto"
+                f"use --speculate {max(users)}, or auto"
             )

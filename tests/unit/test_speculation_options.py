@@ -32,6 +32,7 @@ def other(folder: Path) -> Path:
         (["--speculate", "batch"], "--speculate batch needs --shadow"),
         (["--speculate", "maybe"], "maybe"),
         (["--speculate", "lookup", "--draft-model", "fables"], "--draft-model does nothing"),
+        (["--speculate", "lookup", "--shadow", "q4"], "--shadow does nothing"),
         (["--speculate", "off", "--history"], "--history does nothing with --speculate off"),
         (["--max-draft", "0"], "--max-draft 0: must be in 1..32"),
         (["--max-draft", "33"], "--max-draft 33"),
