@@ -7,35 +7,27 @@ import itertools
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from client.node_process import NodeProcess
 from coordinator.expert_dispatch import PendingSums
 from coordinator.remote_dispatch import RemoteDispatch, open_remote_dispatch
 from shoal import errors, ops
 from shoal.artifact import Artifact
 from shoal.router import RoutingPlan
 from shoal.transport import Transport
-from support.cluster import Cluster, freeze, kill, thaw
+from support.cluster import Cluster, Flags, freeze, kill, thaw
 from support.tiny_model import make_tiny_artifact
 
 pytestmark = pytest.mark.processes
 KINDS = (Transport.FAST, Transport.GRPCIO)
 Connect = Callable[..., RemoteDispatch]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_artifact(tmp_path_factory.mktemp("model"), "qwen3_moe", "q8_0")
-
-
-@pytest.fixture(scope="module")
-def artifact(path: Path) -> Artifact:
-    return Artifact.open(path)
 
 
 @pytest.fixture(params=list(itertools.product(KINDS, KINDS)), ids="-".join)
@@ -45,8 +37,45 @@ def pairing(request: pytest.FixtureRequest) -> tuple[Transport, Transport]:
     return coordinator, nodes
 
 
+@dataclass(frozen=True)
+class Shared:
+    """Nodes of one transport that every test leaves as they were. a, b: equal, and whole.
+
+    other: of another model. partial: with experts 0-11 of layers 0-1 only.
+    """
+
+    a: NodeProcess
+    b: NodeProcess
+    other: NodeProcess
+    partial: NodeProcess
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("other")
+    return make_tiny_artifact(folder, "qwen3_moe", "q8_0", seed=1, name="other")
+
+
+@pytest.fixture(scope="module")
+def shared_of(path: Path, other: Path) -> Iterator[dict[Transport, Shared]]:
+    owned: list[Flags] = [{}, {}, {"experts": "0-11", "layers": "0-1"}]
+    with ExitStack() as stack:
+        shared = {}
+        for kind in KINDS:
+            cluster = stack.enter_context(Cluster(kind))
+            a, b, part = cluster.nodes(path, owned)
+            shared[kind] = Shared(a, b, cluster.node(other), part)
+        yield shared
+
+
+@pytest.fixture
+def shared(pairing: tuple[Transport, Transport], shared_of: dict[Transport, Shared]) -> Shared:
+    return shared_of[pairing[1]]
+
+
 @pytest.fixture
 def cluster(pairing: tuple[Transport, Transport]) -> Iterator[Cluster]:
+    """For nodes that do not survive the test."""
     with Cluster(pairing[1]) as cluster:
         yield cluster
 
@@ -82,13 +111,13 @@ def free_port() -> int:
 
 
 def test_a_node_killed_mid_call_is_unreachable_within_two_seconds(
-    connect: Connect, cluster: Cluster, path: Path, artifact: Artifact
+    connect: Connect, shared: Shared, cluster: Cluster, path: Path, artifact: Artifact
 ) -> None:
     """1. Both nodes are open. 2. Node b freezes, and a call goes out to both. 3. b is killed.
     4. The call fails for want of another owner of its range, as nobody is to wait for one.
     5. Whoever needs b afterwards is told at once.
     """
-    a, b = cluster.node(path), cluster.node(path)
+    a, b = shared.a, cluster.node(path)
     shards = f"0-7={a.endpoint},8-15={b.endpoint}"
     with closing(connect(artifact, shards)) as dispatch:
         start_layer(dispatch, artifact).wait()
@@ -101,12 +130,12 @@ def test_a_node_killed_mid_call_is_unreachable_within_two_seconds(
 
 
 def test_a_hung_node_is_given_up_and_met_again_when_it_goes_on(
-    connect: Connect, cluster: Cluster, path: Path, artifact: Artifact
+    connect: Connect, shared: Shared, artifact: Artifact
 ) -> None:
     """1. Node b freezes. 2. A call notices: b is given up. 3. b goes on; its late answer is lost.
     4. b is met again, the call is sent anew and gets its own answer, as does the next one.
     """
-    a, b = cluster.node(path), cluster.node(path)
+    a, b = shared.a, shared.b
     shards = f"0-7={a.endpoint},8-15={b.endpoint}"
     told: list[str] = []
 
@@ -127,12 +156,12 @@ def test_a_hung_node_is_given_up_and_met_again_when_it_goes_on(
 
 
 def test_a_node_that_drains_finishes_the_call_and_takes_no_new_one(
-    connect: Connect, cluster: Cluster, path: Path, artifact: Artifact
+    connect: Connect, shared: Shared, cluster: Cluster, path: Path, artifact: Artifact
 ) -> None:
     """1. Node b freezes with a call on its way to it. 2. It is told to leave, and goes on.
     3. The call ends (answered, or refused as draining). 4. The next one fails by name.
     """
-    a, b = cluster.node(path), cluster.node(path)
+    a, b = shared.a, cluster.node(path)
     shards = f"0-7={a.endpoint},8-15={b.endpoint}"
     with closing(connect(artifact, shards)) as dispatch:
         expected = start_layer(dispatch, artifact).wait()
@@ -167,9 +196,9 @@ def test_a_node_down_at_start_is_named(connect: Connect, artifact: Artifact) -> 
 
 
 def test_every_node_that_is_down_is_named(
-    connect: Connect, cluster: Cluster, path: Path, artifact: Artifact
+    connect: Connect, shared: Shared, artifact: Artifact
 ) -> None:
-    up = cluster.node(path).endpoint
+    up = shared.a.endpoint
     ports = free_port(), free_port()
     shards = f"0-3={up},4-7=grpc://127.0.0.1:{ports[0]},8-15=grpc://127.0.0.1:{ports[1]}"
     assert_refused(
@@ -178,18 +207,16 @@ def test_every_node_that_is_down_is_named(
 
 
 def test_a_node_frozen_at_start_is_named(
-    connect: Connect, cluster: Cluster, path: Path, artifact: Artifact
+    connect: Connect, shared: Shared, artifact: Artifact
 ) -> None:
-    node = cluster.node(path)
-    freeze(node)
-    assert_refused(
-        connect,
-        artifact,
-        f"0-15={node.endpoint}",
-        errors.NodeUnreachable,
-        node.endpoint,
-        "no answer",
-    )
+    endpoint = shared.b.endpoint
+    freeze(shared.b)
+    try:
+        assert_refused(
+            connect, artifact, f"0-15={endpoint}", errors.NodeUnreachable, endpoint, "no answer"
+        )
+    finally:
+        thaw(shared.b)
 
 
 def test_something_that_is_no_node_is_named(connect: Connect, artifact: Artifact) -> None:
@@ -205,10 +232,9 @@ def test_something_that_is_no_node_is_named(connect: Connect, artifact: Artifact
 
 
 def test_a_node_of_another_model_is_refused(
-    connect: Connect, cluster: Cluster, artifact: Artifact, tmp_path: Path
+    connect: Connect, shared: Shared, artifact: Artifact, other: Path
 ) -> None:
-    other = make_tiny_artifact(tmp_path, "qwen3_moe", "q8_0", seed=1, name="other")
-    node = cluster.node(other)
+    node = shared.other
     assert_refused(
         connect,
         artifact,
@@ -223,9 +249,9 @@ def test_a_node_of_another_model_is_refused(
 
 
 def test_a_node_that_lacks_part_of_its_range_is_refused(
-    connect: Connect, cluster: Cluster, path: Path, artifact: Artifact
+    connect: Connect, shared: Shared, artifact: Artifact
 ) -> None:
-    node = cluster.node(path, experts="0-11", layers="0-1")
+    node = shared.partial
     assert_refused(
         connect,
         artifact,

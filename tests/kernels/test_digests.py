@@ -10,12 +10,13 @@ import pytest
 
 from shoal import numerics, ops
 from shoal.errors import NumericsMismatch
+from support.compiling import compile_objects
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
 GOLDEN = numerics.GOLDEN_PATH.read_text()
 COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
-FLAGS = ["-std=c++17", "-ffp-contract=off"]
+FLAGS = ["-std=c++17", "-ffp-contract=off", "-O0"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 ON_X86 = "avx2" in ops.available_isas()
 HAS_SIMDE = Path("/usr/include/simde/x86/avx512.h").exists()
@@ -75,14 +76,6 @@ def test_a_kernel_that_computes_other_bits_is_named() -> None:
         numerics.check(GOLDEN.replace(line + "\n", ""), GOLDEN, "scalar")
 
 
-def compile_objects(sources: list[Path], flags: list[str], into: Path, compiler: str) -> list[Path]:
-    objects = [into / f"{source.stem}.o" for source in sources]
-    for source, output in zip(sources, objects, strict=True):
-        command = [compiler, *FLAGS, *flags, "-c", str(source), "-o", str(output)]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-    return objects
-
-
 @pytest.mark.processes
 @pytest.mark.skipif(
     not ON_X86 or not COMPILERS or not HAS_SIMDE, reason="needs a compiler and libsimde-dev"
@@ -97,13 +90,12 @@ def test_emulated_avx512_reproduces_the_golden_digests(tmp_path: Path) -> None:
     plain |= {tests / "digest_main.cpp", tests / "emulated_features.cpp"}
     emulated = [*AVX2, "-isystem", str(tests / "simde")]
     compiler = COMPILERS[0]
-    objects = [
-        *compile_objects(sorted(plain), ["-O0"], tmp_path, compiler),
-        *compile_objects(sorted(avx2), ["-O0", *AVX2], tmp_path, compiler),
-        *compile_objects(sorted(avx512), ["-O0", *emulated], tmp_path, compiler),
-    ]
+    jobs = [(path, [*FLAGS, *emulated]) for path in sorted(avx512)]  # what takes longest is first
+    jobs += [(path, [*FLAGS, *AVX2]) for path in sorted(avx2)]
+    jobs += [(path, FLAGS) for path in sorted(plain)]
+    objects = compile_objects(compiler, jobs, tmp_path)
     program = tmp_path / "digests"
-    link = [compiler, *map(str, objects), "-pthread", "-o", str(program)]
+    link = [compiler, *objects, "-pthread", "-o", str(program)]
     subprocess.run(link, check=True, capture_output=True, timeout=120)
     run = subprocess.run([program], check=True, capture_output=True, text=True, timeout=120)
     sections = run.stdout.split("# ")[1:]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from shoal import ops
+from support.compiling import compile_objects
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -27,20 +28,13 @@ pytestmark = [
 ]
 
 
-def compile_object(source: Path, into: Path, flags: list[str]) -> Path:
-    assert COMPILER is not None
-    target = into / f"{source.stem}.o"
-    command = [COMPILER, *FLAGS, *flags, "-c", str(source), "-o", str(target)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return target
-
-
 def flags_of(source: Path, emulate: bool) -> list[str]:
     if source.stem.endswith("_avx2"):
-        return AVX2
+        return [*FLAGS, *AVX2]
     if source.stem.endswith("_avx512"):
-        return [*AVX2, f"-isystem{KERNELS / 'tests' / 'simde'}"] if emulate else AVX512
-    return []
+        emulated = [*AVX2, f"-isystem{KERNELS / 'tests' / 'simde'}"]
+        return [*FLAGS, *(emulated if emulate else AVX512)]
+    return FLAGS
 
 
 def test_matrix_products_and_expert_calls_are_bit_identical(tmp_path: Path) -> None:
@@ -51,9 +45,8 @@ def test_matrix_products_and_expert_calls_are_bit_identical(tmp_path: Path) -> N
     sources += [KERNELS / f"matmul_{isa}.cpp" for isa in ("scalar", "avx2", "avx512")]
     features = "tests/emulated_features.cpp" if emulate else "cpu_features.cpp"
     sources += [KERNELS / features, KERNELS / "tests" / "matrices_exact.cpp"]
-    objects = [
-        str(compile_object(source, tmp_path, flags_of(source, emulate))) for source in sources
-    ]
+    jobs = [(source, flags_of(source, emulate)) for source in sources]
+    objects = compile_objects(COMPILER, jobs, tmp_path)
     program = tmp_path / "matrices_exact"
     subprocess.run([COMPILER, "-pthread", *objects, "-o", str(program)], check=True)
     ran = subprocess.run([str(program)], capture_output=True, text=True, timeout=240)
@@ -77,9 +70,11 @@ GOLDEN = [
 @pytest.mark.parametrize("source", sorted(KERNELS.glob("*_avx*.cpp")), ids=lambda path: path.stem)
 def test_objects_of_an_instruction_set_share_no_symbol(source: Path, tmp_path: Path) -> None:
     """A weak symbol compiled for AVX-512 could be the one that an older CPU gets."""
-    compiled = compile_object(source, tmp_path, flags_of(source, emulate=False))
+    assert COMPILER is not None
+    jobs = [(source, flags_of(source, emulate=False))]
+    [compiled] = compile_objects(COMPILER, jobs, tmp_path)
     listed = subprocess.run(
-        ["nm", "--defined-only", "-C", str(compiled)], check=True, capture_output=True, text=True
+        ["nm", "--defined-only", "-C", compiled], check=True, capture_output=True, text=True
     )
     symbols = [line.split(maxsplit=2)[1:] for line in listed.stdout.splitlines()]
     weak = [name for kind, name in symbols if kind in "WVuw"]
