@@ -30,7 +30,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="f32, f16, bf16, q8_0, q4_0, q4_1 or q4_k; default: the source's own",
+            help="f32, f16, bf16, q8_0, q4_0, q4_1, q4_k, q4_t or q3_t; default: the source's own",
         ),
     ] = None,
     ffn_slices: Annotated[

@@ -32,6 +32,12 @@ def slice_(
         str | None, typer.Option(metavar="RANGES", help="of each layer: 0-63, 0-31+96-127")
     ] = None,
     layers: Annotated[str | None, typer.Option(metavar="RANGES", help="0-14; default: all")] = None,
+    shadow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="q3|q4", help="with coordinator: take the model's shadow along; made if needed"
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace OUT if it exists")] = False,
 ) -> None:
     """Cut an artifact: the whole list of tensors, the bytes of a part.
@@ -40,14 +46,26 @@ def slice_(
     one model. Every byte is checked against its hash on the way.
     """
     from shoal.artifact import Artifact  # and NumPy with it: not for --help
-    from shoal.artifact.slicing import slice_bytes, write_slice
+    from shoal.artifact.shadow import find_or_make, shadow_format
+    from shoal.artifact.slicing import slice_bytes, whole_shadow, write_slice
 
     artifact = Artifact.open(resolve_model(model))
     part = _part(artifact, preset, experts, layers)
     target = output_path(out)
+    if shadow is not None and preset is not Preset.COORDINATOR:
+        raise UsageError(
+            "--shadow goes with --preset coordinator: a node computes the real experts"
+        )
+    shadows = {}
+    if shadow is not None:
+        shadow_format(shadow)
+        shadows[shadow] = find_or_make(artifact, shadow, byte_progress)
     size = slice_bytes(artifact, part)
+    size += sum(slice_bytes(one, whole_shadow(one.manifest)) for one in shadows.values())
     with byte_progress(f"slice {target.name}", size) as progress:
-        manifest, removed = write_slice(artifact, part, target, progress, force=force)
+        manifest, removed = write_slice(
+            artifact, part, target, progress, force=force, shadows=shadows
+        )
     for folder in removed:
         say(f"removed what a killed run had left: {folder}")
     say(f"{target}: {size:,} bytes of {_whole_bytes(artifact):,}, identity {manifest.identity}")

@@ -19,6 +19,7 @@
 #include "pack.h"
 #include "quantise.h"
 #include "quantise_q4_k.h"
+#include "quantise_table.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -36,6 +37,7 @@ using Floats = Array<float, 2>;
 using ConstFloats = Array<const float, 2>;
 using Indices = Array<const int32_t, 1>;
 using ActivationArray = nb::ndarray<nb::numpy, nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Importance = std::optional<Array<const float, 1>>;
 using BadRows = std::vector<int>;
 
 void require(bool ok, const std::string& what) {
@@ -160,6 +162,21 @@ void bind_quantise_q4_k(const ConstFloats& values, const Array<uint8_t, 2>& out)
   require_equal("bytes of a row of out", row_bytes(Format::q4_k, cols), int64_t(out.shape(1)));
   nb::gil_scoped_release released;
   quantise_q4_k(values.data(), int64_t(values.shape(0)), cols, out.data());
+}
+
+void bind_quantise_table(int format, const ConstFloats& values, const Importance& importance,
+                         const Array<uint8_t, 2>& out) {
+  const Format f = format_from(format);
+  const int cols = int(values.shape(1));
+  require(f == Format::q4_0 || f == Format::q4_t || f == Format::q3_t,
+          "quantise_table: the format must be q4_0, q4_t or q3_t");
+  require(cols % kBlock == 0, "quantise_table: columns must be a multiple of 32");
+  require_equal("rows of out", int64_t(values.shape(0)), int64_t(out.shape(0)));
+  require_equal("bytes of a row of out", row_bytes(f, cols), int64_t(out.shape(1)));
+  if (importance) require_equal("length of importance", cols, int64_t(importance->size()));
+  const float* weights = importance ? importance->data() : nullptr;
+  nb::gil_scoped_release released;
+  quantise_table(f, values.data(), weights, int64_t(values.shape(0)), cols, out.data());
 }
 
 // --- Products ----------------------------------------------------------------------------------
@@ -303,6 +320,9 @@ void bind_packing(nb::module_& m) {
         "Whether all scales or float weights of row-major rows are finite.");
   m.def("quantise_q4_k", &bind_quantise_q4_k, "values"_a.noconvert(), "out"_a.noconvert(),
         "Float rows to GGUF Q4_K blocks.");
+  m.def("quantise_table", &bind_quantise_table, "format"_a, "values"_a.noconvert(),
+        "importance"_a.noconvert().none(), "out"_a.noconvert(),
+        "Float rows to blocks of a format with a table of levels.");
 }
 
 void bind_products(nb::module_& m) {

@@ -6,12 +6,13 @@
 #include "pack.h"
 #include "quantise.h"
 #include "quantise_q4_k.h"
+#include "quantise_table.h"
 
 namespace shoal {
 namespace {
 
-const char* const kFormatNames[kNumFormats] = {"f32",  "f16",  "bf16", "q8_0",
-                                               "q4_0", "q4_1", "q4_k"};
+const char* const kFormatNames[kNumFormats] = {"f32",  "f16",  "bf16", "q8_0", "q4_0",
+                                               "q4_1", "q4_k", "q4_t", "q3_t"};
 const char* const kSchemeNames[] = {"f32", "int8_32", "int8_256"};
 
 // Every tile size: 16 + 8 + 4 + 2 + 1.  A row group that is not full; an odd number of blocks,
@@ -46,11 +47,7 @@ std::vector<uint8_t> random_weights(Inputs& inputs, Format format, int rows, int
     }
     return bytes;
   }
-  const int64_t step = format == Format::f16    ? 2
-                       : format == Format::q8_0 ? 34
-                       : format == Format::q4_0 ? 18
-                       : format == Format::q4_1 ? 20
-                                                : 144;
+  const int64_t step = row_bytes(format, 1);  // of a block
   const bool two = format == Format::q4_1 || format == Format::q4_k;
   for (int64_t i = 0; i < n; i += step) {
     put_half(&bytes[size_t(i)], inputs.bits(), format == Format::f16 ? 11 : 5);
@@ -96,6 +93,24 @@ void digest_quantise(std::vector<OpDigest>& digests) {
   Hash hash;
   hash.add(blocks);
   digests.push_back({"quantise_weights", "q4_k", hash.value()});
+}
+
+void digest_quantise_table(std::vector<OpDigest>& digests) {
+  constexpr int kTableRows = 3, kTableCols = 160;  // a full sixteen of blocks crosses a row's end
+  Inputs inputs(4);
+  const std::vector<float> values = inputs.values(kTableRows * kTableCols);
+  std::vector<float> importance = inputs.values(kTableCols);
+  for (float& weight : importance) weight = weight * weight;
+  for (const Format format : {Format::q4_0, Format::q4_t, Format::q3_t}) {
+    std::vector<uint8_t> blocks(size_t(kTableRows * row_bytes(format, kTableCols)));
+    Hash hash;
+    for (const bool weighed : {false, true}) {
+      quantise_table(format, values.data(), weighed ? importance.data() : nullptr, kTableRows,
+                     kTableCols, blocks.data());
+      hash.add(blocks);
+    }
+    digests.push_back({"quantise_weights", kFormatNames[int(format)], hash.value()});
+  }
 }
 
 void digest_matmul(std::vector<OpDigest>& digests, Format format) {
@@ -164,6 +179,7 @@ void digest_experts(std::vector<OpDigest>& digests, Format format) {
 
 void digest_matrices(std::vector<OpDigest>& digests) {
   digest_quantise(digests);
+  digest_quantise_table(digests);
   for (int f = 0; f < kNumFormats; ++f) digest_matmul(digests, Format(f));
   for (int f = 0; f < kNumFormats; ++f) digest_experts(digests, Format(f));
 }

@@ -58,6 +58,10 @@ SHOAL_INLINE Lanes max(Lanes a, Lanes b) {
 SHOAL_INLINE Lanes min(Lanes a, Lanes b) {
   return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
 }
+SHOAL_INLINE Lanes where_greater(Lanes a, Lanes b, Lanes value) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.low, b.low, _CMP_GT_OQ), value.low),
+          _mm256_and_ps(_mm256_cmp_ps(a.high, b.high, _CMP_GT_OQ), value.high)};
+}
 SHOAL_INLINE Lanes abs(Lanes a) {
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
   return {_mm256_and_ps(a.low, magnitude), _mm256_and_ps(a.high, magnitude)};

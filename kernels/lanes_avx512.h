@@ -35,6 +35,9 @@ SHOAL_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v,
 SHOAL_INLINE Lanes fms(Lanes a, Lanes b, Lanes c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
 SHOAL_INLINE Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 SHOAL_INLINE Lanes min(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
+SHOAL_INLINE Lanes where_greater(Lanes a, Lanes b, Lanes value) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), value.v)};
+}
 SHOAL_INLINE Lanes abs(Lanes a) { return {_mm512_abs_ps(a.v)}; }
 SHOAL_INLINE Lanes keep_range(Lanes a, int low, int high, float other) {
   const __mmask16 keep = __mmask16(first_mask(high) & ~first_mask(low));

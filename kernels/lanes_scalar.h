@@ -85,6 +85,12 @@ SHOAL_INLINE Lanes min(const Lanes& a, const Lanes& b) {
   SHOAL_EACH_LANE r.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
   return r;
 }
+// value where a > b, else 0.
+SHOAL_INLINE Lanes where_greater(const Lanes& a, const Lanes& b, const Lanes& value) {
+  Lanes r;
+  SHOAL_EACH_LANE r.v[i] = a.v[i] > b.v[i] ? value.v[i] : 0.0f;
+  return r;
+}
 SHOAL_INLINE Lanes abs(const Lanes& a) {
   Lanes r;
   SHOAL_EACH_LANE r.v[i] = __builtin_fabsf(a.v[i]);

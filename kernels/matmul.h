@@ -12,9 +12,9 @@
 
 namespace shoal {
 
-enum class Format : int { f32, f16, bf16, q8_0, q4_0, q4_1, q4_k };  // shoal.quant.Format
-enum class Scheme : int { f32, int8_32, int8_256 };                  // shoal.quant.Scheme
-constexpr int kNumFormats = 7;
+enum class Format : int { f32, f16, bf16, q8_0, q4_0, q4_1, q4_k, q4_t, q3_t };  // shoal.quant
+enum class Scheme : int { f32, int8_32, int8_256 };  // shoal.quant.Scheme
+constexpr int kNumFormats = 9;
 
 constexpr int kBlock = 32;                // values per quantisation block
 constexpr int kSuperBlock = 256;          // values per Q4_K super-block
@@ -27,6 +27,12 @@ struct Q4_0 {
 };
 struct Q8_0 {
   static constexpr int blocks = 2, scales = 0, quants = 64, block_quants = 512, record = 1088;
+};
+struct Q4_T {
+  static constexpr int blocks = 2, scales = 0, quants = 64, block_quants = 256, record = 576;
+};
+struct Q3_T {
+  static constexpr int blocks = 2, scales = 0, quants = 64, block_quants = 192, record = 448;
 };
 struct Q4_1 {
   static constexpr int blocks = 1, d = 0, m = 32, quants = 64, record = 320;
@@ -73,13 +79,39 @@ constexpr int64_t group_bytes(Format f, int cols) {
       return blocks * Q4_1::record;
     case Format::q4_k:
       return blocks * Q4_K::record;
+    case Format::q4_t:
+      return blocks / 2 * Q4_T::record + blocks % 2 * (Q4_T::quants + Q4_T::block_quants);
+    case Format::q3_t:
+      return blocks / 2 * Q3_T::record + blocks % 2 * (Q3_T::quants + Q3_T::block_quants);
   }
   return 0;
 }
 
-// Stored Q4_0 and Q8_0 weights are unsigned; starting the dot at -8 or -128 times the quant sum
-// undoes the offset.
-constexpr int sum_factor(Format f) { return f == Format::q4_0 ? -8 : f == Format::q8_0 ? -128 : 1; }
+// What a code of a table format stands for: a weight is scale * (level - offset).  Unsigned, for
+// vpmaddubsw and vpdpbusd.  At most 64: two products of a pair of weights with activations,
+// 2 * 2 * 64 * 127 = 32512, fit in 16 bits.  Those with the least error on Gaussian weights with a
+// scale a block of 32, within that bound (docs/shadow.md).
+constexpr int kOffset4 = 34, kOffset3 = 35;
+alignas(16) constexpr uint8_t kLevels4[16] = {0,  6,  12, 17, 21, 25, 28, 31,
+                                              34, 37, 40, 44, 48, 52, 57, 64};
+alignas(16) constexpr uint8_t kLevels3[16] = {0, 15, 24, 31, 38, 45, 53, 64};
+
+// Stored Q4_0, Q8_0 and table weights are unsigned; starting the dot at minus their offset times
+// the quant sum undoes it.
+constexpr int sum_factor(Format f) {
+  switch (f) {
+    case Format::q4_0:
+      return -8;
+    case Format::q8_0:
+      return -128;
+    case Format::q4_t:
+      return -kOffset4;
+    case Format::q3_t:
+      return -kOffset3;
+    default:
+      return 1;
+  }
+}
 
 // Fetches weights 4 KiB ahead of p: 13-26 % for the 4-bit formats at one row (prototype, Zen 5).
 SHOAL_INLINE void prefetch_weights(const uint8_t* p, int bytes) {

@@ -141,6 +141,76 @@ SHOAL_INLINE void add_block(Q4_1, const uint8_t* record, int, const int8_t* x, c
   }
 }
 
+// Looks up the levels of the codes in the low four bits of each byte; bit 7 must be 0.
+SHOAL_INLINE Ints look_up(const Ints& codes, const uint8_t* levels) {
+  const __m256i table = _mm256_broadcastsi128_si256(load_halves(levels));
+  return {_mm256_shuffle_epi8(table, codes.low), _mm256_shuffle_epi8(table, codes.high)};
+}
+template <int Shift>
+SHOAL_INLINE Ints bits(const uint8_t* cells, int mask) {  // of a cell row
+  const __m256i keep = _mm256_set1_epi8(char(mask));
+  return {_mm256_and_si256(_mm256_srli_epi16(load_bytes(cells), Shift), keep),
+          _mm256_and_si256(_mm256_srli_epi16(load_bytes(cells + 32), Shift), keep)};
+}
+SHOAL_INLINE Ints either(const Ints& a, const Ints& b) {
+  return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
+}
+
+// The levels of 16 columns: of the first or the second half of a block.
+SHOAL_INLINE Quad load_levels(Q4_T, const uint8_t* cells, int half) {
+  Quad q = load_quad(cells, 4 * half);
+  for (Ints& w : q.w) w = look_up(w, kLevels4);
+  return q;
+}
+SHOAL_INLINE Quad load_levels(Q3_T, const uint8_t* cells, int half) {
+  const uint8_t *row1 = cells + kCellRow, *row2 = cells + 2 * kCellRow;
+  Quad q =
+      half == 0
+          ? Quad{{bits<0>(cells, 7), bits<3>(cells, 7), bits<0>(row1, 7), bits<3>(row1, 7)}}
+          : Quad{{bits<0>(row2, 7), bits<3>(row2, 7), either(bits<6>(cells, 3), bits<4>(row1, 4)),
+                  either(bits<6>(row2, 3), bits<5>(row1, 4))}};
+  for (Ints& w : q.w) w = look_up(w, kLevels3);
+  return q;
+}
+
+// Sums with 16 values; levels allow two products deep in 16 bits.
+SHOAL_INLINE Ints level_dot16(const Quad& q, const int8_t* x) {
+  Ints first = add16(multiply(q.w[0], broadcast4(x)), multiply(q.w[1], broadcast4(x + 4)));
+  settle(&first);
+  Ints second = add16(multiply(q.w[2], broadcast4(x + 8)), multiply(q.w[3], broadcast4(x + 12)));
+  settle(&second);
+  return add32(sum_pairs(first, 1), sum_pairs(second, 1));
+}
+
+template <int N, class L>
+SHOAL_INLINE void add_table_block(L, const uint8_t* record, int b, const int8_t* x,
+                                  const float* x_scale, const int32_t* x_start, Lanes* acc) {
+  const uint8_t *cells = record + L::quants + b * L::block_quants, *again = cells;
+  asm("" : "+r"(cells), "+r"(again));  // or bytes loaded twice are kept, in memory
+  Ints dots[N];
+  const Quad first = load_levels(L{}, cells, 0);
+  for (int t = 0, n = rolled<N>(); t < n; ++t)
+    dots[t] = add32(level_dot16(first, x + t * kBlock), set32(x_start + t));
+  const Quad second = load_levels(L{}, again, 1);
+  const Lanes d = load_scales(record + L::scales + b * 32);
+  for (int t = 0, n = rolled<N>(); t < n; ++t) {
+    const Ints s = add32(dots[t], level_dot16(second, x + t * kBlock + 16));
+    acc[t] = fma(to_floats(s), mul(d, set1(x_scale[t])), acc[t]);
+  }
+}
+
+template <int N>
+SHOAL_INLINE void add_block(Q4_T, const uint8_t* record, int b, const int8_t* x,
+                            const float* x_scale, const int32_t* x_start, Lanes* acc) {
+  add_table_block<N>(Q4_T{}, record, b, x, x_scale, x_start, acc);
+}
+
+template <int N>
+SHOAL_INLINE void add_block(Q3_T, const uint8_t* record, int b, const int8_t* x,
+                            const float* x_scale, const int32_t* x_start, Lanes* acc) {
+  add_table_block<N>(Q3_T{}, record, b, x, x_scale, x_start, acc);
+}
+
 // Up to two rows of Q8_0 keep their sums in registers.
 template <int N>
 SHOAL_INLINE void q8_0_pairs_few(const uint8_t* cells, const int8_t* x, Ints* low, Ints* high) {

@@ -66,6 +66,42 @@ SHOAL_INLINE void add_block(Q8_0, const uint8_t* record, int b, const int8_t* x,
   add_dots<N>(w, d, x, x_scale, x_start, acc);
 }
 
+SHOAL_INLINE void look_up(__m512i* codes, const uint8_t* levels) {
+  const __m512i table =
+      _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(levels)));
+  for (int j = 0; j < 8; ++j) codes[j] = _mm512_shuffle_epi8(table, codes[j]);
+}
+SHOAL_INLINE __m512i bits(__m512i raw, int shift, int mask) {
+  return _mm512_and_si512(_mm512_srli_epi16(raw, unsigned(shift)), _mm512_set1_epi8(char(mask)));
+}
+
+template <int N>
+SHOAL_INLINE void add_block(Q4_T, const uint8_t* record, int b, const int8_t* x,
+                            const float* x_scale, const int32_t* x_start, Lanes* acc) {
+  __m512i w[8];
+  unpack_nibbles(record + Q4_T::quants + b * Q4_T::block_quants, w);
+  look_up(w, kLevels4);
+  const __m512 d = _mm512_cvtph_ps(load_halves(record + Q4_T::scales + b * 32));
+  add_dots<N>(w, d, x, x_scale, x_start, acc);
+}
+
+template <int N>
+SHOAL_INLINE void add_block(Q3_T, const uint8_t* record, int b, const int8_t* x,
+                            const float* x_scale, const int32_t* x_start, Lanes* acc) {
+  const uint8_t* cells = record + Q3_T::quants + b * Q3_T::block_quants;
+  __m512i raw[3], w[8];
+  for (int r = 0; r < 3; ++r) {
+    raw[r] = load_bytes(cells + r * kCellRow);
+    w[2 * r] = bits(raw[r], 0, 7);
+    w[2 * r + 1] = bits(raw[r], 3, 7);
+  }
+  w[6] = _mm512_or_si512(bits(raw[0], 6, 3), bits(raw[1], 4, 4));
+  w[7] = _mm512_or_si512(bits(raw[2], 6, 3), bits(raw[1], 5, 4));
+  look_up(w, kLevels3);
+  const __m512 d = _mm512_cvtph_ps(load_halves(record + Q3_T::scales + b * 32));
+  add_dots<N>(w, d, x, x_scale, x_start, acc);
+}
+
 template <int N>
 SHOAL_INLINE void add_block(Q4_1, const uint8_t* record, int, const int8_t* x, const float* x_scale,
                             const int32_t* x_sum, Lanes* acc) {

@@ -56,6 +56,48 @@ void add_block(Q4_0, const uint8_t* record, int b, const int8_t* x, const float*
   }
 }
 
+// The codes of cell row c of 32 columns, as bytes.  Q4_T: nibbles as Q4_0.  Q3_T: three cell rows;
+// a byte of row r holds codes 2r and 2r + 1 in its low six bits, the two top bits of the three make
+// up codes 6 and 7 (docs/formats/kernel-layout.md).
+SHOAL_INLINE int code_at(Q4_T, const uint8_t* cells, int c, int i) {
+  return cells[c % 4 * kCellRow + i] >> c / 4 * 4 & 15;
+}
+SHOAL_INLINE int code_at(Q3_T, const uint8_t* cells, int c, int i) {
+  if (c < 6) return cells[c / 2 * kCellRow + i] >> c % 2 * 3 & 7;
+  const int low = cells[(c - 6) * 2 * kCellRow + i] >> 6, high = cells[kCellRow + i] >> c & 1;
+  return high << 2 | low;
+}
+SHOAL_INLINE const uint8_t* levels_of(Q4_T) { return kLevels4; }
+SHOAL_INLINE const uint8_t* levels_of(Q3_T) { return kLevels3; }
+
+template <int N, class L>
+void add_table_block(L, const uint8_t* record, int b, const int8_t* x, const float* x_scale,
+                     const int32_t* x_start, Lanes* acc) {
+  const uint8_t* cells = record + L::quants + b * L::block_quants;
+  const Lanes d = load_scales(record + L::scales + b * 32);
+  for (int t = 0; t < N; ++t) {
+    Ints s = set_ints(x_start[t]);
+    for (int c = 0; c < kBlock / kCell; ++c)
+      for (int lane = 0; lane < kLanes; ++lane)
+        for (int i = 0; i < kCell; ++i)
+          s.v[lane] += levels_of(L{})[code_at(L{}, cells, c, lane * kCell + i)] *
+                       x[t * kBlock + kCell * c + i];
+    acc[t] = fma(to_floats(s), mul(d, set1(x_scale[t])), acc[t]);
+  }
+}
+
+template <int N>
+void add_block(Q4_T, const uint8_t* record, int b, const int8_t* x, const float* x_scale,
+               const int32_t* x_start, Lanes* acc) {
+  add_table_block<N>(Q4_T{}, record, b, x, x_scale, x_start, acc);
+}
+
+template <int N>
+void add_block(Q3_T, const uint8_t* record, int b, const int8_t* x, const float* x_scale,
+               const int32_t* x_start, Lanes* acc) {
+  add_table_block<N>(Q3_T{}, record, b, x, x_scale, x_start, acc);
+}
+
 template <int N>
 void add_block(Q8_0, const uint8_t* record, int b, const int8_t* x, const float* x_scale,
                const int32_t* x_start, Lanes* acc) {

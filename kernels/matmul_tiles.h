@@ -4,9 +4,9 @@
 //     kFloatAccumulators, kIntTile, kQ4KTile       how many Lanes its registers hold, tile sizes
 //     kRowsInRegisters                             largest integer tile whose sums stay in
 //     registers template <int N> void add_block(Q4_0, record, b, x, x_scale, x_start, Lanes* acc)
-//     ... for Q4_1 and Q8_0 as well: acc[t] += block b of a record times that block of row t, t < N
-//     template <int N> void add_super_block(record, x, x_scale, x_sums, Lanes* acc)     for Q4_K
-//     bool add_quanta(int64_t* sums, const Lanes& y, float weight, double two_to_grid)
+//     ... for Q4_1, Q8_0, Q4_T and Q3_T as well: acc[t] += block b of a record times that block of
+//     row t, t < N template <int N> void add_super_block(record, x, x_scale, x_sums, Lanes* acc)
+//     for Q4_K bool add_quanta(int64_t* sums, const Lanes& y, float weight, double two_to_grid)
 // in an anonymous namespace, then includes this file, which builds its MatrixKernels from them.
 #pragma once
 #include "matmul.h"
@@ -62,7 +62,7 @@ SHOAL_INLINE void float_kernel(const uint8_t* groups, int64_t stride, int count,
 
 // --- Integer formats: exact dots, one float step a block ---------------------------------------
 
-// acc[t] += row group * row t.  Records hold L::blocks blocks, the last of Q4_0 and Q8_0 maybe one.
+// acc[t] += row group * row t.  Records hold L::blocks blocks, the last of two maybe one.
 template <class L, int N>
 SHOAL_INLINE void block_kernel(const uint8_t* record, int blocks, const Tile& tile, Lanes* sums) {
   const int8_t* x = tile.quants;
@@ -104,6 +104,8 @@ __attribute__((noinline)) void group_kernel(const uint8_t* groups, int64_t strid
       if constexpr (F == Format::q8_0) block_kernel<Q8_0, N>(groups, blocks, tile, acc);
       if constexpr (F == Format::q4_0) block_kernel<Q4_0, N>(groups, blocks, tile, acc);
       if constexpr (F == Format::q4_1) block_kernel<Q4_1, N>(groups, blocks, tile, acc);
+      if constexpr (F == Format::q4_t) block_kernel<Q4_T, N>(groups, blocks, tile, acc);
+      if constexpr (F == Format::q3_t) block_kernel<Q3_T, N>(groups, blocks, tile, acc);
       if constexpr (F == Format::q4_k) super_block_kernel<N>(groups, blocks, tile, acc);
     }
   }
@@ -146,6 +148,10 @@ GroupKernel kernel_of(Format format, int n) {
       return sized_kernel<Format::q4_1>(n);
     case Format::q4_k:
       return sized_kernel<Format::q4_k>(n);
+    case Format::q4_t:
+      return sized_kernel<Format::q4_t>(n);
+    case Format::q3_t:
+      return sized_kernel<Format::q3_t>(n);
   }
   return nullptr;
 }
@@ -212,12 +218,12 @@ uint32_t down_sums_tile(Format format, const uint8_t* group, int lanes, int cols
   return bad;
 }
 
-#define SHOAL_MATRIX_KERNELS                                                      \
-  {{tile_limit(Format::f32), tile_limit(Format::f16), tile_limit(Format::bf16),   \
-    tile_limit(Format::q8_0), tile_limit(Format::q4_0), tile_limit(Format::q4_1), \
-    tile_limit(Format::q4_k)},                                                    \
-   matmul_tile,                                                                   \
-   gate_up_tile,                                                                  \
+#define SHOAL_MATRIX_KERNELS                                                       \
+  {{tile_limit(Format::f32), tile_limit(Format::f16), tile_limit(Format::bf16),    \
+    tile_limit(Format::q8_0), tile_limit(Format::q4_0), tile_limit(Format::q4_1),  \
+    tile_limit(Format::q4_k), tile_limit(Format::q4_t), tile_limit(Format::q3_t)}, \
+   matmul_tile,                                                                    \
+   gate_up_tile,                                                                   \
    down_sums_tile}
 
 }  // namespace

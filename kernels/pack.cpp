@@ -24,6 +24,10 @@ int block_bytes(Format format) {
       return 18;  // f16 d, 16 bytes: byte i = value i (low nibble), value i + 16 (high)
     case Format::q4_1:
       return 20;  // f16 d, f16 m, nibbles as Q4_0
+    case Format::q4_t:
+      return 18;  // f16 d, codes as Q4_0's nibbles
+    case Format::q3_t:
+      return 14;  // f16 d, 12 bytes: what a lane of the three cell rows holds
     case Format::q4_k:
       return 144;  // f16 d, f16 dmin, 12 bytes of 6-bit scales and minimums, 128 bytes of nibbles
   }
@@ -62,6 +66,14 @@ void pack_q4_k(const uint8_t* from, int block, int lane, uint8_t* group) {
     pack_cells(from + 16 + 32 * c, 8, 0, record + Q4_K::quants + c * Q4_K::chunk + lane * kCell);
 }
 
+template <class L>
+void pack_table(L, const uint8_t* from, int cell_rows, int block, int lane, uint8_t* group) {
+  uint8_t* record = group + block / 2 * L::record;
+  std::memcpy(record + L::scales + block % 2 * 32 + lane * 2, from, 2);
+  pack_cells(from + 2, cell_rows, 0,
+             record + L::quants + block % 2 * L::block_quants + lane * kCell);
+}
+
 // One block of one row into its lane of a group.
 void pack_block(Format format, const uint8_t* from, int block, int lane, uint8_t* group) {
   switch (format) {
@@ -86,6 +98,12 @@ void pack_block(Format format, const uint8_t* from, int block, int lane, uint8_t
                  record + Q4_0::quants + block % 2 * Q4_0::block_quants + lane * kCell);
       return;
     }
+    case Format::q4_t:
+      pack_table(Q4_T{}, from, 4, block, lane, group);
+      return;
+    case Format::q3_t:
+      pack_table(Q3_T{}, from, 3, block, lane, group);
+      return;
     case Format::q4_1: {
       uint8_t* record = group + block * Q4_1::record;
       std::memcpy(record + Q4_1::d + lane * 2, from, 2);
@@ -108,6 +126,13 @@ float half_at(const uint8_t* p) {
 int nibble(const uint8_t* cells, int lane, int i) {  // of the Q4_0 arrangement
   const int byte = cells[i % 16 / kCell * kCellRow + lane * kCell + i % kCell];
   return i < 16 ? byte & 15 : byte >> 4;
+}
+
+int three_bits(const uint8_t* cells, int lane, int i) {  // of the Q3_T arrangement
+  const uint8_t* at = cells + lane * kCell + i % kCell;
+  const int c = i / kCell;
+  if (c < 6) return at[c / 2 * kCellRow] >> c % 2 * 3 & 7;
+  return at[(c - 6) * 2 * kCellRow] >> 6 | (at[kCellRow] >> c & 1) << 2;
 }
 
 // The products below are exact in float32 (11 bits of scale times at most 8 + 6 of integers), so
@@ -154,6 +179,22 @@ void unpack_block(Format format, const uint8_t* group, int block, int lane, floa
       const uint8_t* cells = record + Q4_0::quants + block % 2 * Q4_0::block_quants;
       const float d = half_at(record + Q4_0::scales + block % 2 * 32 + lane * 2);
       for (int i = 0; i < kBlock; ++i) out[i] = d * float(nibble(cells, lane, i) - 8);
+      return;
+    }
+    case Format::q4_t: {
+      const uint8_t* record = group + block / 2 * Q4_T::record;
+      const uint8_t* cells = record + Q4_T::quants + block % 2 * Q4_T::block_quants;
+      const float d = half_at(record + Q4_T::scales + block % 2 * 32 + lane * 2);
+      for (int i = 0; i < kBlock; ++i)
+        out[i] = d * float(kLevels4[nibble(cells, lane, i)] - kOffset4);
+      return;
+    }
+    case Format::q3_t: {
+      const uint8_t* record = group + block / 2 * Q3_T::record;
+      const uint8_t* cells = record + Q3_T::quants + block % 2 * Q3_T::block_quants;
+      const float d = half_at(record + Q3_T::scales + block % 2 * 32 + lane * 2);
+      for (int i = 0; i < kBlock; ++i)
+        out[i] = d * float(kLevels3[three_bits(cells, lane, i)] - kOffset3);
       return;
     }
     case Format::q4_1: {

@@ -39,6 +39,7 @@ MAX_DRAFT = 32  # guesses that one pass verifies: beyond, chances multiply to no
 MAX_LOOKUP_TOKENS = 32_768  # that an index of suffixes holds, older ones go: some 20 MiB
 MAX_HISTORY_TOKENS = MAX_LOOKUP_TOKENS  # on disk, of the user's own texts: 128 KiB
 KV_SCRATCH_BLOCKS = 4  # beyond the longest context: a drafter's copy of the last block, its guesses
+MAX_SHADOW_TEXT_TOKENS = 1024  # of the text that says which columns matter to a shadow
 KV_BLOCK_TOKENS = 64  # keys of a KV block: four lanes' worth, a quarter of a cut
 ATTENTION_CUT = 256  # keys: exactness rule 6
 MAX_MANIFEST_BYTES = 64 * MIB  # of an artifact; the largest model known needs 2 MiB

@@ -8,6 +8,7 @@ import platformdirs
 from shoal.errors import UsageError
 
 SUFFIX = ".shoal"  # of an artifact's folder
+SHADOWS_DIR = "shadows"  # in a model's folder, or at home
 BUNDLED = "fables"  # the model that comes with this package, and runs where none is named
 
 

@@ -20,6 +20,8 @@ class Format(IntEnum):
     Q4_0 = 4
     Q4_1 = 5
     Q4_K = 6
+    Q4_T = 7  # a table of 16 levels, ours: shadows (docs/shadow.md)
+    Q3_T = 8  # a table of 8 levels, ours
 
     @property
     def label(self) -> str:
@@ -70,6 +72,8 @@ _BLOCK = {
     Format.Q4_0: (32, 18),
     Format.Q4_1: (32, 20),
     Format.Q4_K: (256, 144),
+    Format.Q4_T: (32, 18),
+    Format.Q3_T: (32, 14),
 }
 
 
@@ -101,8 +105,12 @@ def group_bytes(fmt: Format, cols: int) -> int:
             return round_up(cols * LANES * 2, ALIGNMENT)
         case Format.Q8_0:  # records of two blocks, 64 + 2 x 512; an odd last block: 64 + 512
             return blocks // 2 * 1088 + blocks % 2 * 576
-        case Format.Q4_0:  # records of two blocks, 64 + 2 x 256; an odd last block: 64 + 256
+        case (
+            Format.Q4_0 | Format.Q4_T
+        ):  # records of two blocks, 64 + 2 x 256; an odd last block: 64 + 256
             return blocks // 2 * 576 + blocks % 2 * 320
+        case Format.Q3_T:  # records of two blocks, 64 + 2 x 192; an odd last block: 64 + 192
+            return blocks // 2 * 448 + blocks % 2 * 256
         case Format.Q4_1:  # 64 (d and m) + 256
             return blocks * 320
         case Format.Q4_K:

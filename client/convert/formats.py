@@ -8,7 +8,7 @@ from client.convert.source import SourceTensor
 from shoal.artifact.inventory import Slot
 from shoal.quant import Format
 
-FOUR_BIT = (Format.Q4_0, Format.Q4_1, Format.Q4_K)
+FOUR_BIT = (Format.Q4_0, Format.Q4_1, Format.Q4_K, Format.Q4_T, Format.Q3_T)  # or fewer
 
 
 @dataclass(slots=True)

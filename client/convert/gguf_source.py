@@ -16,7 +16,11 @@ from shoal.errors import CorruptArtifact, UnsupportedModel
 from shoal.families import Family, family_of, gguf_model
 from shoal.quant import Format
 
-_FORMATS = {GGMLQuantizationType[fmt.name]: fmt for fmt in Format}
+_FORMATS = {
+    GGMLQuantizationType[fmt.name]: fmt
+    for fmt in Format
+    if fmt.name in GGMLQuantizationType.__members__  # the table formats are our own
+}
 _ROPE_FACTORS = "rope_freqs.weight"
 # What the library raises on bytes that are no GGUF file.
 _MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error, EOFError)

@@ -131,6 +131,8 @@ def encode(fmt: Format, values: F32) -> U8:
             encoded = _to_bf16(values).view(np.uint8)
         case Format.Q4_K:
             encoded = ops.quantise_q4_k(values)
+        case Format.Q4_T | Format.Q3_T:
+            encoded = ops.quantise_table(fmt, values)
         case _:
             encoded = _quantise(fmt, values)
     return np.ascontiguousarray(encoded).reshape(num_rows, row_bytes(fmt, padded))

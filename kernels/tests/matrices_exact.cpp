@@ -23,7 +23,8 @@ using namespace shoal;
 
 namespace {
 
-const char* const kNames[kNumFormats] = {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k"};
+const char* const kNames[kNumFormats] = {"f32",  "f16",  "bf16", "q8_0", "q4_0",
+                                         "q4_1", "q4_k", "q4_t", "q3_t"};
 constexpr int kRows = 32;
 
 struct Random {
@@ -63,6 +64,8 @@ std::vector<uint8_t> random_weights(Random& random, Format f, int rows, int cols
       put_half(&bytes[at], f == Format::f16    ? 11
                            : f == Format::q8_0 ? 5
                            : f == Format::q4_k ? 4
+                           : f == Format::q4_t ? 7
+                           : f == Format::q3_t ? 7
                                                : 9);
       if (f == Format::q4_1 || f == Format::q4_k) put_half(&bytes[at + 2], 7);
     }

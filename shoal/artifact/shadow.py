@@ -20,11 +20,10 @@ from shoal.artifact.manifest import MANIFEST_NAME, Manifest
 from shoal.artifact.reader import Artifact
 from shoal.artifact.shadow_build import make_shadow, shadow_bytes
 from shoal.errors import ArtifactError, CorruptArtifact, UsageError
-from shoal.paths import SUFFIX, default_model, resolve_model, shoal_home
+from shoal.paths import SHADOWS_DIR, SUFFIX, default_model, resolve_model, shoal_home
 from shoal.quant import Format
 
-SHADOW_FORMATS = {"q4": Format.Q4_0}
-SHADOWS_DIR = "shadows"
+SHADOW_FORMATS = {"q4": Format.Q4_T, "q3": Format.Q3_T}
 
 # (what is done, bytes in all) -> the context in which bytes done are told
 ShowProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]

@@ -1,10 +1,12 @@
 """Makes a shadow: reads a model's experts one by one and writes them at a coarser format.
 
-Memory: two packed experts and the float32 values of one. Every expert read is checked against its
-hash. The bytes are the same on every CPU, as those of `shoal convert` are.
+Beside it goes a pass of some text (`text_pass`), which says how much each column of them matters.
+
+Memory: two packed experts, the float32 values of one, the activations of the text. Every expert
+read is checked against its hash.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from shoal.artifact.grid import GridProbe
 from shoal.artifact.layout import expert_header
 from shoal.artifact.manifest import PAGE, ExpertLayer, Manifest, Weights
 from shoal.artifact.reader import Artifact
+from shoal.artifact.text_pass import TextPass
 from shoal.artifact.writer import ArtifactWriter, new_artifact
-from shoal.errors import NonFiniteWeights, UsageError
+from shoal.errors import UsageError
 from shoal.experts.ownership import format_spans
 from shoal.quant import Format, round_up
 
@@ -47,7 +50,7 @@ def make_shadow(
     Raises:
         UsageError: the target lacks experts, or `out` is taken.
         CorruptArtifact: names the damaged expert of the target.
-        NonFiniteWeights: values that are too large for the format.
+        NumericError: the model's own activations are not finite on ordinary text.
         CannotWrite: no space, or no permission.
     """
     _check_target(target)
@@ -57,9 +60,7 @@ def make_shadow(
             source,
             notes=(),
             has_dense=False,
-            experts=tuple(
-                _write_layer(target, entry, fmt, writer, progress) for entry in source.experts
-            ),
+            experts=tuple(_Maker(target, fmt, writer, progress).layers()),
             files=tuple(replace(file, present=False) for file in source.files),
             pregates=(),
             shadow_of=target.identity,
@@ -94,65 +95,76 @@ def _layout(weights: Weights) -> ops.ExpertLayout:
     return ops.ExpertLayout(weights.dim, weights.ffn_dim, weights.gate_up, weights.down)
 
 
-def _write_layer(
-    target: Artifact,
-    entry: ExpertLayer,
-    fmt: Format,
-    writer: ArtifactWriter,
-    progress: Callable[[int], None],
-) -> ExpertLayer:
-    weights = _weights(entry, fmt)
-    size = round_up(weights.num_bytes, PAGE)
-    probe = GridProbe(entry.layer, weights, entry.num_experts)
-    packed = ops.aligned_empty(size)
-    packed[weights.num_bytes :] = 0
-    hashes: list[str] = []
-    header = expert_header(range(entry.num_experts), size)
-    with writer.file(entry.file, header) as file:
-        file.take_hash()
-        for index in range(entry.num_experts):
-            _shadow_expert(target, entry, index, fmt, packed[: weights.num_bytes])
-            file.write(packed)
-            hashes.append(file.take_hash())
-            if index in probe.experts:
-                probe.add(packed)
-            progress(size)
-    return replace(
-        entry,
-        weights=weights,
-        grid=probe.grid(),
-        blake3=tuple(hashes),
-        present=((0, entry.num_experts - 1),),
-        offset=len(header),
-    )
+class _Maker:
+    """Writes a shadow's layers, in order, beside the pass that weighs their columns."""
 
+    def __init__(
+        self,
+        target: Artifact,
+        fmt: Format,
+        writer: ArtifactWriter,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._target, self._fmt = target, fmt
+        self._writer, self._progress = writer, progress
+        self._text = TextPass.of(target)
 
-def _shadow_expert(target: Artifact, entry: ExpertLayer, index: int, fmt: Format, out: U8) -> None:
-    own = target.read_expert(entry.layer, index)
-    gate, up, down = (
-        _encode(fmt, values) for values in ops.unpack_expert(_layout(entry.weights), own)
-    )
-    if not all(ops.check_finite(fmt, rows) for rows in (gate, up, down)):
-        raise NonFiniteWeights(
-            f"{target.path}: expert {index} of layer {entry.layer} has values that are too large"
-            f" for {fmt.label}"
+    def layers(self) -> Iterator[ExpertLayer]:
+        """Write every layer that has experts; yield the shadow's entry of each."""
+        entries = {entry.layer: entry for entry in self._target.manifest.experts}
+        for layer in range(self._target.spec.num_layers):
+            if self._text is not None:
+                self._text.enter(layer)
+            if layer in entries:
+                yield self._write_layer(entries[layer])
+            if self._text is not None:
+                self._text.leave()
+
+    def _write_layer(self, entry: ExpertLayer) -> ExpertLayer:
+        weights = _weights(entry, self._fmt)
+        size = round_up(weights.num_bytes, PAGE)
+        probe = GridProbe(entry.layer, weights, entry.num_experts)
+        packed = ops.aligned_empty(size)
+        packed[weights.num_bytes :] = 0
+        hashes: list[str] = []
+        header = expert_header(range(entry.num_experts), size)
+        input_weights = None if self._text is None else self._text.input_weights()
+        with self._writer.file(entry.file, header) as file:
+            file.take_hash()
+            for index in range(entry.num_experts):
+                self._fill(entry, index, input_weights, packed[: weights.num_bytes])
+                file.write(packed)
+                hashes.append(file.take_hash())
+                if index in probe.experts:
+                    probe.add(packed)
+                self._progress(size)
+        return replace(
+            entry,
+            weights=weights,
+            grid=probe.grid(),
+            blake3=tuple(hashes),
+            present=((0, entry.num_experts - 1),),
+            offset=len(header),
         )
-    ops.pack_expert(_layout(_weights(entry, fmt)), gate, up, down, out)
+
+    def _fill(self, entry: ExpertLayer, index: int, input_weights: F32 | None, out: U8) -> None:
+        own = self._target.read_expert(entry.layer, index)
+        gate, up, down = ops.unpack_expert(_layout(entry.weights), own)
+        hidden_weights = None
+        if self._text is not None:
+            hidden_weights = self._text.through_expert(index, gate, up, down)
+        ops.pack_expert(
+            _layout(_weights(entry, self._fmt)),
+            _encode(self._fmt, gate, input_weights),
+            _encode(self._fmt, up, input_weights),
+            _encode(self._fmt, down, hidden_weights),
+            out,
+        )
 
 
-def _encode(fmt: Format, values: F32) -> U8:
+def _encode(fmt: Format, values: F32, importance: F32 | None) -> U8:
     """Return [n, cols] float32 as row-major rows of `fmt`, columns padded with zeros."""
-    cols = values.shape[1]
-    padded = np.pad(values, ((0, 0), (0, round_up(cols, fmt.block_cols) - cols)))
-    return _q4_0(padded).reshape(values.shape[0], -1)
-
-
-def _q4_0(values: F32) -> U8:
-    blocks = values.reshape(-1, 32)
-    largest = blocks[np.arange(len(blocks)), np.abs(blocks).argmax(axis=1)][:, None]
-    scales = (largest / np.float32(-8)).astype("<f2")
-    divisors = np.where(scales == 0, 1, scales).astype(np.float32)
-    quants = np.clip(np.rint(blocks / divisors), -8, 7).astype(np.int8) + 8
-    quants = quants.astype(np.uint8)
-    packed = quants[:, :16] | quants[:, 16:] << 4
-    return np.concatenate([scales.view(np.uint8), packed], axis=1)
+    missing = round_up(values.shape[1], fmt.block_cols) - values.shape[1]
+    padded = np.pad(values, ((0, 0), (0, missing)))
+    weights = None if importance is None else np.pad(importance, (0, missing))
+    return ops.quantise_table(fmt, padded, weights)

@@ -3,16 +3,25 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from shoal import ops
 from shoal.artifact.layout import manifest_dense_header, manifest_expert_header, pregate_header
-from shoal.artifact.manifest import DENSE_FILE, ExpertLayer, Manifest, TextFile
+from shoal.artifact.manifest import (
+    DENSE_FILE,
+    MANIFEST_NAME,
+    ExpertLayer,
+    Manifest,
+    TextFile,
+    encode_manifest,
+)
 from shoal.artifact.pregate import PREGATE_FILE, PregateEntry, PregatePlan, plan_pregates
 from shoal.artifact.pregate_build import write_pregates
 from shoal.artifact.reader import Artifact, read_exact
 from shoal.artifact.writer import ArtifactWriter, FileWriter, new_artifact
 from shoal.errors import CorruptArtifact, UsageError
 from shoal.experts.ownership import format_spans, spans_of
+from shoal.paths import SHADOWS_DIR, SUFFIX
 
 _COPY_BYTES = 16 << 20
 Progress = Callable[[int], None]
@@ -66,9 +75,18 @@ def slice_bytes(artifact: Artifact, part: Part) -> int:
 
 
 def write_slice(
-    artifact: Artifact, part: Part, out: Path, progress: Progress, *, force: bool
+    artifact: Artifact,
+    part: Part,
+    out: Path,
+    progress: Progress,
+    *,
+    force: bool,
+    shadows: Mapping[str, Artifact] = MappingProxyType({}),
 ) -> tuple[Manifest, tuple[Path, ...]]:
     """Copy a part, every byte checked against its hash on the way.
+
+    Args:
+        shadows: the model's own, by name (`q4`): they go along, to where `open_shadow` looks.
 
     Returns the slice's manifest and what leftovers of killed runs were removed.
 
@@ -78,6 +96,7 @@ def write_slice(
     """
     source = artifact.manifest
     needed = slice_bytes(artifact, part)
+    needed += sum(slice_bytes(one, whole_shadow(one.manifest)) for one in shadows.values())
     _check_source(artifact, part, out)
     with new_artifact(out, force=force, needed_bytes=needed) as writer:
         if part.dense:
@@ -92,8 +111,15 @@ def write_slice(
             pregates=_write_pregates(artifact, part, writer, progress),
         )
         assert manifest.identity == source.identity, "a slice speaks of the same model"
+        for name, shadow in shadows.items():
+            _copy_shadow(shadow, name, writer, progress)
         writer.finish(manifest)
     return manifest, writer.removed
+
+
+def whole_shadow(manifest: Manifest) -> Part:
+    """Return all that a shadow holds."""
+    return Part(False, {entry.layer: range(entry.num_experts) for entry in manifest.experts})
 
 
 def _check_source(artifact: Artifact, part: Part, out: Path) -> None:
@@ -135,8 +161,30 @@ def _copy_experts(
         return replace(entry, present=(), offset=0)
     copied = replace(entry, present=spans)
     header = manifest_expert_header(copied)
+    _copy_layer(artifact, entry, indices, header, writer, progress)
+    return replace(copied, offset=len(header))
+
+
+def _copy_shadow(shadow: Artifact, name: str, writer: ArtifactWriter, progress: Progress) -> None:
+    folder = f"{SHADOWS_DIR}/{name}{SUFFIX}/"
+    for entry in shadow.manifest.experts:
+        header = manifest_expert_header(entry)
+        _copy_layer(shadow, entry, range(entry.num_experts), header, writer, progress, folder)
+    with writer.file(folder + MANIFEST_NAME) as file:
+        file.write(encode_manifest(shadow.manifest))
+
+
+def _copy_layer(
+    artifact: Artifact,
+    entry: ExpertLayer,
+    indices: Sequence[int],
+    header: bytes,
+    writer: ArtifactWriter,
+    progress: Progress,
+    folder: str = "",
+) -> None:
     buffer = ops.aligned_empty(entry.expert_bytes)
-    with writer.file(entry.file, header) as file:
+    with writer.file(folder + entry.file, header) as file:
         file.take_hash()
         for index in indices:
             where = artifact.expert_location(entry.layer, index)
@@ -144,7 +192,6 @@ def _copy_experts(
             file.write(buffer)
             _check(file, where.blake3, f"{where.path}: expert {index} of layer {entry.layer}")
             progress(buffer.nbytes)
-    return replace(copied, offset=len(header))
 
 
 def _pregates(artifact: Artifact, part: Part) -> tuple[PregatePlan, ...]:

@@ -174,7 +174,7 @@ def _is_being_written(folder: Path) -> bool:
 def _commit(writer: ArtifactWriter) -> None:
     out, partial = writer.out, writer.partial
     (partial / _LOCK).unlink()
-    for folder in (partial, *(p for p in partial.iterdir() if p.is_dir())):
+    for folder in (partial, *(p for p in partial.rglob("*") if p.is_dir())):
         _sync_folder(folder)
     if out.exists():
         old = out.parent / f"{_partial_prefix(out)}old-{os.getpid()}"

@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 
 from shoal import _kernels
 from shoal.errors import NumericError, UsageError
-from shoal.quant import ALIGNMENT, LANES, Format, Scheme, group_bytes, matrix_bytes, round_up
+from shoal.quant import (
+    ALIGNMENT,
+    LANES,
+    Format,
+    Scheme,
+    group_bytes,
+    matrix_bytes,
+    round_up,
+    row_bytes,
+)
 from shoal.rows import Rows
 
 U8 = NDArray[np.uint8]
@@ -207,6 +216,21 @@ def quantise_q4_k(values: F32) -> U8:
     """
     out = np.empty((values.shape[0], values.shape[1] // 256 * 144), np.uint8)
     _kernels.quantise_q4_k(values, out)
+    return out
+
+
+def quantise_table(fmt: Format, values: F32, importance: F32 | None = None) -> U8:
+    """Return the row-major blocks of finite values [n, cols], cols a multiple of 32.
+
+    Minimises the squared error; the same bytes on every CPU. A value beyond what an f16 scale
+    reaches becomes the largest that it does.
+
+    Args:
+        fmt: Q4_0, Q4_T or Q3_T.
+        importance: [cols], >= 0: weighs the squared error of a column; None: all alike.
+    """
+    out = np.empty((values.shape[0], row_bytes(fmt, values.shape[1])), np.uint8)
+    _kernels.quantise_table(fmt, values, importance, out)
     return out
 
 

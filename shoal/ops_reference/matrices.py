@@ -55,6 +55,30 @@ def _q4_1(blocks: U8) -> F64:
     return _half(blocks, 0) * _nibbles(blocks[..., 4:]) + _half(blocks, 2)
 
 
+# Levels of the table formats: value = d * level. Codes lie in GGUF's order of nibbles (Q4_T); for
+# three bits in three rows of four bytes: row r has code 2r of each byte in bits 0-2, code 2r + 1
+# in bits 3-5; the top two bits of rows 0 and 2 are the low bits of codes 6 and 7, whose high bits
+# are bits 6 and 7 of row 1. Code c of byte i is column 4c + i.
+_LEVELS_4: F64 = np.array(
+    [-34, -28, -22, -17, -13, -9, -6, -3, 0, 3, 6, 10, 14, 18, 23, 30], np.float64
+)
+_LEVELS_3: F64 = np.array([-35, -20, -11, -4, 3, 10, 18, 29], np.float64)
+
+
+def _q4_t(blocks: U8) -> F64:
+    levels: F64 = _LEVELS_4[_nibbles(blocks[..., 2:]).astype(np.int64)]
+    return _half(blocks, 0) * levels
+
+
+def _q3_t(blocks: U8) -> F64:
+    rows = blocks[..., 2:].reshape(*blocks.shape[:2], 3, 4).astype(np.int64)
+    first, middle, last = rows[..., 0, :], rows[..., 1, :], rows[..., 2, :]
+    codes = [row >> shift & 7 for row in (first, middle, last) for shift in (0, 3)]
+    codes += [first >> 6 | (middle >> 6 & 1) << 2, last >> 6 | (middle >> 7) << 2]
+    levels: F64 = _LEVELS_3[np.concatenate(codes, axis=-1)]
+    return _half(blocks, 0) * levels
+
+
 def _q4_k(blocks: U8) -> F64:
     packed = blocks[..., 4:16].astype(np.int64)
     low, high, rest = packed[..., :4], packed[..., 4:8], packed[..., 8:]
@@ -67,7 +91,14 @@ def _q4_k(blocks: U8) -> F64:
     return np.subtract(scaled, offsets)
 
 
-_BLOCKS = {Format.Q8_0: _q8_0, Format.Q4_0: _q4_0, Format.Q4_1: _q4_1, Format.Q4_K: _q4_k}
+_BLOCKS = {
+    Format.Q8_0: _q8_0,
+    Format.Q4_0: _q4_0,
+    Format.Q4_1: _q4_1,
+    Format.Q4_K: _q4_k,
+    Format.Q4_T: _q4_t,
+    Format.Q3_T: _q3_t,
+}
 
 
 def row_values(rows: Rows) -> F64:

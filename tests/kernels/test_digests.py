@@ -53,6 +53,7 @@ def test_every_op_has_a_digest_of_its_own() -> None:
         "embed": "unpack",
         "unpack_matrix": "unpack",
         "quantise_q4_k": "quantise_weights",
+        "quantise_table": "quantise_weights",
         "logprob_of": "top_logprobs",
         "unpack_add_sums": "pack_sums",
         "pack_matrix": "unpack",
