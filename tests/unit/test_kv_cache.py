@@ -1,5 +1,6 @@
 """KvBlockPool and Sequence: blocks are never lost, never shared, lowest first."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,3 +91,61 @@ def test_ids_survive_growth() -> None:
         sequence.extend([token_id])
     assert sequence.token_ids.tolist() == list(range(1000))
     assert blocks_for(1000) == -(-1000 // KV_BLOCK_TOKENS)
+
+
+def test_a_fork_borrows_full_blocks_and_owns_what_it_writes() -> None:
+    pool = KvBlockPool(6)
+    sequence = Sequence(pool)
+    sequence.extend(list(range(2 * KV_BLOCK_TOKENS + 10)))
+    assert sequence.try_reserve(2 * KV_BLOCK_TOKENS + 10)
+    sequence.advance(2 * KV_BLOCK_TOKENS + 9)
+    fork = sequence.try_fork(2 * KV_BLOCK_TOKENS + 30)
+    assert fork is not None
+    assert fork.token_ids.tolist() == sequence.token_ids.tolist()
+    assert fork.num_cached == 2 * KV_BLOCK_TOKENS
+    assert fork.blocks[:2] == sequence.blocks[:2] and fork.blocks[2] not in sequence.blocks
+    fork.advance(9)
+    fork.extend([7] * 20)
+    fork.advance(21)
+    fork.check_integrity()
+    fork.truncate(2 * KV_BLOCK_TOKENS + 5)
+    fork.truncate(0)
+    assert pool.num_free == 3
+    pool.check_integrity()
+    sequence.check_integrity()
+    sequence.truncate(0)
+    assert pool.num_free == 6
+
+
+def test_a_fork_of_what_is_not_cached_borrows_nothing() -> None:
+    pool = KvBlockPool(4)
+    sequence = Sequence(pool)
+    sequence.extend([1, 2, 3])
+    fork = sequence.try_fork(3)
+    assert fork is not None and fork.num_cached == 0 and len(fork.blocks) == 1
+    fork.truncate(0)
+    assert pool.num_free == 4
+
+
+def test_a_dry_pool_has_no_fork_and_loses_nothing() -> None:
+    pool = KvBlockPool(2)
+    sequence = Sequence(pool)
+    sequence.extend([1] * (KV_BLOCK_TOKENS + 1))
+    assert sequence.try_reserve(KV_BLOCK_TOKENS + 1)
+    sequence.advance(KV_BLOCK_TOKENS)
+    assert sequence.try_fork(KV_BLOCK_TOKENS + 1) is None
+    assert pool.num_free == 0
+    sequence.truncate(0)
+    pool.check_integrity()
+
+
+def test_a_fork_never_cuts_into_what_it_borrowed() -> None:
+    pool = KvBlockPool(3)
+    sequence = Sequence(pool)
+    sequence.extend([1] * KV_BLOCK_TOKENS)
+    assert sequence.try_reserve(KV_BLOCK_TOKENS)
+    sequence.advance(KV_BLOCK_TOKENS)
+    fork = sequence.try_fork(KV_BLOCK_TOKENS + 1)
+    assert fork is not None
+    with pytest.raises(AssertionError, match="a lent block"):
+        fork.truncate(3)
