@@ -147,6 +147,7 @@ class Bench:
         tokens.extend(guesses)
         logits = self._run(tokens, 1 + len(guesses), 1 + len(guesses))
         step.verify_s = time.perf_counter() - begun_s
+        right = guesses[0] if guesses else 0
         for row in logits:
             right = choose(row, request, tokens.token_ids[: place + step.num_right]).token_id
             if step.num_right == len(guesses) or guesses[step.num_right] != right:

@@ -53,8 +53,6 @@ class Runner(Protocol):
 class Zeros:
     """Nothing in place of the experts, as larql's predispatch has it: a reference, never a mode."""
 
-    expert_bytes = 0
-
     def __init__(self, artifact: Artifact) -> None:
         self._dim = artifact.spec.model_dim
 

@@ -126,11 +126,11 @@ def measure_fidelity(request: FidelityRequest) -> FidelityReport:
     from coordinator.commands import feedback
     from coordinator.corrected.fidelity import FidelityBench, Zeros
     from coordinator.corrected.passage import PASSAGE
-    from coordinator.corrected.surrogate import Shadow, expert_bits, expert_bytes
+    from coordinator.corrected.surrogate import Shadow, expert_bits
     from coordinator.expert_branch import DispatchedExperts
     from coordinator.speculation.shadow_experts import ShadowExperts
     from shoal import numerics, ops
-    from shoal.artifact.shadow import find_or_make
+    from shoal.artifact.shadow import expert_bytes, find_or_make
 
     told = feedback()
     model = OpenedModel(CoordinatorConfig(request.model, request.moe_shards, request.threads))
@@ -165,7 +165,7 @@ def measure_fidelity(request: FidelityRequest) -> FidelityReport:
         artifact.identity,
         numerics.NUMERICS,
         ops.isa(),
-        expert_bytes(artifact),
+        expert_bytes(artifact.manifest),
         coarse.manifest.quantisation,
         expert_bits(coarse),
         sum(layer.router is not None for layer in artifact.spec.layers),

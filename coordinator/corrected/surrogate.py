@@ -16,11 +16,6 @@ class Surrogate(Protocol):
     nothing changed, G - G is nothing.
     """
 
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of expert weights that it keeps in this process."""
-        ...
-
     def grid(self, layer: int) -> int:
         """Return g of its sums in that layer: they count steps of 2^-g."""
         ...
@@ -42,7 +37,6 @@ class Shadow:
         self._schemes = {layer: artifact.scheme(layer) for layer in layers}
         self._grids = {layer: artifact.grid(layer) for layer in layers}
         self._dispatch = dispatch
-        self.expert_bytes = expert_bytes(artifact)
 
     def grid(self, layer: int) -> int:
         """See Surrogate."""
@@ -53,21 +47,12 @@ class Shadow:
         return self._dispatch.start(layer, forms.get(self._schemes[layer]), plan).wait()
 
 
-def expert_bytes(artifact: Artifact) -> int:
-    """Return the bytes of all experts of an artifact, without what pads them on disk."""
-    return sum(
-        artifact.expert_layout(index).num_bytes * layer.router.num_experts
-        for index, layer in enumerate(artifact.spec.layers)
-        if layer.router is not None
-    )
-
-
 def expert_bits(artifact: Artifact) -> float:
     """Return how many bits a weight of its experts takes, on average."""
-    num_weights = sum(
-        3 * layout.dim * layout.ffn_dim * layer.router.num_experts
-        for index, layer in enumerate(artifact.spec.layers)
-        if layer.router is not None
-        for layout in [artifact.expert_layout(index)]
-    )
-    return 8 * expert_bytes(artifact) / num_weights
+    num_bytes = num_weights = 0
+    for index, layer in enumerate(artifact.spec.layers):
+        if layer.router is not None:
+            layout = artifact.expert_layout(index)
+            num_bytes += layout.num_bytes * layer.router.num_experts
+            num_weights += 3 * layout.dim * layout.ffn_dim * layer.router.num_experts
+    return 8 * num_bytes / num_weights

@@ -88,6 +88,8 @@ class Candidate:
 
     def wants_more(self, draft: Draft) -> bool:
         """Return whether one more guess of its is worth its time."""
+        if isinstance(self.drafter, AskingDrafter) and self.drafter.has_guess:
+            return True
         return self.planner.wants(draft.chances, self.acceptance.mean, self.guess_s)
 
     def begin(self) -> None:

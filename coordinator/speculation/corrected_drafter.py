@@ -74,6 +74,7 @@ class CorrectedDrafter:
         self._kv = kv
         self._recipe = recipe or Recipe()
         self._request: GenerationRequest | None = None
+        self._draft: _Draft | None = None  # while it is iterated
 
     @property
     def name(self) -> str:
@@ -82,6 +83,11 @@ class CorrectedDrafter:
     @property
     def local_expert_bytes(self) -> int:
         return self._local_expert_bytes
+
+    @property
+    def has_guess(self) -> bool:
+        """See `AskingDrafter`: one turn settles several rows."""
+        return self._draft is not None and self._draft.has_settled
 
     @property
     def num_round_trips(self) -> int:
@@ -101,7 +107,7 @@ class CorrectedDrafter:
         fork = fork_with_kv(sequence, self._kv, sequence.num_tokens + limits.MAX_DRAFT)
         if fork is None:
             return
-        draft = _Draft(fork, self._request, self._recipe)
+        self._draft = draft = _Draft(fork, self._request, self._recipe)
         runner = _Runner(self._transformer, self._experts, self._kv, cancellation)
         try:
             while draft.num_told < limits.MAX_DRAFT:
@@ -109,6 +115,7 @@ class CorrectedDrafter:
                 draft.sweep(runner)
                 yield from draft.settle()
         finally:
+            self._draft = None
             self._experts.abandon()
             fork.truncate(0)
 
@@ -180,12 +187,16 @@ class _Draft:
                 del self._sweeps[row + 1 :], self._chances[row + 1 :]
                 return
 
+    @property
+    def has_settled(self) -> bool:
+        """Whether the next row to tell was swept often enough."""
+        row = self.num_told
+        return row < len(self._sweeps) and self._sweeps[row] >= self._recipe.num_sweeps
+
     def settle(self) -> Iterator[DraftToken]:
         """Tell the tokens of rows that were swept often enough."""
-        while self.num_told < len(self._sweeps):
+        while self.has_settled:
             row = self.num_told
-            if self._sweeps[row] < self._recipe.num_sweeps:
-                return
             self.num_told += 1
             token_id = int(self._fork.token_ids[self._base + row + 1])
             yield DraftToken(token_id, self._chances[row])

@@ -65,6 +65,11 @@ class AskingDrafter(Drafter, Protocol):
     """A drafter that asks nodes, too."""
 
     @property
+    def has_guess(self) -> bool:
+        """Whether the next guess of the open iterator is there already, and costs nothing."""
+        ...
+
+    @property
     def num_round_trips(self) -> int:
         """Waits for nodes, one after the other, since it was made."""
         ...

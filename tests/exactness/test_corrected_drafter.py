@@ -1,15 +1,18 @@
 """The corrected pass as a drafter: the target's own tokens, in fewer passes and round trips."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from coordinator.cancellation import Cancellation
 from coordinator.expert_dispatch import ExpertDispatch
 from coordinator.request import GenerationRequest
+from coordinator.sequence import Sequence
 from coordinator.speculation.corrected_drafter import CorrectedDrafter, Recipe
+from coordinator.speculation.interface import DraftToken
 from coordinator.speculation.shadow_drafter import ShadowDrafter
 from coordinator.speculation.shadow_experts import ShadowExperts
 from shoal.artifact import Artifact
@@ -105,6 +108,30 @@ def test_a_turn_asks_all_layers_before_it_waits_and_is_counted(
         num_turns += group == starts + waits
         assert group in (starts + waits, one_by_one), group
     assert num_turns == figures.round_trips > 0
+
+
+def test_a_guess_that_is_there_already_costs_no_round_trip(
+    target: Path, shadow: ShadowExperts, dispatch: CountingDispatch
+) -> None:
+    seen = []
+
+    class Watched(CorrectedDrafter):
+        def draft(
+            self, sequence: Sequence, cancellation: Cancellation
+        ) -> Generator[DraftToken, None, None]:
+            with closing(super().draft(sequence, cancellation)) as guesses:
+                while True:
+                    was_there, before = self.has_guess, self.num_round_trips
+                    guess = next(guesses)
+                    seen.append((was_there, self.num_round_trips > before))
+                    yield guess
+
+    make: MakeDrafters = lambda parts: [  # noqa: E731
+        Watched(parts.artifact, dispatch, shadow, parts.weights, parts.kv)
+    ]
+    with closing(Rig(target, make, dispatch=dispatch)) as rig:
+        rig.run(REQUEST)
+    assert {(True, False), (False, True)} == set(seen)
 
 
 def test_a_node_lost_while_guessing_costs_the_guesses_alone(
