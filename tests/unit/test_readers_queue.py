@@ -60,7 +60,17 @@ def test_a_read_is_cut_into_chunks_that_cover_it_once() -> None:
 
 def test_demand_goes_before_prefetch_that_came_first() -> None:
     queue = queue_of(read(1, prefetch=True), read(2), read(3), depth=7)
-    assert tags(queue.next_chunks(0.0)) == [2, 2, 2, 3, 3, 3, 1]
+    assert tags(queue.next_chunks(0.0)) == [2, 2, 2, 3, 3, 3]
+
+
+def test_a_prefetch_begins_when_the_last_demand_has_left_the_device() -> None:
+    queue = queue_of(read(1, prefetch=True), read(2, pages=2), depth=7)
+    chunks = queue.next_chunks(0.0)
+    finish_all(queue, chunks[:1])
+    assert queue.next_chunks(0.0) == [] and queue.delay_s(0.0) is None
+    finish_all(queue, chunks[1:])
+    assert queue.delay_s(0.0) == 0.0
+    assert tags(queue.next_chunks(0.0)) == [1] * (7 // PREFETCH_SHARE)
 
 
 def test_prefetches_hold_only_a_part_of_the_device() -> None:
@@ -81,12 +91,15 @@ def test_a_promoted_prefetch_is_the_last_demand_in_line() -> None:
     queue.promote(2)  # no prefetch
 
 
-def test_a_promoted_prefetch_frees_its_part_of_the_device() -> None:
+def test_a_promoted_prefetch_is_demand_for_what_other_prefetches_wait_for() -> None:
     guesses = [read(tag, pages=4, prefetch=True) for tag in (1, 2)]
     queue = queue_of(*guesses, depth=2 * PREFETCH_SHARE)
     assert tags(queue.next_chunks(0.0)) == [1, 1]
     queue.promote(1)
-    assert tags(queue.next_chunks(0.0)) == [1, 1, 2, 2]
+    chunks = queue.next_chunks(0.0)
+    assert tags(chunks) == [1, 1]
+    finish_all(queue, chunks)
+    assert queue.next_chunks(0.0) == [], "two of its chunks are at the device still"
 
 
 def test_a_cancelled_prefetch_ends_when_the_device_has_let_go_of_it() -> None:
@@ -110,8 +123,10 @@ def test_a_prefetch_of_which_nothing_has_begun_is_cancelled_at_once() -> None:
 
 
 def test_neither_a_demand_nor_a_prefetch_wholly_at_the_device_is_cancelled() -> None:
-    queue = queue_of(read(1), read(2, pages=1, prefetch=True))
+    queue = queue_of(read(2, pages=1, prefetch=True))
     chunks = queue.next_chunks(0.0)
+    queue.add([read(1)], 0.0)
+    chunks += queue.next_chunks(0.0)
     queue.cancel([1, 2], 0.0)
     finish_all(queue, chunks)
     assert [done.error for done in queue.take_done()] == [None, None]

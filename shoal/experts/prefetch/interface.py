@@ -1,10 +1,10 @@
 """What the executor tells a prefetcher, and what a prefetcher asks of a store (core).
 
     with store.acquire(layer, experts) as got:           # the call's own reads are queued
-        prefetcher.on_call(call, experts, now_s, stream)     # guesses, while the disk works
+        prefetcher.on_call(call, experts, now_s, stream)     # guesses, reads ahead after these
         for wave in got:
             if this is the last one:
-                prefetcher.on_loaded(layer, now_s, stream)   # the disk is idle: read ahead
+                prefetcher.on_loaded(layer, now_s, stream)   # the disk is idle from here on
             compute the wave
     prefetcher.on_done(layer, got.load_s, now_s, stream)
 
@@ -39,7 +39,7 @@ class PrefetchStore(Protocol):
         ...
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> int:
-        """Begin reads of absent experts, best first; return how many were begun."""
+        """Queue reads of absent experts, best first, behind all demand; return how many."""
         ...
 
     def cancel_prefetch(self, layer: int | None = None) -> None:
@@ -113,7 +113,7 @@ class Prefetcher(Protocol):
     def on_call(
         self, call: ExpertCall, experts: Sequence[int], now_s: float, stream: int = 0
     ) -> None:
-        """Learn of a call whose own reads are queued, and guess what comes next.
+        """Learn of a call whose own reads are queued; guess what comes next, maybe queue its reads.
 
         Args:
             experts: the call's distinct experts, ascending.
@@ -123,7 +123,7 @@ class Prefetcher(Protocol):
         ...
 
     def on_loaded(self, layer: int, now_s: float, stream: int = 0) -> None:
-        """Learn that the call waits for no read any more; maybe begin reads for the next."""
+        """Learn that the call waits for no read any more."""
         ...
 
     def on_done(self, layer: int, load_s: float, now_s: float, stream: int = 0) -> None:

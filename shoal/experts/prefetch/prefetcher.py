@@ -1,7 +1,8 @@
 """ReadAhead: the prefetcher of a process. Asks the cores, speaks to the store.
 
-    on_call    settle the guess about this call, cancel what it did not need, guess the next one
-    on_loaded  the disk is idle: admit guesses, begin their reads
+    on_call    settle the guess about this call, cancel what it did not need; guess the next one,
+               admit guesses and queue their reads: the disk begins them when it has no demand left
+    on_loaded  the gap begins in which they are read
     on_done    tell the governor what the call cost
 
 Everything happens in the calling thread, most of it while the disk works for that very call. Where
@@ -24,6 +25,9 @@ from shoal.experts.prefetch.interface import Mode, PrefetchFigures, PrefetchStor
 from shoal.limits import MAX_PREFETCH_STREAMS
 
 _LOOK_EVERY = 256  # calls: between two looks at the budget
+# What a call costs begins when the one before it ended: what reading ahead does to the work between
+# them counts too. Beyond this it is a coordinator far away, whose delays drown everything.
+_MAX_JUDGED_GAP_S = 0.02
 
 
 @dataclass(slots=True)
@@ -39,6 +43,7 @@ class _Call:
 class _Stream:
     idle_since_s: float | None = None  # its last call waits for no read since then
     issued: tuple[int, frozenset[int]] | None = None  # layer, experts
+    ended_s: float | None = None  # its last call
 
 
 class ReadAhead:
@@ -79,16 +84,22 @@ class ReadAhead:
             if not is_in or call.layer not in self._expert_bytes or self._holds_everything():
                 return
             kind = kind_of(call.rows.num_rows)
-            made = _Call(kind, now_s, len(experts))
+            state = self._stream(stream)
+            gap_s = 0.0 if state.ended_s is None else now_s - state.ended_s
+            made = _Call(kind, now_s - min(max(gap_s, 0.0), _MAX_JUDGED_GAP_S), len(experts))
             self._calls[stream, call.layer] = made
             _keep_newest(self._calls)
             governor = self._governors.get(kind)
             if governor is not None and not governor.is_learning:
                 self._guesser.forget(stream)
-                self._streams.pop(stream, None)
+                state.issued = state.idle_since_s = None
                 return
-            self._observe(call, experts, now_s, stream)
+            self._observe(state, call, experts, now_s, stream)
             made.guess = self._guesser.guess(stream, call.layer, call.rows)
+            may_issue = governor is None or governor.may_issue
+            # Its own reads are queued by now. Those of others mean that the disk is busy.
+            if may_issue and self._store.num_demand_reads() <= len(experts):
+                self._issue(state, made.guess)
 
     def on_loaded(self, layer: int, now_s: float, stream: int = 0) -> None:
         """See `Prefetcher.on_loaded`."""
@@ -97,14 +108,7 @@ class ReadAhead:
             if call is None or call.guess is None or call.is_loaded:
                 return
             call.is_loaded = True
-            state = self._streams.setdefault(stream, _Stream())
-            self._streams.move_to_end(stream)
-            _keep_newest(self._streams)
-            state.idle_since_s = now_s
-            governor = self._governors.get(call.kind)
-            may_issue = governor is None or governor.may_issue
-            if may_issue and not self._store.num_demand_reads():
-                self._issue(state, call.guess)
+            self._stream(stream).idle_since_s = now_s
 
     def on_done(self, layer: int, load_s: float, now_s: float, stream: int = 0) -> None:
         """See `Prefetcher.on_done`."""
@@ -112,6 +116,7 @@ class ReadAhead:
             call = self._calls.pop((stream, layer), None) if is_in else None
             if call is None:
                 return
+            self._stream(stream).ended_s = now_s
             governor = self._governors.get(call.kind)
             if governor is not None:
                 governor.on_done(now_s - call.began_s, call.num_experts)
@@ -158,13 +163,23 @@ class ReadAhead:
         self._calls_seen += 1
         return not self._is_needed
 
-    def _observe(self, call: ExpertCall, experts: Sequence[int], now_s: float, stream: int) -> None:
+    def _stream(self, stream: int) -> _Stream:
+        state = self._streams.setdefault(stream, _Stream())
+        self._streams.move_to_end(stream)
+        _keep_newest(self._streams)
+        return state
+
+    def _observe(
+        self,
+        state: _Stream,
+        call: ExpertCall,
+        experts: Sequence[int],
+        now_s: float,
+        stream: int,
+    ) -> None:
         kind = kind_of(call.rows.num_rows)
         wanted = np.array(experts, np.int64)
         self._guesser.settle(stream, call.layer, call.rows.num_rows, wanted)
-        state = self._streams.get(stream)
-        if state is None:
-            return
         if state.idle_since_s is not None:
             self._idle.observe(call.layer, kind, now_s - state.idle_since_s)
         if state.issued is not None:

@@ -1,8 +1,9 @@
 """ReadQueue: which chunk is read next, and what becomes of one that failed (core).
 
 Demand is first come, first served, chunk by chunk, so that the expert asked for first is whole
-first. A prefetch chunk starts only when no demand waits, and prefetches never hold more than a part
-of the device's queue: what is already there cannot be called back, and would delay a demand.
+first. A prefetch chunk starts only when no demand waits or is at the device, which does side by
+side what it is given; and prefetches never hold more than a part of the device's queue: what is
+already there cannot be called back, and would delay a demand.
 
 A chunk that fails for a reason that may pass is tried again after a pause; when its attempts are
 used up, or the reason stays, it is tried on the next copy of the file, and then its read fails.
@@ -30,7 +31,7 @@ FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.005, 0.05
 # ECANCELED: a kernel takes queued requests back when the thread that submitted them ends.
 PASSING = frozenset({errno.EIO, errno.EINTR, errno.EAGAIN, errno.ETIMEDOUT, errno.ECANCELED})
 AT_ONCE = frozenset({errno.EINTR, errno.ECANCELED})
-PREFETCH_SHARE = 8  # prefetches hold at most one in so many places at the device
+PREFETCH_SHARE = 3  # prefetches hold at most one in so many places at the device: two of six
 
 
 @dataclass(slots=True, eq=False)
@@ -201,8 +202,7 @@ class ReadQueue:
         """Return after how long `next_chunks` has something if nothing finishes; None: never."""
         if self.in_flight >= self._depth:
             return None
-        may_prefetch = self._prefetch_in_flight < self._prefetch_limit
-        if self._demand or (self._prefetch and may_prefetch):
+        if self._demand or (self._prefetch and self._may_prefetch):
             return self.bucket.delay_s(now_s)
         if self._again:
             return max(self._again[0][0] - now_s, self.bucket.delay_s(now_s), 0.0)
@@ -262,8 +262,10 @@ class ReadQueue:
         return len(self._again) + sum(-(-size // self.chunk_bytes) for size in uncut)
 
     @property
-    def _prefetch_limit(self) -> int:
-        return max(1, self._depth // PREFETCH_SHARE)
+    def _may_prefetch(self) -> bool:
+        has_demand = self.in_flight > self._prefetch_in_flight
+        limit = max(1, self._depth // PREFETCH_SHARE)
+        return not has_demand and self._prefetch_in_flight < limit
 
     def _pick(self, now_s: float) -> Chunk | None:
         if self._again and self._again[0][0] <= now_s:
@@ -272,7 +274,7 @@ class ReadQueue:
             return chunk
         if self._demand:
             return self._cut(self._demand)
-        if self._prefetch and self._prefetch_in_flight < self._prefetch_limit:
+        if self._prefetch and self._may_prefetch:
             return self._cut(self._prefetch)
         return None
 

@@ -100,6 +100,7 @@ class ThreadReader(QueueReader):
                 finally:
                     self._lock.acquire()
                 self._finish(operation, result)
+                self._work.notify()  # what may start now: prefetches wait for the last demand
                 if self._queue.has_done:
                     self._ended.notify_all()
 
