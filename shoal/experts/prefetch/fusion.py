@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.experts.prefetch.calibration import Calibration, Truth
+from shoal.ops.guesses import learn_experts, rank_experts
 
 I64 = NDArray[np.int64]
 F64 = NDArray[np.float64]
@@ -30,32 +31,31 @@ class Fusion:
         self.num_features = len(num_bins)
         rate = min(max(rate, 0.001), 0.999)
         self._bias = float(np.log(rate / (1 - rate)))
-        self._first = np.array([0, *np.cumsum(num_bins[:-1])], np.int64)[:, None]
+        self._first = np.array([0, *np.cumsum(num_bins[:-1])], np.int64)
         self._weights = np.zeros(sum(num_bins))
         self._squares = np.full(sum(num_bins), 1e-6)
         centres = (np.arange(_Z_BINS) + 0.5) * _Z_WIDTH - _Z_BINS * _Z_WIDTH / 2
         self._calibration = Calibration(1 / (1 + np.exp(-centres)))
 
-    def probabilities(self, features: I64) -> F64:
-        """Return p [E] from the bins [features, E]."""
-        return self._calibration.probability[self._z_bins(self._z(features + self._first))]
+    def rank(self, features: I64, owned: I64) -> tuple[I64, F64]:
+        """Return `owned` by falling probability, equals in their order; their probabilities.
+
+        Args:
+            features: bins [features, E]. owned: ascending.
+        """
+        ranked, chances = np.empty_like(owned), np.empty(owned.size)
+        probability = self._calibration.probability
+        rank_experts(
+            *(self._first, self._weights, self._bias, _Z_WIDTH, probability),
+            *(features, owned, ranked, chances),
+        )
+        return ranked, chances
 
     def update(self, features: I64, truth: Truth) -> None:
         """Learn which experts the call wanted [E], of which `features` spoke."""
-        bins = features + self._first
-        z = self._z(bins)
-        residual = truth - 1 / (1 + np.exp(-z))
-        residuals = np.broadcast_to(residual, bins.shape).reshape(-1)
-        gradient = np.bincount(bins.reshape(-1), residuals, self._weights.size)
-        self._squares *= _FORGET
-        self._squares += gradient * gradient
-        self._weights += _STEP * gradient / self._squares**0.5
-        self._calibration.update(self._z_bins(z), truth)
-
-    def _z(self, bins: I64) -> F64:
-        z: F64 = self._weights[bins].sum(axis=0)
-        return z + self._bias
-
-    def _z_bins(self, z: F64) -> I64:
-        bins = (z * (1 / _Z_WIDTH) + _Z_BINS / 2).astype(np.int64)
-        return np.minimum(np.maximum(bins, 0), _Z_BINS - 1)
+        z_bins = np.empty(truth.size, np.int64)
+        learn_experts(
+            *(self._first, self._weights, self._squares, self._bias, _Z_WIDTH, _Z_BINS),
+            *(features, truth, _STEP, _FORGET, z_bins),
+        )
+        self._calibration.update(z_bins, truth)

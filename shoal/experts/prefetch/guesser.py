@@ -48,8 +48,8 @@ _BINS = {
     "locality": (locality.RECENT_BINS, locality.LATELY_BINS),
 }
 _TAUGHT_CALLS = 48  # of a layer: every one is learned from; recall is there after some thirty
-_LEARN_EVERY = 4  # calls after that: learning costs as much as guessing
-_JUDGE_EVERY = 8  # calls: the single predictors, for the figures only, cost three times that
+_LEARN_EVERY = 8  # calls after that: learning costs as much as guessing
+_JUDGE_EVERY = 32  # calls: the single predictors, for the figures only, cost three times that
 _SIZE_BINS = 10  # the number of rows: up to 1, 2, 4, ... 512
 _LEAN_AFTER, _LEAN_LEAD, _LEAD_STEP = 8, 0.02, 1 / 32  # judged calls; recall; running mean
 _MUTE_SHARE = 0.1  # of calls with a guess worth a read: below it, most calls are not guessed
@@ -173,6 +173,7 @@ class Guesser:
             name: slice(first, first + len(_BINS[name]))
             for name, first in zip(predictors, firsts, strict=True)
         }
+        self._num_features = 1 + sum(len(_BINS[name]) for name in predictors)
         self._owned = {layer.layer: np.array(layer.owned, np.int64) for layer in layers}
         self._markov = {
             target: SetMarkov(
@@ -216,12 +217,12 @@ class Guesser:
             return history.pending
         if model.is_lean and not model.learns_next and layer in self._pregates:
             features = self._pregates[layer].features(_some(rows))
-            p = model.single["pregate"].probabilities(features)[owned]
+            fusion = model.single["pregate"]
         else:
             features = self._features(history, layer, target, rows)
-            p = model.fused.probabilities(features)[owned]
-        order = np.argsort(-p, kind="stable")
-        history.pending = Guess(target, kind, owned[order], p[order], features)
+            fusion = model.fused
+        ranked, p = fusion.rank(features, owned)
+        history.pending = Guess(target, kind, ranked, p, features)
         return history.pending
 
     def forget(self, stream: int) -> None:
@@ -256,19 +257,18 @@ class Guesser:
 
     def _features(self, history: _Stream, layer: int, target: int, rows: Rows) -> I64:
         num_experts = self._layers[target].num_experts
-        size = min((rows.num_rows - 1).bit_length(), _SIZE_BINS - 1)
-        features: list[I64] = [np.full((1, num_experts), size, np.int64)]
-        for name in self._predictors:
+        features = np.empty((self._num_features, num_experts), np.int64)
+        features[0] = min((rows.num_rows - 1).bit_length(), _SIZE_BINS - 1)
+        for name, place in self._rows.items():
             if name == "pregate":
                 gate = self._pregates.get(layer)
-                nothing = np.zeros((1, num_experts), np.int64)
-                features.append(gate.features(_some(rows)) if gate is not None else nothing)
+                features[place] = gate.features(_some(rows)) if gate is not None else 0
             elif name == "markov":
-                features.append(self._markov[target].features(self._sets(history, target)))
+                self._markov[target].features(self._sets(history, target), features[place])
             else:
-                window = history.windows.get(target) or LocalityWindow(num_experts)
-                features.append(window.features())
-        return np.concatenate(features)
+                window = history.windows.get(target)
+                features[place] = window.features() if window is not None else 0
+        return features
 
     def _sets(self, history: _Stream, target: int) -> tuple[I64, I64]:
         one, two = self._before[target]
@@ -291,9 +291,7 @@ class Guesser:
         owned = self._owned[guess.target]
         for name, fusion in model.single.items():
             features = guess.features[self._rows[name]]
-            p = fusion.probabilities(features)[owned]
-            order = np.argsort(-p, kind="stable")
-            alone = self._count(name, guess.target, owned[order], p[order], truth)
+            alone = self._count(name, guess.target, *fusion.rank(features, owned), truth)
             fusion.update(features, truth)
             if name == "pregate":
                 model.judged += 1

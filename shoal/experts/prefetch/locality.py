@@ -13,10 +13,12 @@ assumed here; the fusion learns it.
 import numpy as np
 from numpy.typing import NDArray
 
-I64 = NDArray[np.int64]
-F64 = NDArray[np.float64]
+from shoal.ops.guesses import note_uses
 
-RECENT_BINS = 16  # patterns of four calls
+I64 = NDArray[np.int64]
+
+_RECENT_CALLS = 4
+RECENT_BINS = 1 << _RECENT_CALLS  # patterns of four calls
 LATELY_BINS = 12
 _DECAY = 31 / 32  # of `lately`, a call: a window of about 32 calls
 _SCALE = 2.0 * LATELY_BINS  # used in half of the window's calls, or more: the top bin
@@ -26,17 +28,14 @@ class LocalityWindow:
     """One stream's recent uses of one layer's experts."""
 
     def __init__(self, num_experts: int) -> None:
-        self._recent = np.zeros(num_experts, np.int64)
+        self._bins = np.zeros((2, num_experts), np.int64)  # the first row is the patterns
         self._lately = np.zeros(num_experts)
 
     def observe(self, experts: I64) -> None:
         """Learn which distinct experts a call used."""
-        self._recent >>= 1
-        self._recent[experts] |= RECENT_BINS >> 1
-        self._lately *= _DECAY
-        self._lately[experts] += 1 - _DECAY
+        shape = (_RECENT_CALLS, _DECAY, _SCALE, LATELY_BINS)
+        note_uses(self._bins, self._lately, experts, *shape)
 
     def features(self) -> I64:
-        """Return the bins [2, E] of `recent` and of `lately`."""
-        lately = np.minimum((self._lately * _SCALE).astype(np.int64), LATELY_BINS - 1)
-        return np.stack([self._recent, lately])
+        """Return the bins [2, E] of `recent` and of `lately`; valid until the next `observe`."""
+        return self._bins

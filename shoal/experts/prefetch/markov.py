@@ -16,15 +16,17 @@ place of the mixture, as they rank better on recorded routing (docs/prefetch.md)
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.ops.guesses import chain_bins, chain_learn
+
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 
 BINS = 20
-_PRIOR = np.float32(4)  # uses of the layer's own frequencies that each row of counts begins with
+_PRIOR = 4.0  # uses of the layer's own frequencies that each row of counts begins with
 _HALF_LIFE_CALLS = 4096  # of a count: a text's topic passes, the model's habits stay
 _DECAY = 0.5 ** (1 / _HALF_LIFE_CALLS)
 _TAUGHT_CALLS = 64  # so many refresh what they teach at once
-_REFRESH_CALLS = 4  # afterwards: logarithms cost more than all else here
+_REFRESH_CALLS = 8  # afterwards: logarithms cost more than all else here
 _RESCALE_AT = 2.0**20  # newer calls weigh more; before float32 loses units, all is scaled down
 
 
@@ -44,6 +46,7 @@ class SetMarkov:
         self._weight = 1.0  # of the newest call: grows by 1 / _DECAY instead of decaying all counts
         # What scores are made of, refreshed now and then: log(P(f|a) / pi(f)), and log pi(f).
         self._ratios = [np.zeros_like(pairs) for pairs in self._pairs]
+        self._share = np.full(num_experts, 0.01, np.float32)
         self._frequency = np.zeros(num_experts, np.float32)
 
     def observe(self, before: tuple[I64, I64], experts: I64) -> None:
@@ -55,11 +58,18 @@ class SetMarkov:
         self._own[experts] += weight
         self._calls += self._weight
         self._num_calls += 1
-        for pairs, uses, earlier in zip(self._pairs, self._uses, before, strict=True):
-            pairs[earlier[:, None], experts] += weight
-            uses[earlier] += weight
-        if self._num_calls <= _TAUGHT_CALLS or self._num_calls % _REFRESH_CALLS == 0:
-            self._refresh(before)
+        refreshes = self._num_calls <= _TAUGHT_CALLS or self._num_calls % _REFRESH_CALLS == 0
+        if refreshes:
+            each = (self._own + np.float32(0.01)) / np.float32(max(self._calls, 1.0) + 1.0)
+            self._share, self._frequency = each, np.log(each)
+        prior = _PRIOR * self._weight
+        for pairs, uses, earlier, ratios in zip(
+            self._pairs, self._uses, before, self._ratios, strict=True
+        ):
+            chain_learn(
+                *(pairs, uses, earlier, experts, self._share),
+                *(self._weight, prior, refreshes, ratios),
+            )
 
     def scores(self, before: tuple[I64, I64]) -> F32:
         """Return both log scores [2, E]; experts that were never used score lowest."""
@@ -69,21 +79,12 @@ class SetMarkov:
         )
         return np.stack([one, two]) + self._frequency
 
-    def features(self, before: tuple[I64, I64]) -> I64:
-        """Return the bins [2, E] of the scores, a bin for each half of a factor e."""
-        bins = (self.scores(before) * 2 + (BINS - 4)).astype(np.int64)
-        return np.minimum(np.maximum(bins, 0), BINS - 1)
-
-    def _refresh(self, before: tuple[I64, I64]) -> None:
-        frequency = (self._own + np.float32(0.01)) / np.float32(max(self._calls, 1.0) + 1.0)
-        self._frequency = np.log(frequency)
-        prior = _PRIOR * np.float32(self._weight)
-        for ratios, pairs, uses, earlier in zip(
-            self._ratios, self._pairs, self._uses, before, strict=True
-        ):
-            seen = pairs[earlier] + prior * frequency
-            expected = (uses[earlier] + prior)[:, None] * frequency
-            ratios[earlier] = np.log(seen / expected)
+    def features(self, before: tuple[I64, I64], out: I64 | None = None) -> I64:
+        """Return the bins [2, E] of the scores (in `out`), a bin for each half of a factor e."""
+        bins = np.empty((2, self._own.size), np.int64) if out is None else out
+        for ratios, earlier, out in zip(self._ratios, before, bins, strict=True):
+            chain_bins(ratios, earlier, self._frequency, BINS, out)
+        return bins
 
     def _rescale(self) -> None:
         factor = np.float32(1 / self._weight)

@@ -201,9 +201,9 @@ class ReadAhead:
             state.issued = (guess.target, frozenset(admitted))
 
     def _absent(self, guess: Guess) -> Iterator[tuple[int, float]]:
-        is_likely = guess.probabilities > min_probability()
-        likely = guess.experts[is_likely].tolist()
-        probability = dict(zip(likely, guess.probabilities[is_likely].tolist(), strict=True))
+        num_likely = int(np.count_nonzero(guess.probabilities > min_probability()))
+        likely = guess.experts[:num_likely].tolist()
+        probability = dict(zip(likely, guess.probabilities[:num_likely].tolist(), strict=True))
         for expert in self._store.absent(guess.target, likely):
             yield expert, probability[expert]
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from shoal import ops
 from shoal.experts.prefetch.guesser import PREGATE_BINS
+from shoal.ops.guesses import gate_bins
 from shoal.rows import Rows
 
 I64 = NDArray[np.int64]
@@ -25,7 +26,8 @@ class Pregate:
         """`matrix`: [parts * E, D], a score is the sum over parts."""
         self._matrix = matrix
         self._parts = parts
-        self._num_chosen = min(experts_per_token, matrix.rows // parts - 1)
+        self._num_experts = matrix.rows // parts
+        self._num_chosen = min(experts_per_token, self._num_experts - 1)
 
     def scores(self, rows: Rows) -> F32:
         """Return [T, E]."""
@@ -39,32 +41,11 @@ class Pregate:
         """Return the bins [1, E]: how far an expert is inside some row's choice, or outside all.
 
         Zero lies half way between the last expert that would be chosen and the first that would
-        not; the unit is the scores' mean distance from there.
+        not; the unit is the scores' mean distance from there. Rows may hold anything: the call
+        itself is refused later.
         """
-        with np.errstate(all="ignore"):  # rows may hold anything: the call itself is refused later
-            scores = self.scores(rows)
-            num_experts = scores.shape[1]
-            kth = (num_experts - self._num_chosen - 1, num_experts - self._num_chosen)
-            if rows.num_rows == 1:  # decode: numbers in place of arrays of one
-                places = _places_of_row(scores[0], kth)
-            else:
-                places = _places(scores, kth).max(axis=0)
-            bins = (places + np.float32(PREGATE_BINS // 2)).astype(np.int64)
-        bins = np.minimum(np.maximum(bins, 0), PREGATE_BINS - 1)
-        return bins[None]
-
-
-def _places_of_row(scores: F32, kth: tuple[int, int]) -> F32:
-    parted = np.partition(scores, kth)
-    above = scores - (parted[kth[0]] + parted[kth[1]]) / 2
-    distance = float(np.abs(above).sum()) / scores.size
-    places: F32 = above * np.float32(_BINS_A_SPREAD / max(distance, 1e-20))
-    return places
-
-
-def _places(scores: F32, kth: tuple[int, int]) -> F32:
-    parted = np.partition(scores, kth, axis=1)
-    above = scores - (parted[:, kth[0], None] + parted[:, kth[1], None]) / 2
-    distance = np.abs(above).sum(axis=1, keepdims=True) / scores.shape[1]
-    places: F32 = above * (np.float32(_BINS_A_SPREAD) / (distance + np.float32(1e-20)))
-    return places
+        scores = ops.matmul(self._matrix, rows)
+        bins = np.empty((1, self._num_experts), np.int64)
+        chosen, parts = self._num_chosen, self._parts
+        gate_bins(scores, parts, chosen, PREGATE_BINS, _BINS_A_SPREAD, bins[0])
+        return bins
