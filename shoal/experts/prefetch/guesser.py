@@ -48,8 +48,8 @@ _BINS = {
     "locality": (locality.RECENT_BINS, locality.LATELY_BINS),
 }
 _TAUGHT_CALLS = 48  # of a layer: every one is learned from; recall is there after some thirty
-_LEARN_EVERY = 8  # calls after that: learning costs as much as guessing
-_JUDGE_EVERY = 32  # calls: the single predictors, for the figures only, cost three times that
+_LEARN_EVERY = 4  # calls after that: learning costs as much as guessing
+_JUDGE_EVERY = 8  # calls: the single predictors, for the figures only, cost three times that
 _SIZE_BINS = 10  # the number of rows: up to 1, 2, 4, ... 512
 _LEAN_AFTER, _LEAN_LEAD, _LEAD_STEP = 8, 0.02, 1 / 32  # judged calls; recall; running mean
 _MUTE_SHARE = 0.1  # of calls with a guess worth a read: below it, most calls are not guessed

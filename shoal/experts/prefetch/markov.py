@@ -26,7 +26,7 @@ _PRIOR = 4.0  # uses of the layer's own frequencies that each row of counts begi
 _HALF_LIFE_CALLS = 4096  # of a count: a text's topic passes, the model's habits stay
 _DECAY = 0.5 ** (1 / _HALF_LIFE_CALLS)
 _TAUGHT_CALLS = 64  # so many refresh what they teach at once
-_REFRESH_CALLS = 8  # afterwards: logarithms cost more than all else here
+_REFRESH_CALLS = 4  # afterwards: logarithms cost more than all else here
 _RESCALE_AT = 2.0**20  # newer calls weigh more; before float32 loses units, all is scaled down
 
 
