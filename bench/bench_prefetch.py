@@ -1,7 +1,7 @@
 """Does guessing the next layer's experts pay? Recall offline, and A-B-A on real reads.
 
 python bench/bench_prefetch.py [MODEL.shoal] [--texts bench/traces/texts.jsonl] [--tokens 3000]
-    [--online-tokens 700] [--residency 25 50] [--ffn-dim 8192] [--skip-online] [--skip-offline]
+    [--online-tokens 600] [--residency 25 50] [--ffn-dim 8192] [--skip-online] [--skip-offline]
 
 Offline: the texts are read once, in process; each predictor guesses every call from those before
 it, learning as it goes. recall@k: of the k experts that the router chose, how many are among the
@@ -9,15 +9,18 @@ predictor's first k. precision: of those it gives more than one half, how many c
 
 Online: experts are widened (bench/widen_experts.py: the same tokens and routing; four experts of
 5 MB, so that a layer's call reads what eight of Qwen3-30B-A3B in Q4_K are, 21 MB) and read with
-O_DIRECT through a cache of a share of them. The text is cut into windows; demand-only (A) and
-prefetching (B) take turns window by window, and a second pass swaps them: each window is measured
-both ways. Every subject begins with an empty cache; the first window is not counted.
+O_DIRECT through a cache of a share of them. Demand-only (A) and prefetching (B) have a cache each
+and read the same text, in short windows that take turns: A B, B A, A B, ... A pair is measured
+within two seconds, so what else the machine does meanwhile falls on both. The first windows, which
+fill the caches, are not counted.
 """
 
 import argparse
 import itertools
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,8 @@ from shoal.quant import Format
 from shoal.rows import Rows
 
 F64 = NDArray[np.float64]
-WINDOW_TOKENS = 50
+WINDOW_TOKENS = 20
+FIRST_WINDOWS = 2  # not counted
 PROMPT_ROWS = (4, 17, 32, 64, 128)
 FORMS = ((Format.BF16, 1), (Format.Q8_0, 1), (Format.Q4_K, 1), (Format.Q4_K, 2))
 
@@ -201,57 +205,64 @@ def _common(found: NDArray[np.float32], exact: F64, count: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What some tokens took. has_prefetch: whether it was B."""
+    """What some tokens took."""
 
-    has_prefetch: bool
     seconds: float
     stall_s: float
     read_bytes: int
     misses: int
 
 
-def run_windows(
-    artifact: Artifact,
-    texts: Sequence[Sequence[int]],
-    cache_bytes: int,
-    mode: Mode,
-    is_governed: bool,
-    starts_with_b: bool,
-) -> tuple[list[Window], str, dict[str, object]]:
-    """Read the texts once; return the windows, the digest of all logits, and figures."""
-    ownership = Ownership(dict(artifact.owned_experts))
-    store = open_store(artifact, ownership, StoreOptions(cache_bytes=cache_bytes))
-    prefetcher = open_prefetcher(mode, artifact, ownership, store, is_governed=is_governed)
-    executor = ExpertExecutor(artifact, store)
-    reader = Reader(artifact, LocalDispatch(executor))
-    windows: list[Window] = []
-    steps = reader.read(texts)
-    total = sum(map(len, texts))
-    for number in range(total // WINDOW_TOKENS):
-        is_b = number % 2 == (0 if starts_with_b else 1)
-        executor.use_prefetcher(prefetcher if is_b else None)
-        before, began_s = store.figures(), time.perf_counter()
+class Side:
+    """One of the two that take turns: a store, a reader of the texts, a prefetcher or none."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        texts: Sequence[Sequence[int]],
+        cache_bytes: int,
+        mode: Mode,
+        is_governed: bool,
+    ) -> None:
+        owned = Ownership(dict(artifact.owned_experts))
+        self.store = open_store(artifact, owned, StoreOptions(cache_bytes=cache_bytes))
+        self.prefetcher = open_prefetcher(
+            mode, artifact, owned, self.store, is_governed=is_governed
+        )
+        executor = ExpertExecutor(artifact, self.store, prefetcher=self.prefetcher)
+        self._close = executor.close
+        self.reader = Reader(artifact, LocalDispatch(executor))
+        self._steps = self.reader.read(texts)
+        self.windows: list[Window] = []
+
+    def run_window(self) -> None:
+        """Read on by a window."""
+        before, began_s = self.store.figures(), time.perf_counter()
         for _ in range(WINDOW_TOKENS):
-            next(steps)
-        seconds, after = time.perf_counter() - began_s, store.figures()
-        windows.append(
+            next(self._steps)
+        seconds, after = time.perf_counter() - began_s, self.store.figures()
+        self.windows.append(
             Window(
-                is_b,
                 seconds,
                 after.stall_s - before.stall_s,
                 after.num_bytes - before.num_bytes,
                 after.misses - before.misses,
             )
         )
-    issued, used, wasted = store.prefetch_bytes()
-    more: dict[str, object] = {"issued": issued, "used": used, "wasted": wasted}
-    if prefetcher is not None:
-        figures = prefetcher.figures()
-        more |= {"state": figures.decode_state, "saved_s": figures.stall_saved_s}
-        more |= {"recall": figures.predictors[FUSED].recall}
-        prefetcher.close()
-    store.close()
-    return windows, reader.digest, more
+
+    def figures(self) -> dict[str, object]:
+        """Return what the prefetcher did."""
+        issued, used, wasted = self.store.prefetch_bytes()
+        more: dict[str, object] = {"issued": issued, "used": used, "wasted": wasted}
+        if self.prefetcher is not None:
+            figures = self.prefetcher.figures()
+            more |= {"state": figures.decode_state, "saved_s": figures.stall_saved_s}
+            more |= {"recall": figures.predictors[FUSED].recall}
+        return more
+
+    def close(self) -> None:
+        """Let go of the cache."""
+        self._close()
 
 
 def online(
@@ -264,24 +275,27 @@ def online(
     for subject in subjects:
         mode = Mode.AUTO if subject == FUSED else Mode(subject)
         probe = disk_speed(artifact.path / artifact.manifest.experts[0].file, 1.0)
-        passes = []
-        for starts_with_b in (False, True):
-            windows, digest, more = run_windows(
-                artifact, texts, int(total * percent / 100), mode, subject != FUSED, starts_with_b
+        cache_bytes = int(total * percent / 100)
+        with ExitStack() as stack:
+            a, b = (
+                stack.enter_context(closing(Side(artifact, texts, cache_bytes, which, governed)))
+                for which, governed in ((Mode.OFF, False), (mode, subject != FUSED))
             )
-            passes.append(windows)
-            digests.add(digest)
-        rows.append(_compare(subject, percent, passes) | more | {"disk_gb_per_s": probe.gb_per_s})
+            for number in range(sum(map(len, texts)) // WINDOW_TOKENS):
+                for side in (a, b) if number % 2 == 0 else (b, a):
+                    side.run_window()
+            pairs = list(zip(a.windows, b.windows, strict=True))[FIRST_WINDOWS:]
+            digests |= {a.reader.digest, b.reader.digest}
+            more = b.figures() | {"disk_gb_per_s": probe.gb_per_s}
+        rows.append(_compare(subject, percent, pairs) | more)
+        print(f"{percent:g} % {subject}: {rows[-1]['speedup']:.3f}", file=sys.stderr)
     assert len(digests) == 1, "prefetching changed a logit"
     return rows
 
 
-def _compare(subject: str, percent: float, passes: Sequence[Sequence[Window]]) -> dict[str, object]:
-    # Window by window: B's time over A's; the first one fills the cache.
-    pairs = [
-        (one, two) if two.has_prefetch else (two, one)
-        for one, two in list(zip(*passes, strict=True))[1:]
-    ]
+def _compare(
+    subject: str, percent: float, pairs: Sequence[tuple[Window, Window]]
+) -> dict[str, object]:
     ratios = np.array([b.seconds / a.seconds for a, b in pairs])
     logs = np.log(ratios)
     error = float(logs.std(ddof=1) / len(logs) ** 0.5)
@@ -371,7 +385,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", default=default_model())
     parser.add_argument("--texts", type=Path, default=ROOT / "bench" / "traces" / "texts.jsonl")
     parser.add_argument("--tokens", type=int, default=3000)
-    parser.add_argument("--online-tokens", type=int, default=700)
+    parser.add_argument("--online-tokens", type=int, default=600)
     parser.add_argument("--residency", type=float, nargs="+", default=[25, 50])
     parser.add_argument("--subjects", nargs="+", default=[*PREDICTORS, FUSED, Mode.AUTO.value])
     parser.add_argument("--ffn-dim", type=int, default=8192)

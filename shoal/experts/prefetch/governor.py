@@ -16,16 +16,18 @@ trial early; a draw is off.
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-LEARN_WINDOWS = 3  # before a trial: predictors need some 25 tokens
-MIN_PAIRS = 3  # before a win is believed
-MAX_PAIRS = 6  # then a draw is a draw
-CLEAR_GAIN = 0.08  # of a call's cost, in each of two pairs: enough
-CLEAR_LOSS = 0.05  # likewise, on the mean: ends the trial
+LEARN_WINDOWS = 6  # before a trial: predictors need some 25 tokens
+CLEAR_PAIRS = 3  # that all say the same, clearly: enough
+MIN_PAIRS = 4  # before any other win is believed
+DRAW_PAIRS = 6  # after which less than a gain is a draw
+MAX_PAIRS = 12  # after which what is not sure is one
+CLEAR_GAIN = 0.08  # of a call's cost, in each of the first pairs
+CLEAR_LOSS = 0.05  # likewise, on the mean of two pairs or more: ends the trial
 MIN_GAIN = 0.015  # of a call's cost: less is not worth the reads
-SURE = 1.5  # standard errors of the mean that a gain must exceed
-ON_WINDOWS = 48  # until the verdict is tried again
-OFF_WINDOWS = 48  # likewise, at first
-MAX_OFF_WINDOWS = 48 * 64  # doubled at each trial lost, up to this
+SURE = 2.0  # standard errors of the mean that a gain must exceed
+ON_WINDOWS = 96  # until the verdict is tried again
+OFF_WINDOWS = 96  # likewise, at first
+MAX_OFF_WINDOWS = 96 * 64  # doubled at each trial lost, up to this
 
 
 class State(StrEnum):
@@ -125,15 +127,15 @@ class Governor:
         count = len(gains)
         mean = sum(gains) / count
         squares = sum((gain - mean) ** 2 for gain in gains) / max(1, count - 1)
-        is_clear = count == 2 and min(gains) > CLEAR_GAIN
+        is_clear = count == CLEAR_PAIRS and min(gains) > CLEAR_GAIN
         is_gain = count >= MIN_PAIRS and mean > max(MIN_GAIN, SURE * (squares / count) ** 0.5)
-        is_last = count == MAX_PAIRS
+        is_draw = count == MAX_PAIRS or (count >= DRAW_PAIRS and mean < MIN_GAIN)
         self.saved_s += gains[-1] * self._trial.off[-1] * last.experts
         if is_clear or is_gain:
             self._gain_s = mean * sum(self._trial.off) / len(self._trial.off)
             self._settle(State.ON, ON_WINDOWS)
             self._off_windows = OFF_WINDOWS
-        elif mean < -CLEAR_LOSS or is_last:
+        elif is_draw or (count > 1 and mean < -CLEAR_LOSS):
             self._settle(State.OFF, self._off_windows)
             self._off_windows = min(2 * self._off_windows, MAX_OFF_WINDOWS)
 

@@ -16,8 +16,10 @@ from shoal.experts.prefetch.pregate import Pregate
 from shoal.limits import MAX_MARKOV_BYTES
 from shoal.model_spec import RouterKind, RouterSpec
 
-_DECODE_PASSES, _PREFILL_PASSES = 8, 1  # of a governor's window: tokens, and chunks of a prompt
-_GUARD_PASSES = 2  # of the 8: what the window before left in the cache
+# Of a governor's window: tokens, and chunks of a prompt. Short ones lie close together: what else
+# the machine does meanwhile falls on both sides of a comparison.
+_DECODE_PASSES, _PREFILL_PASSES = 4, 1
+_GUARD_PASSES = 1  # of the 4: what the window before left in the cache
 
 
 def open_prefetcher(
