@@ -13,6 +13,7 @@ from shoal.experts.readers import LATENCY_BOUNDS_S, Read, Source
 from shoal.experts.readers.read_queue import (
     FIRST_BACKOFF_S,
     MAX_ATTEMPTS,
+    MANY_READS,
     PREFETCH_SHARE,
     Chunk,
     ReadQueue,
@@ -80,6 +81,16 @@ def test_prefetches_hold_only_a_part_of_the_device() -> None:
     assert queue.delay_s(0.0) is None  # until one of them ends
     finish_all(queue, chunks[:1])
     assert len(queue.next_chunks(0.0)) == 1
+
+
+def test_few_reads_come_one_after_the_other_and_many_fill_the_device() -> None:
+    queue = ReadQueue(chunk_bytes=PAGE, queue_depth=40, steady_depth=2)
+    queue.add([read(tag) for tag in range(MANY_READS + 2)], 0.0)
+    chunks = queue.next_chunks(0.0)
+    # Two whole reads are cut, then no more are queued than are few.
+    assert tags(chunks) == [0, 0, 0, 1, 1, 1]
+    finish_all(queue, chunks[:5])
+    assert tags(queue.next_chunks(0.0)) == [2]
 
 
 def test_a_promoted_prefetch_is_the_last_demand_in_line() -> None:

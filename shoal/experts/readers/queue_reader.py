@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.experts.readers.files import AlignmentOf, BouncePool, OpenFile, OpenFiles
-from shoal.experts.readers.read_queue import CHUNK_BYTES, DEFAULT_QUEUE_DEPTH, Chunk, ReadQueue
+from shoal.experts.readers.read_queue import (
+    CHUNK_BYTES,
+    DEFAULT_QUEUE_DEPTH,
+    STEADY_DEPTH,
+    Chunk,
+    ReadQueue,
+)
 from shoal.experts.readers.reader import U8, Backend, Done, Read, ReaderFigures
 from shoal.limits import MAX_BOUNCE_BYTES
 from shoal.ops.reads import direct_alignment
@@ -22,7 +28,8 @@ class Tuning:
     """What rarely needs to differ from what was measured.
 
     chunk_bytes: a multiple of 4096.
-    queue_depth: to begin with, of all drives together; None: DEFAULT_QUEUE_DEPTH a drive.
+    queue_depth: to begin with, of all drives together, however many reads there are; None:
+        DEFAULT_QUEUE_DEPTH a drive, and STEADY_DEPTH where few experts are asked for.
     keeps_page_cache: whether buffered reads leave their bytes there: for what is read once by a
         process that somebody starts again soon.
     bounce_limit_bytes: of buffers for chunks at misaligned places.
@@ -62,8 +69,12 @@ class QueueReader(ABC):
     def __init__(self, backend: Backend, paths: Collection[Path], tuning: Tuning) -> None:
         """Open the files. Raises OSError naming the one that cannot be opened."""
         self.backend = backend
-        depth = tuning.queue_depth or DEFAULT_QUEUE_DEPTH * max(1, _num_drives(paths))
-        self._queue = ReadQueue(chunk_bytes=tuning.chunk_bytes, queue_depth=depth)
+        num_drives = max(1, _num_drives(paths))
+        self._queue = ReadQueue(
+            chunk_bytes=tuning.chunk_bytes,
+            queue_depth=tuning.queue_depth or DEFAULT_QUEUE_DEPTH * num_drives,
+            steady_depth=tuning.queue_depth or STEADY_DEPTH * num_drives,
+        )
         self._lock = threading.Lock()
         self._alignment_of = None if backend is Backend.BUFFERED else tuning.alignment_of
         self._files = OpenFiles(paths, self._alignment_of)

@@ -21,11 +21,12 @@ from shoal.limits import KIB, MAX_READ_QUEUE_DEPTH, READ_ALIGNMENT
 # bench/bench_reads.py: smaller chunks cost bandwidth on a cold disk and time of ours, larger ones
 # parallelism within an expert.
 CHUNK_BYTES = 1024 * KIB
+DEFAULT_QUEUE_DEPTH = 32  # of that some are never empty while the processors are busy
 # A drive does side by side all that it is given: of 32 chunks it brought six experts together at
 # the end (4.3 ms), of 6 the first two after 1.8 ms, and computing goes on beside the other reads:
-# a token of bench_streaming.py took 10 % less. Two chunks keep the bandwidth up (2.7 GB/s); four
-# more, that it does not fall while the processors are busy elsewhere.
-DEFAULT_QUEUE_DEPTH = 6
+# a token of bench_streaming.py took 10 % less. Two chunks keep the bandwidth up (2.7 GB/s).
+STEADY_DEPTH = 6
+MANY_READS = 8  # queued ones, beyond which bandwidth counts alone: a warm-up, a chunk of a prompt
 MAX_ATTEMPTS = 3  # on one copy
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.005, 0.05
 # ECANCELED: a kernel takes queued requests back when the thread that submitted them ends.
@@ -100,15 +101,26 @@ class ReadQueue:
     """Decides; whoever holds it reads. Not thread-safe. Times are seconds of any steady clock."""
 
     def __init__(
-        self, *, chunk_bytes: int = CHUNK_BYTES, queue_depth: int = DEFAULT_QUEUE_DEPTH
+        self,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        queue_depth: int = DEFAULT_QUEUE_DEPTH,
+        steady_depth: int = MAX_READ_QUEUE_DEPTH,
     ) -> None:
-        """chunk_bytes: a positive multiple of 4096."""
+        """Make an empty queue.
+
+        Args:
+            chunk_bytes: a positive multiple of 4096.
+            queue_depth: chunks at the device at most; `steady_depth`, if that is less, while no
+                more than MANY_READS are queued.
+        """
         assert chunk_bytes > 0 and chunk_bytes % READ_ALIGNMENT == 0, chunk_bytes
         self.chunk_bytes = chunk_bytes
         self.counts = QueueCounts()
         self.bucket = TokenBucket(None)
         self.in_flight = 0
         self._depth = 1
+        self._steady_depth = steady_depth
         self.set_queue_depth(queue_depth)
         self._prefetch_in_flight = 0
         self._active: dict[int, ActiveRead] = {}
@@ -184,7 +196,7 @@ class ReadQueue:
     def next_chunks(self, now_s: float, limit: int = MAX_READ_QUEUE_DEPTH) -> list[Chunk]:
         """Return the chunks to start now, in order; each must be given back to `finish`."""
         chunks: list[Chunk] = []
-        while len(chunks) < limit and self.in_flight < self._depth:
+        while len(chunks) < limit and self.in_flight < self._limit:
             if self.bucket.delay_s(now_s) > 0.0:
                 break
             chunk = self._pick(now_s)
@@ -200,7 +212,7 @@ class ReadQueue:
 
     def delay_s(self, now_s: float) -> float | None:
         """Return after how long `next_chunks` has something if nothing finishes; None: never."""
-        if self.in_flight >= self._depth:
+        if self.in_flight >= self._limit:
             return None
         if self._demand or (self._prefetch and self._may_prefetch):
             return self.bucket.delay_s(now_s)
@@ -262,9 +274,14 @@ class ReadQueue:
         return len(self._again) + sum(-(-size // self.chunk_bytes) for size in uncut)
 
     @property
+    def _limit(self) -> int:
+        is_steady = len(self._demand) <= MANY_READS
+        return min(self._depth, self._steady_depth) if is_steady else self._depth
+
+    @property
     def _may_prefetch(self) -> bool:
         has_demand = self.in_flight > self._prefetch_in_flight
-        limit = max(1, self._depth // PREFETCH_SHARE)
+        limit = max(1, min(self._depth, self._steady_depth) // PREFETCH_SHARE)
         return not has_demand and self._prefetch_in_flight < limit
 
     def _pick(self, now_s: float) -> Chunk | None:
