@@ -57,7 +57,7 @@ def judged(prompt: Sequence[int], answer: Sequence[int]) -> Iterator[Guess]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=220, help="of an answer, at most")
     arguments = parser.parse_args()

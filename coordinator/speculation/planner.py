@@ -6,16 +6,16 @@
 The length with the highest rate is taken, if it beats the plain step by a margin; else 0. A step
 before or beside that arithmetic may be
 
-    PLAIN   no draft: T(1) is not known yet, or is due to be seen again, or the ledger is low
+    PLAIN   no draft: T(1) is not known yet, or is due to be seen again
     PROBE   a short draft although the arithmetic says 0, to find out whether it is still right
 
 The *ledger* counts what this drafter won or lost against plain steps, as it really came: seconds
 that the same tokens would have taken plainly, less what they took. It earns a share of all time.
-Probes are paid out of it, and nothing is risked that would take it below its floor; once there,
-nothing is drafted until it has recovered. So all losses together, whatever the models of time and
-chance believe, stay below that share of the time and a constant of a few plain steps; drafters side
-by side divide the share. A probe that
-loses doubles the pause before the next, so in a world where speculation never pays its cost fades.
+Probes are paid out of it, and no draft is made that would take it below its floor if none of it
+were accepted: there, nothing is drafted until time has paid. So all losses together, whatever the
+models of time and chance believe, stay below that share of the time and a constant of a few plain
+steps; drafters side by side divide the share. A probe that loses doubles the pause before the next,
+so in a world where speculation never pays its cost fades.
 
 One step: (`wants` before each guess)* -> `best_length` -> the pass -> `observe`.
 """
@@ -69,7 +69,6 @@ class Planner:
         self._expected_s = 0.0  # of the pass under way
         self._ledger: float | None = None  # seconds; None before T(1) is known
         self._num_steps = 0
-        self._is_broke = False
         self._pause = FIRST_PAUSE
         self._until_probe = 0
         self.num_probes = 0
@@ -158,8 +157,7 @@ class Planner:
         if self._ledger < self._floor() * plain_s:
             self._is_broke = True
         elif self._ledger > 0.0:
-            self._is_broke = False
-        self._until_probe -= 1
+            self._until_probe -= 1
         if step is Step.PROBE:
             self._pause = FIRST_PAUSE if gain_s > 0.0 else min(MAX_PAUSE, 2 * self._pause)
             self._until_probe = self._pause
@@ -169,7 +167,7 @@ class Planner:
         if self._step is None or self._begun_at != self._pass_time.num_passes:
             self._begun_at = self._pass_time.num_passes
             must_look = self._pass_time.is_due or not self._pass_time.is_known
-            self._step = Step.PLAIN if must_look or self._is_broke else Step.NORMAL
+            self._step = Step.PLAIN if must_look else Step.NORMAL
         return self._step
 
     def _best(self, chances: Sequence[float], draft_s: float) -> tuple[int, float]:
