@@ -135,7 +135,7 @@ class Speculator:
                 self._ask(draft, sequence, limit, _is_likely, cancellation)
                 promise = candidate.planner.rate(draft.chances, 0.0) if draft.guesses else 0.0
             else:
-                promise = candidate.promise(limit)
+                promise = candidate.promise()
             promised.append((promise, draft))
         promised.sort(key=lambda pair: -pair[0])  # stable: of equals, the preferred one
         return [draft for _, draft in promised]
@@ -187,6 +187,8 @@ class Speculator:
         candidate.owed_s = 0.0
         candidate.planner.observe(num_drafted, num_right + 1, self._pass_s, draft_s)
         candidate.judge(draft, num_right, num_judged, self._verified_routing(self._pass_rows))
+        for other in self._candidates:
+            other.time_step(num_right + 1, self._pass_s + draft_s, is_own=other is candidate)
 
     def _count_plain_step(self) -> None:
         began_s = self._clock()
