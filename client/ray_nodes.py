@@ -27,6 +27,7 @@ NAMESPACE = "shoal"  # of the actors: they outlive the program that started them
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0  # of an actor that is alive; its methods return at once
 RESTART_PAUSE_S = 1.0  # a node that cannot start is not tried in a tight loop
+STRICT_SPREAD = "STRICT_SPREAD"  # Ray's: every node has a machine of its own
 PLACE_TIMEOUT_S = 10.0  # a bundle that has not been placed by then has no machine
 Ray = Any  # ray ships no complete types
 
@@ -210,6 +211,9 @@ def stop(ray: Ray, name: str) -> int:
 
 
 def _place(ray: Ray, fleet: Fleet) -> Any:
+    machines = [node for node in ray.nodes() if node["Alive"]]
+    if fleet.strategy == STRICT_SPREAD and len(machines) < len(fleet.ranges):
+        raise _no_room(ray, fleet)  # nothing to wait for
     group = ray.util.placement_group(
         [{"CPU": fleet.cpus}] * len(fleet.ranges),
         strategy=fleet.strategy,
@@ -218,14 +222,18 @@ def _place(ray: Ray, fleet: Fleet) -> Any:
     )
     if not group.wait(PLACE_TIMEOUT_S):
         ray.util.remove_placement_group(group)
-        machines = [node for node in ray.nodes() if node["Alive"]]
-        free = ray.available_resources().get("CPU", 0)
-        raise UsageError(
-            f"Ray has no room for {len(fleet.ranges)} nodes of {fleet.cpus:g} CPUs by "
-            f"{fleet.strategy}: it has {len(machines)} machines and {free:g} free CPUs; ask for "
-            "fewer --nodes or --cpus, add machines, or take --strategy spread or pack"
-        )
+        raise _no_room(ray, fleet)
     return group
+
+
+def _no_room(ray: Ray, fleet: Fleet) -> UsageError:
+    machines = [node for node in ray.nodes() if node["Alive"]]
+    free = ray.available_resources().get("CPU", 0)
+    return UsageError(
+        f"Ray has no room for {len(fleet.ranges)} nodes of {fleet.cpus:g} CPUs by "
+        f"{fleet.strategy}: it has {len(machines)} machines and {free:g} free CPUs; ask for "
+        "fewer --nodes or --cpus, add machines, or take --strategy spread or pack"
+    )
 
 
 def _start_actor(ray: Ray, fleet: Fleet, group: Any, index: int, experts: str) -> Any:

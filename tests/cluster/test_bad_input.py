@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from client.node_process import NodeProcess
 from shoal import limits, ops
 from support.checkpoints import tiny_config, write_checkpoint
 from support.cluster import Cluster
-from support.command import assert_refused, end_of, running_shoal, shoal
+from support.command import Ended, assert_refused, end_of, running_shoal, shoal, shoal_here
 from support.expert_node import NodeDied, start_node
 from support.tiny_gguf import write_gguf
 from support.tiny_model import make_tiny_artifact
 
 IDS = ("--prompt-ids", "5,6,7", "--ignore-eos", "--max-tokens", "4")
+Here = Callable[..., Ended]
 ENDLESS = ("--prompt-ids", "5,6,7", "--ignore-eos", "--max-tokens", "90000")
 
 
@@ -58,6 +60,12 @@ def node(path: Path) -> Iterator[NodeProcess]:
         yield cluster.node(path)
 
 
+@pytest.fixture
+def here(capfdbinary: pytest.CaptureFixture[bytes]) -> Here:
+    """`shoal` in this process, where a process of its own would add nothing."""
+    return partial(shoal_here, capfdbinary)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -67,12 +75,12 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.processes
 def test_a_node_of_another_model_ends_the_run_before_the_first_token(
-    path: Path, tmp_path: Path
+    path: Path, tmp_path: Path, here: Here
 ) -> None:
     other = make_tiny_artifact(tmp_path, "qwen3_moe", "q8_0", seed=1, name="other")
     with Cluster() as cluster:
         node = cluster.node(other)
-        ended = shoal("run", path, *IDS, "--moe-shards", f"0-15={node.endpoint}")
+        ended = here("run", path, *IDS, "--moe-shards", f"0-15={node.endpoint}")
     assert_refused(ended, 4, node.endpoint, "serves another model: 'other'", "'tiny'")
     assert ended.out == b""
 
@@ -106,24 +114,24 @@ def start_refused(model: Path, log: Path) -> str:
 @pytest.mark.processes
 @pytest.mark.parametrize("name", EVERY_FILE)
 def test_a_file_cut_short_is_refused_by_verify_run_and_node(
-    copy: Path, tmp_path: Path, name: str
+    copy: Path, tmp_path: Path, name: str, here: Here
 ) -> None:
     os.truncate(copy / name, (copy / name).stat().st_size - 7)
     for arguments in (("verify", copy), ("run", copy, *IDS)):
-        assert_refused(shoal(*arguments), 3, str(copy / name), "convert the model again")
+        assert_refused(here(*arguments), 3, str(copy / name), "convert the model again")
     assert name in start_refused(copy, tmp_path / "log")
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("name", EVERY_FILE)
 def test_a_flipped_bit_is_refused_by_verify_run_and_every_node_that_reads_it(
-    copy: Path, tmp_path: Path, name: str
+    copy: Path, tmp_path: Path, name: str, here: Here
 ) -> None:
     data = bytearray((copy / name).read_bytes())
     data[-100] ^= 4
     (copy / name).write_bytes(data)
     for arguments in (("verify", copy), ("run", copy, *IDS)):
-        assert_refused(shoal(*arguments), 3, str(copy / name), "convert the model again")
+        assert_refused(here(*arguments), 3, str(copy / name), "convert the model again")
     if name in ("manifest.json", EXPERTS):  # a node reads nothing else
         assert name in start_refused(copy, tmp_path / "log")
 
@@ -141,8 +149,9 @@ def overwrite(folder: Path, tensor: str, value: float) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.processes
-def test_a_gguf_type_or_architecture_that_is_not_ours_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_gguf_type_or_architecture_that_is_not_ours_is_refused_by_name(
+    tmp_path: Path, here: Here
+) -> None:
     config = tiny_config("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=1)
     write_checkpoint(tmp_path / "c", config, 4)
     kind = GGMLQuantizationType.Q6_K
@@ -152,29 +161,29 @@ def test_a_gguf_type_or_architecture_that_is_not_ours_is_refused_by_name(tmp_pat
     write_gguf(tmp_path / "arch.gguf", tmp_path / "c", config, architecture="mamba")
     (tmp_path / "models").mkdir()
     out = tmp_path / "models" / "m"
-    ended = shoal("convert", tmp_path / "type.gguf", out)
+    ended = here("convert", tmp_path / "type.gguf", out)
     assert_refused(ended, 3, "blk.0.ffn_down.weight", "Q6_K", "--quant")
-    ended = shoal("convert", tmp_path / "arch.gguf", out)
+    ended = here("convert", tmp_path / "arch.gguf", out)
     assert_refused(ended, 3, "'mamba' is not supported", "qwen3moe")
     assert names(tmp_path / "models") == []
 
 
-@pytest.mark.processes
-def test_a_weight_that_is_not_a_number_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_weight_that_is_not_a_number_is_refused_by_name(
+    checkpoint: Path, tmp_path: Path, here: Here
+) -> None:
     tensor = "model.layers.1.mlp.experts.3.up_proj.weight"
     overwrite(checkpoint, tensor, np.nan)
-    ended = shoal("convert", checkpoint, tmp_path / "m", "--quant", "q8_0")
+    ended = here("convert", checkpoint, tmp_path / "m", "--quant", "q8_0")
     assert_refused(ended, 3, tensor, "NaN")
     assert names(tmp_path) == ["checkpoint"]
 
 
-@pytest.mark.processes
 def test_a_value_that_overflows_while_it_is_computed_is_refused(
-    checkpoint: Path, tmp_path: Path
+    checkpoint: Path, tmp_path: Path, here: Here
 ) -> None:
     overwrite(checkpoint, "model.layers.1.post_attention_layernorm.weight", 3e38)
-    assert shoal("convert", checkpoint, tmp_path / "m").status == 0
-    ended = shoal("run", tmp_path / "m", *IDS)
+    assert here("convert", checkpoint, tmp_path / "m").status == 0
+    ended = here("run", tmp_path / "m", *IDS)
     assert_refused(ended, 5, "layer 1")
     assert ended.out.strip() == b""
 
@@ -192,17 +201,16 @@ def test_a_disk_that_fills_up_during_convert_or_slice_leaves_nothing(
         assert names(tmp_path) == ["checkpoint"]
 
 
-@pytest.mark.processes
 def test_what_a_killed_convert_left_is_no_model_and_the_next_one_removes_it(
-    checkpoint: Path, tmp_path: Path
+    checkpoint: Path, tmp_path: Path, here: Here
 ) -> None:
     left = tmp_path / ".m.shoal.partial-1"
     left.mkdir()
     (left / "lock").touch()
     (left / "dense.safetensors").write_bytes(b"half of it")
-    assert_refused(shoal("run", tmp_path / "m", *IDS), 2, "no model")
-    assert_refused(shoal("run", left, *IDS), 3, "is not an artifact")
-    ended = shoal("convert", checkpoint, tmp_path / "m", "--quant", "q8_0")
+    assert_refused(here("run", tmp_path / "m", *IDS), 2, "no model")
+    assert_refused(here("run", left, *IDS), 3, "is not an artifact")
+    ended = here("convert", checkpoint, tmp_path / "m", "--quant", "q8_0")
     assert ended.status == 0
     assert f"removed what a killed run had left: {left}" in ended.err
     assert names(tmp_path) == ["checkpoint", "m.shoal"]
@@ -225,9 +233,10 @@ def test_any_file_name_can_be_converted(checkpoint: Path, tmp_path: Path) -> Non
 # --- requests -------------------------------------------------------------------------------------
 
 
-@pytest.mark.processes
-def test_a_prompt_longer_than_the_context_is_refused_before_any_work(path: Path) -> None:
-    ended = shoal("run", path, "word " * 50, "--max-context", "20")
+def test_a_prompt_longer_than_the_context_is_refused_before_any_work(
+    path: Path, here: Here
+) -> None:
+    ended = here("run", path, "word " * 50, "--max-context", "20")
     assert_refused(ended, 2, "the context holds 20", "shorten the prompt")
     assert ended.out == b""
 

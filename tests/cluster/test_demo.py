@@ -15,11 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DEMO = [sys.executable, str(ROOT / "tools" / "demo.py")]
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> dict[str, str]:
-    """The environment of a shoal that has pulled the model and nothing else: no stale artifact."""
-    (tmp_path / "sources").symlink_to(smollm2_gguf().parent.parent)
-    return {**os.environ, "SHOAL_HOME": str(tmp_path)}
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a shoal that has pulled the model and nothing else: no stale artifact.
+
+    The first demo that runs converts; the second one finds what the first one made.
+    """
+    folder: Path = tmp_path_factory.mktemp("home")
+    (folder / "sources").symlink_to(smollm2_gguf().parent.parent)
+    return {**os.environ, "SHOAL_HOME": str(folder)}
 
 
 @pytest.mark.processes

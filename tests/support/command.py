@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
+
+from client.cli import main
+
 TIMEOUT_S = 120.0  # a busy machine; nothing here waits for time to pass
 
 
@@ -43,6 +47,14 @@ def shoal(
         check=False,
     )
     return _ended(process.returncode, process.stdout, process.stderr)
+
+
+def shoal_here(capture: pytest.CaptureFixture[bytes], *arguments: object) -> Ended:
+    """Do what `shoal` does, but in this process: for what a process of its own adds nothing to."""
+    capture.readouterr()
+    status = main([str(word) for word in arguments])
+    shown = capture.readouterr()
+    return _ended(status, shown.out, shown.err)
 
 
 @contextmanager
