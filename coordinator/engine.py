@@ -124,6 +124,7 @@ class Engine:
         except ShoalError as failure:
             reason, error = FinishReason.ERROR, failure
         finally:
+            self._speculator.end()
             self._forget_approximate(len(request.prompt_ids))
         yield Finished(
             reason,

@@ -171,6 +171,7 @@ def _speculation(transcript: Transcript) -> dict[str, Any] | None:
                 "drafted": figures.drafted,
                 "accepted": figures.accepted,
                 "passes": figures.passes,
+                "ahead": figures.ahead,
                 "draft_s": figures.draft_s,
                 "divergence": figures.divergence,
                 "round_trips": figures.round_trips,

@@ -7,6 +7,7 @@ from math import inf
 from coordinator.speculation.acceptance import Acceptance
 from coordinator.speculation.figures import DrafterFigures
 from coordinator.speculation.interface import AskingDrafter, Drafter, DraftToken
+from coordinator.speculation.lead import Lead
 from coordinator.speculation.pass_time import PassTime
 from coordinator.speculation.planner import Planner
 from coordinator.speculation.routing_watch import Routing, RoutingWatch
@@ -24,21 +25,31 @@ CURIOSITY = 1.01  # a step that it was not asked: half as good as the best, it i
 class Draft:
     """What a candidate guesses in one step.
 
-    chances: calibrated, of `guesses`. draft_s: seconds that they took.
+    chances: calibrated, of `guesses`. draft_s: seconds that they took and that no pass hid.
+    lead: whence more of them come, while that is open.
     """
 
     candidate: "Candidate"
     guesses: list[DraftToken] = field(default_factory=list)
     chances: list[float] = field(default_factory=list)
     draft_s: float = 0.0
+    lead: Lead | None = None
 
     def add(self, guess: DraftToken) -> None:
         self.guesses.append(guess)
         self.chances.append(self.candidate.acceptance.chance(guess.chance))
 
-    def cut(self, length: int) -> None:
-        """Keep the first guesses."""
+    def cut(self, length: int) -> list[DraftToken]:
+        """Keep the first guesses; return the others."""
+        others = self.guesses[length:]
         del self.guesses[length:], self.chances[length:]
+        return others
+
+    def close(self) -> None:
+        """Let go of what the drafter holds for more guesses."""
+        lead, self.lead = self.lead, None
+        if lead is not None:
+            lead.close()
 
 
 class Candidate:
@@ -70,6 +81,7 @@ class Candidate:
 
     def _reset(self) -> None:
         self._num_drafted = self._num_accepted = self._num_passes = 0
+        self.num_ahead = 0  # guesses taken that were made beside a pass
         self._draft_s = 0.0
         self._round_trips_before = self._round_trips()
 
@@ -98,6 +110,11 @@ class Candidate:
         if isinstance(self.drafter, AskingDrafter) and self.drafter.has_guess:
             return True
         return self.planner.wants(draft.chances, self.acceptance.mean, self.guess_s)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether it may draft beside a pass: it takes time, and asks no nodes."""
+        return not self.is_free and not isinstance(self.drafter, AskingDrafter)
 
     def begin(self) -> None:
         """A new request: figures start again, what was learned stays."""
@@ -159,6 +176,7 @@ class Candidate:
             drafted=self._num_drafted,
             accepted=self._num_accepted,
             passes=self._num_passes,
+            ahead=self.num_ahead,
             draft_s=self._draft_s,
             local_expert_bytes=self.drafter.local_expert_bytes,
             divergence=self.watch.share,

@@ -9,7 +9,8 @@ class DrafterFigures:
     """Of one drafter.
 
     drafted: guesses that a pass verified; accepted: those that were right; passes: that verified
-    a guess of its; draft_s: seconds that it was waited for; local_expert_bytes: of expert weights
+    a guess of its; ahead: guesses that were made while a pass ran and were of use; draft_s: seconds
+    that it was waited for; local_expert_bytes: of expert weights
     that it keeps in this process; divergence: the share of experts that it routed otherwise than
     the target lately, 0 where it does not run the target's layers; round_trips: to nodes, that
     drafting took.
@@ -22,6 +23,7 @@ class DrafterFigures:
     local_expert_bytes: int
     divergence: float
     round_trips: int = 0
+    ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)

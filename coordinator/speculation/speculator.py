@@ -1,10 +1,12 @@
 """Speculator: who drafts in this step, how long, and what is learned from what came of it.
 
-    begin -> ( draft -> [the engine's pass] -> ran -> [rows are sampled] -> judged )* -> figures
+    begin -> (draft -> [the pass] -> ran -> [rows are sampled] -> judged)* -> end -> figures
 
 Drafters are asked in the order of what they promise: tokens a second, drafting and pass together,
 from what they guess now (where guessing is free) or from their usual luck. The first whose planner
 finds a length that pays is taken. A drafter that fails costs its guesses, never the request.
+
+Over a long link a drafter that takes time goes on behind its draft while the pass runs (`Lead`).
 
 Asking takes some 0.1 ms, which a small model in one process would notice: while it leads to no
 guesses, it rests for as many steps as keep it below a share of their time.
@@ -12,7 +14,6 @@ guesses, it rests for as many steps as keep it below a share of their time.
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from contextlib import closing
 from math import prod
 
 from coordinator.cancellation import Cancellation
@@ -21,7 +22,8 @@ from coordinator.sequence import Sequence
 from coordinator.speculation.candidate import Candidate, Draft
 from coordinator.speculation.config import Speculate
 from coordinator.speculation.figures import SpeculationFigures
-from coordinator.speculation.interface import Drafter
+from coordinator.speculation.interface import Drafter, DraftToken
+from coordinator.speculation.lead import Lead
 from coordinator.speculation.pass_time import PassTime
 from coordinator.speculation.routing_watch import Routing
 from shoal.errors import NumericError, ShoalError
@@ -29,6 +31,8 @@ from shoal.errors import NumericError, ShoalError
 ASKING_SHARE = 0.01  # of the time of plain passes: what asking in vain may take
 MAX_REST = 16  # steps: a text that begins to repeat itself is noticed within that
 PATIENCE = 2  # steps in vain before the first rest
+LEAD_WAIT_S = 0.005  # of a pass per round trip: a shorter one is computing more than waiting
+LEAD_CHANCE = 0.1  # of a whole draft being right: below, what follows it is of no use
 LEAST_LIKELY = 0.03  # of all guesses so far being right: a free drafter is not asked beyond
 
 
@@ -76,6 +80,7 @@ class Speculator:
             for drafter in drafters
         ]
         self._draft: Draft | None = None  # of the step under way
+        self._lead_of: Draft | None = None  # the one before, all right, whose drafter went on
         self._pass_rows, self._pass_s = 0, 0.0
         self._num_passes = 0
         self._num_in_vain = 0  # steps since the last guesses
@@ -86,7 +91,7 @@ class Speculator:
     def begin(self, request: GenerationRequest) -> None:
         """Hear of a new request."""
         self._num_passes = self._num_rests = self._num_in_vain = 0
-        self._is_resting, self._draft = False, None
+        self._is_resting, self._draft, self._lead_of = False, None, None
         for candidate in self._candidates:
             candidate.begin()
             candidate.drafter.begin(request)
@@ -113,16 +118,53 @@ class Speculator:
         return [] if self._draft is None else [guess.token_id for guess in self._draft.guesses]
 
     def _choose(self, sequence: Sequence, limit: int, cancellation: Cancellation) -> Draft | None:
+        draft = self._continued(sequence, limit)
+        if draft is not None and self._settle(draft):
+            return draft
         for draft in self._in_order(sequence, limit, cancellation):
-            candidate = draft.candidate
-            if not candidate.is_free:
-                self._ask(draft, sequence, limit, candidate.wants_more, cancellation)
-            if draft.guesses:
-                draft.cut(candidate.planner.best_length(draft.chances, draft.draft_s))
-            if draft.guesses:
+            if not draft.candidate.is_free:
+                self._ask(draft, sequence, limit, draft.candidate.wants_more, cancellation)
+            if self._settle(draft):
                 return draft
-            candidate.owed_s += draft.draft_s
         return None
+
+    def _settle(self, draft: Draft) -> bool:
+        """Cut the draft to what pays and let its drafter go on behind it; False: nothing pays."""
+        candidate = draft.candidate
+        behind: list[DraftToken] = []
+        if draft.guesses:
+            behind = draft.cut(candidate.planner.best_length(draft.chances, draft.draft_s))
+        if not draft.guesses:
+            candidate.owed_s += draft.draft_s
+            draft.close()
+            return False
+        if draft.lead is not None and self._is_all_waiting and prod(draft.chances) > LEAD_CHANCE:
+            draft.lead.go_on(behind)
+        else:
+            draft.close()
+        return True
+
+    @property
+    def _is_all_waiting(self) -> bool:
+        return self._pass_time.predict(1) > LEAD_WAIT_S * self._round_trips_per_pass > 0
+
+    def _continued(self, sequence: Sequence, limit: int) -> Draft | None:
+        """Return a draft of what was guessed beside the last pass, if that was right to its end."""
+        before, self._lead_of = self._lead_of, None
+        if before is None or before.lead is None:
+            return None
+        lead, draft = before.lead, Draft(before.candidate)
+        behind = lead.stop()
+        if not behind or behind[0].token_id != sequence.token_ids[-1]:
+            before.close()
+            return None
+        draft.lead = lead
+        for guess in behind[1 : 1 + limit]:
+            draft.add(guess)
+        draft.candidate.num_ahead += len(draft.guesses)
+        if len(behind) <= 1 + limit:
+            self._pull(draft, limit, draft.candidate.wants_more)
+        return draft
 
     def _in_order(self, sequence: Sequence, limit: int, cancellation: Cancellation) -> list[Draft]:
         """Return a draft of every candidate, the most promising first; of the free ones, filled."""
@@ -149,22 +191,35 @@ class Speculator:
         cancellation: Cancellation,
     ) -> None:
         """Let the draft's candidate guess until that is enough, it has no more, or it fails."""
-        candidate = draft.candidate
+        drafter = draft.candidate.drafter
+        draft.lead = Lead(lambda stop: drafter.draft(sequence, stop), cancellation)
+        self._pull(draft, limit, wants_more)
+        if not draft.candidate.can_go_on:
+            draft.close()
+
+    def _pull(self, draft: Draft, limit: int, wants_more: Callable[[Draft], bool]) -> None:
+        """Take guesses from the draft's open lead."""
+        candidate, lead = draft.candidate, draft.lead
+        assert lead is not None, "nobody guesses"
         limit = min(limit, candidate.watch.limit)
-        with closing(candidate.drafter.draft(sequence, cancellation)) as guesses:
-            try:
-                while len(draft.guesses) < limit and wants_more(draft):
-                    began_s = self._clock()
-                    guess = next(guesses, None)
-                    draft.draft_s += candidate.time_guess(self._clock() - began_s)
-                    if guess is None or not 0 <= guess.token_id < self._vocab_size:
-                        return
-                    draft.add(guess)
-            except NumericError:
-                return  # of its own arithmetic: what it guessed before is as good as ever
-            except ShoalError as error:
-                candidate.is_out = True
-                self._notify(f"drafter {candidate.drafter.name} failed and is not used: {error}")
+        try:
+            while len(draft.guesses) < limit and wants_more(draft):
+                began_s = self._clock()
+                guess = lead.next()
+                draft.draft_s += candidate.time_guess(self._clock() - began_s)
+                if guess is None or not 0 <= guess.token_id < self._vocab_size:
+                    draft.close()
+                    return
+                draft.add(guess)
+        except NumericError:
+            draft.close()  # of its own arithmetic: what it guessed before is as good as ever
+        except ShoalError as error:
+            draft.close()
+            candidate.is_out = True
+            self._notify(f"drafter {candidate.drafter.name} failed and is not used: {error}")
+        except BaseException:
+            draft.close()
+            raise
 
     def ran(self, num_rows: int, seconds: float) -> None:
         """Hear what a pass of the target took, of the prompt too."""
@@ -181,6 +236,10 @@ class Speculator:
             self._count_plain_step()
             return
         self._num_in_vain = 0
+        if num_right < len(draft.guesses):
+            draft.close()  # what follows a wrong guess is of no use
+        elif draft.lead is not None:
+            self._lead_of = draft
         draft.cut(self._pass_rows - 1)  # the pass may have been run again without a bad row
         candidate, num_drafted = draft.candidate, len(draft.guesses)
         draft_s = draft.draft_s + candidate.owed_s
@@ -202,6 +261,13 @@ class Speculator:
             asking_s += self._clock() - began_s
             share = asking_s / self._pass_time.predict(1)
             self._num_rests = min(MAX_REST, int(share / ASKING_SHARE))
+
+    def end(self) -> None:
+        """Let go of what the request's drafts hold. Whatever happened, it is called."""
+        for draft in (self._draft, self._lead_of):
+            if draft is not None:
+                draft.close()
+        self._draft = self._lead_of = None
 
     def figures(self) -> SpeculationFigures:
         """Return what was done for the request so far."""

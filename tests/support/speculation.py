@@ -45,7 +45,11 @@ MakeDrafters = Callable[[Parts], SequenceOf[Drafter]]
 
 @dataclass
 class Rig:
-    """An engine. eos_ids: which tokens end a text; dispatch: None: every expert in memory."""
+    """An engine.
+
+    eos_ids: which tokens end a text. dispatch: None: every expert in memory.
+    round_trips: of a pass; with some of them a drafter that takes time goes on beside the pass.
+    """
 
     path: Path
     make_drafters: MakeDrafters | None = None
@@ -54,6 +58,7 @@ class Rig:
     max_context: int = 256
     max_draft: int = 8
     divergence: float = 1.0
+    round_trips: int = 0
     dispatch: ExpertDispatch | None = None
     told: list[str] = field(default_factory=list)
 
@@ -97,6 +102,7 @@ class Rig:
                 vocab_size=self.artifact.spec.vocab_size,
                 max_draft=self.max_draft,
                 divergence=self.divergence,
+                round_trips_per_pass=self.round_trips,
                 verified_routing=self._watched.last_rows,
                 notify=self.told.append,
             )
@@ -152,6 +158,7 @@ class ScriptedDrafter:
     def __init__(self, next_id: Callable[[list[int]], int | None], chance: float = 0.9) -> None:
         self._next_id = next_id
         self._chance = chance
+        self.num_opened = 0
         self.num_closed = 0
 
     def begin(self, request: GenerationRequest) -> None:
@@ -161,6 +168,7 @@ class ScriptedDrafter:
         self, sequence: Sequence, cancellation: Cancellation
     ) -> Generator[DraftToken, None, None]:
         ids = sequence.token_ids.tolist()
+        self.num_opened += 1
         try:
             while (token_id := self._next_id(ids)) is not None:
                 ids.append(token_id)

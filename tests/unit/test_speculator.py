@@ -1,6 +1,7 @@
 """Speculation in the engine: guesses cost rows, never a token, an error or a KV block."""
 
 import itertools
+import threading
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
@@ -236,3 +237,105 @@ def test_figures_are_of_one_request_and_count_only_its_decode(path: Path, expect
         first, second = rig.run(ASKED), rig.run(replace(ASKED, max_tokens=9))
     assert second.of("scripted").drafted <= 8 < first.of("scripted").drafted
     assert second.passes + second.of("scripted").accepted == 8
+
+
+class AheadDrafter(ScriptedDrafter):
+    """One that takes time, as `Lead` understands it. `is_ahead` is set by a guess on its thread."""
+
+    local_expert_bytes = 1
+
+    def __init__(self, next_id: Callable[[list[int]], int | None]) -> None:
+        super().__init__(self._next)
+        self._answer = next_id
+        self.is_ahead = threading.Event()
+
+    def _next(self, ids: list[int]) -> int | None:
+        if threading.current_thread().name == LEAD:
+            self.is_ahead.set()
+        return self._answer(ids)
+
+
+LEAD = "draft-ahead"
+
+
+def leads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == LEAD]
+
+
+def wait_for_a_guess(drafter: AheadDrafter, dispatch: WatchedDispatch) -> None:
+    """Have every pass that a lead accompanies wait until that has guessed something."""
+
+    def wait(layer: int, rows: Rows) -> None:
+        if layer == 0 and leads():
+            assert drafter.is_ahead.wait(30)
+            drafter.is_ahead.clear()
+
+    dispatch.before = wait
+
+
+def test_what_was_guessed_beside_a_pass_begins_the_next_draft(
+    path: Path, expected: Answer, dispatch: WatchedDispatch
+) -> None:
+    drafter = AheadDrafter(right(expected)._next_id)
+    wait_for_a_guess(drafter, dispatch)
+    with closing(
+        Rig(path, lambda _: [drafter], max_draft=4, round_trips=1, dispatch=dispatch)
+    ) as rig:
+        answer = rig.run(ASKED)
+        assert not leads()
+        assert answer.told == expected.told
+        assert answer.of("scripted").ahead > 0
+        assert drafter.num_opened < answer.of("scripted").passes, "it went on with the same draft"
+        assert drafter.num_closed == drafter.num_opened
+
+
+def test_what_was_guessed_behind_an_error_is_dropped_at_once(
+    path: Path, expected: Answer, dispatch: WatchedDispatch
+) -> None:
+    drafter = AheadDrafter(half_right(expected)._next_id)
+    with closing(
+        Rig(path, lambda _: [drafter], max_draft=4, round_trips=1, dispatch=dispatch)
+    ) as rig:
+        for _ in range(2):
+            assert rig.run(ASKED).told == expected.told
+            assert not leads() and drafter.num_closed == drafter.num_opened > 0
+
+
+@pytest.mark.parametrize("num_events", [4, 8, 15])
+def test_a_caller_who_leaves_or_cancels_ends_what_goes_on_beside_a_pass(
+    num_events: int, path: Path, expected: Answer
+) -> None:
+    drafter = AheadDrafter(right(expected)._next_id)
+    with closing(Rig(path, lambda _: [drafter], max_draft=4, round_trips=1)) as rig:
+        abandoned = rig.engine.generate(ASKED, Cancellation())
+        for _ in range(num_events):
+            next(abandoned)
+        del abandoned
+        assert not leads() and drafter.num_closed == drafter.num_opened
+        cancellation = Cancellation()
+        for number, _ in enumerate(rig.engine.generate(ASKED, cancellation), 1):
+            if number == num_events:
+                cancellation.request()
+        assert not leads() and drafter.num_closed == drafter.num_opened
+        assert rig.run(ASKED).told == expected.told
+
+
+def test_a_bug_beside_a_pass_is_raised_and_not_lost(
+    path: Path, expected: Answer, dispatch: WatchedDispatch
+) -> None:
+    answer = right(expected)._next_id
+
+    def next_id(ids: list[int]) -> int | None:
+        assert threading.current_thread().name != LEAD, "a bug"
+        return answer(ids)
+
+    drafter = AheadDrafter(next_id)
+    wait_for_a_guess(drafter, dispatch)
+    with (
+        closing(
+            Rig(path, lambda _: [drafter], max_draft=4, round_trips=1, dispatch=dispatch)
+        ) as rig,
+        pytest.raises(AssertionError, match="a bug"),
+    ):
+        rig.run(ASKED)
+    assert not leads()
