@@ -25,7 +25,7 @@ DIM, FFN_DIM = 2048, 768
 EXPERTS_PER_TOKEN = 8
 ARENA_BYTES = 512 * 1024**2
 ALTERNATIONS = 9
-FORMATS = "q4_0,q4_1,q4_k,q8_0,bf16,f16,f32"
+FORMATS = "q3_t,q4_t,q4_0,q4_1,q4_k,q8_0,bf16,f16,f32"
 
 
 def random_rows(fmt: Format, num_rows: int, cols: int, rng: np.random.Generator) -> U8:
