@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--iters", type=int, nargs="*", default=[1, 2, 3, 4])
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-zeros", action="store_true")
     parser.add_argument("--fables", action="store_true", help="read texts of its own kind")
     asked = parser.parse_args()
     report = measure_fidelity(
@@ -34,6 +35,7 @@ def main() -> None:
             iters=tuple(asked.iters),
             num_tokens=asked.tokens,
             threads=asked.threads,
+            zeros=not asked.no_zeros,
             text=fables_text() if asked.fables else None,
         )
     )

@@ -2,7 +2,7 @@
 
 *Teacher forced*: every token of a given text is run, one by one as in decoding, on the KV that the
 mode itself has written; its logits are compared with the exact ones. *Free running*: each mode
-writes greedily; what it wrote is then read exactly, and compared at every step it took.
+writes, sampled with the same noise; what it wrote is then read exactly and compared step by step.
 """
 
 from collections.abc import Sequence
@@ -40,8 +40,6 @@ from shoal.artifact import Artifact
 from shoal.model_spec import RouterKind
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
-
-GREEDY = ops.SamplingParams(temperature=0.0)
 
 
 class Runner(Protocol):
@@ -124,7 +122,8 @@ class FidelityBench:
 
     Args:
         text: ids: `num_prompt` that are read exactly, and those that are run one by one.
-        num_free: tokens that are written, free running.
+        num_free: tokens that are written, free running. sampling: how: with the same noise, modes
+            whose logits are near write the same.
     """
 
     def __init__(
@@ -134,10 +133,12 @@ class FidelityBench:
         text: Sequence[int],
         num_prompt: int,
         num_free: int,
+        sampling: ops.SamplingParams,
     ) -> None:
         assert 0 < num_prompt < len(text), (num_prompt, len(text))
         self._artifact = artifact
         self._tap = RoutingTap(dispatch)
+        self._sampling = sampling
         self._text, self._num_prompt, self._num_free = list(text), num_prompt, num_free
         self._weights = load_weights(artifact)
         num_blocks = blocks_for(max(len(text), num_prompt + num_free))
@@ -176,8 +177,10 @@ class FidelityBench:
         num_steps = self._num_free if given is None else len(given)
         rows, asked = [], []
         for step in range(num_steps):
-            chosen = ops.sample(logits, GREEDY, tokens.token_ids, 0, 0, tokens.num_tokens)
-            tokens.extend([chosen if given is None else given[step]])
+            if given is None:
+                tokens.extend([self._choose(logits, tokens)])
+            else:
+                tokens.extend([given[step]])
             self._tap.asked.clear()
             logits = self._pass(runner, tokens, 1, 1)[-1]
             rows.append(logits)
@@ -187,6 +190,10 @@ class FidelityBench:
         layers = asked[0]
         together = {layer: np.concatenate([step[layer] for step in asked]) for layer in layers}
         return _Run(ids, np.stack(rows), together)
+
+    def _choose(self, logits: F32, tokens: Tokens) -> int:
+        sampling = self._sampling
+        return ops.sample(logits, sampling, tokens.token_ids, sampling.seed, 0, tokens.num_tokens)
 
     def _read(self, ids: list[int]) -> _Run:
         """Run a text exactly, at once: the same bits as one by one."""

@@ -14,6 +14,8 @@ from shoal.errors import RequestError, UsageError
 if TYPE_CHECKING:
     from coordinator.corrected.fidelity import Fidelity
 
+TEMPERATURE = 0.8  # free running: greedily, small models soon repeat themselves, however near
+
 app = typer.Typer(help="Measure what a mode costs or is worth, on your model and machines.")
 
 
@@ -23,7 +25,7 @@ class FidelityRequest:
 
     text: None: a passage of our own. num_prompt: its tokens that are read exactly, before
     num_tokens that are run one by one, and before as many that are written freely.
-    zeros: also with nothing for a stand-in, as larql does, as a reference.
+    temperature: of what is written. zeros: also with nothing for a stand-in, as larql does it.
     """
 
     model: str
@@ -33,6 +35,7 @@ class FidelityRequest:
     text: str | None = None
     num_prompt: int = 32
     num_tokens: int = 200
+    temperature: float = TEMPERATURE
     zeros: bool = True
     threads: int | None = None
 
@@ -64,6 +67,7 @@ class FidelityReport:
     num_layers: int
     num_prompt: int
     num_tokens: int
+    temperature: float
     rows: tuple[FidelityRow, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -85,6 +89,9 @@ def fidelity(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="of the text, read exactly")] = 32,
     tokens: Annotated[int, typer.Option(help="of the text, one by one; and as many free")] = 200,
+    temperature: Annotated[
+        float, typer.Option(help="of what is written free; 0: the likeliest token")
+    ] = TEMPERATURE,
     zeros: Annotated[
         bool, typer.Option("--zeros/--no-zeros", help="also with nothing for a stand-in")
     ] = True,
@@ -105,6 +112,7 @@ def fidelity(
         text=None if text is None else text.read_text("utf-8"),
         num_prompt=prompt_tokens,
         num_tokens=tokens,
+        temperature=temperature,
         zeros=zeros,
         threads=threads,
     )
@@ -149,7 +157,12 @@ def measure_fidelity(request: FidelityRequest) -> FidelityReport:
         dispatch = open_dispatch(model.config, artifact, told)
         stack.callback(dispatch.close)
         bench = FidelityBench(
-            artifact, dispatch, ids[:num_ids], request.num_prompt, request.num_tokens
+            artifact,
+            dispatch,
+            ids[:num_ids],
+            request.num_prompt,
+            request.num_tokens,
+            ops.SamplingParams(temperature=request.temperature),
         )
         rows.append(FidelityRow("stream", None, 0, bench.stream()))
         alone = bench.alone(DispatchedExperts(coarse, shadow.dispatch))
@@ -171,6 +184,7 @@ def measure_fidelity(request: FidelityRequest) -> FidelityReport:
         sum(layer.router is not None for layer in artifact.spec.layers),
         request.num_prompt,
         request.num_tokens,
+        request.temperature,
         tuple(rows),
     )
 
@@ -192,7 +206,7 @@ def table(report: FidelityReport) -> str:
         routing = "-" if row.fidelity.routing is None else f"{row.fidelity.routing:.3f}"
         lines.append(
             f"| {row.mode} | {'-' if row.iters is None else row.iters} | {forced.agreement:.3f} "
-            f"| {forced.kl:.4f} | {forced.perplexity:.2f} | {routing} | {free.agreement:.3f} "
+            f"| {forced.kl:.2g} | {forced.perplexity:.2f} | {routing} | {free.agreement:.3f} "
             f"| {free.exact_perplexity:.2f} | {free.same_tokens} | {free.distinct:.2f} |"
         )
     return "\n".join(lines) + "\n"
