@@ -5,6 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from shoal.artifact import Artifact
+from shoal.artifact.shadow import SHADOW_FORMATS, find_shadow
 from shoal.experts.ownership import Ownership
 
 _EXPERT_COLUMNS = (
@@ -21,6 +22,7 @@ def summarise(artifact: Artifact) -> dict[str, Any]:
         "path": str(artifact.path),
         "identity": artifact.identity,
         "shadow_of": manifest.shadow_of,
+        "shadows": [name for name in SHADOW_FORMATS if find_shadow(artifact, name) is not None],
         "family": spec.family,
         "source": manifest.source,
         "quantisation": manifest.quantisation,
@@ -101,6 +103,7 @@ def overview(summary: dict[str, Any]) -> Table:
         f" {summary['num_kv_heads']} for keys and values",
         "vocabulary": f"{summary['vocab_size']:,} tokens, context {summary['max_context']:,}",
         "files": ", ".join(summary["files"]) or "no text files here",
+        **({"shadows": ", ".join(summary["shadows"])} if summary["shadows"] else {}),
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -201,6 +201,8 @@ def test_the_verb_makes_it_where_run_finds_it_and_inspect_tells_whose_it_is(
         shadow_verb(str(target.path), None, "q3")
     inspect(str(made.path), as_json=True)
     assert json.loads(capsys.readouterr().out)["shadow_of"] == target.identity
+    inspect(str(target.path), as_json=True)
+    assert json.loads(capsys.readouterr().out)["shadows"] == ["q3"]
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "olmoe"])
