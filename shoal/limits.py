@@ -38,6 +38,7 @@ MAX_SHARD_WAIT_S = 3600.0  # --shard-wait: a node that is away for longer is gon
 MAX_DRAFT = 32  # guesses that one pass verifies: beyond, chances multiply to nothing
 MAX_LOOKUP_TOKENS = 32_768  # that an index of suffixes holds, older ones go: some 20 MiB
 MAX_HISTORY_TOKENS = MAX_LOOKUP_TOKENS  # on disk, of the user's own texts: 128 KiB
+MAX_LEAD = 2 * MAX_DRAFT  # guesses in a row before a drafter starts from verified tokens again
 KV_SCRATCH_BLOCKS = 4  # beyond the longest context: a drafter's copy of the last block, its guesses
 MAX_SHADOW_TEXT_TOKENS = 1024  # of the text that says which columns matter to a shadow
 KV_BLOCK_TOKENS = 64  # keys of a KV block: four lanes' worth, a quarter of a cut
@@ -64,5 +65,5 @@ assert MAX_CALLS_AHEAD * 2 <= MAX_QUEUED_CALLS, "two coordinators must not refus
 assert MAX_MODEL_DIM * 8 < MAX_MESSAGE_BYTES, "the widest row of a reply must fit in one message"
 assert PREFILL_CHUNK <= MAX_ROWS_PER_CALL
 assert 1 + MAX_DRAFT <= PREFILL_CHUNK, "one pass verifies a whole draft"
-assert KV_BLOCK_TOKENS * (KV_SCRATCH_BLOCKS - 2) >= 2 * MAX_DRAFT, "a copied block and the guesses"
+assert KV_BLOCK_TOKENS * (KV_SCRATCH_BLOCKS - 2) >= MAX_LEAD, "a copied block and the guesses"
 assert MAX_MESSAGE_BYTES <= H2_WINDOW_BYTES and H2_FRAME_BYTES < 2**24

@@ -66,11 +66,18 @@ class Lead:
         self._thread = threading.Thread(target=self._run, name="draft-ahead", daemon=True)
         self._thread.start()
 
-    def stop(self) -> list[DraftToken]:
-        """Return the guesses that follow the draft, when the one being made is there."""
+    def stop(self, token_id: int) -> list[DraftToken]:
+        """Return the guesses that follow the draft, when the one being made is there.
+
+        Args: token_id: what really came behind the draft; none where the first guess is another.
+        """
         self._is_stopping = True
+        if self._behind and self._behind[0].token_id != token_id:
+            self.close()  # nothing here is worth waiting for
+            return []
         self._join()
-        return self._behind
+        is_right = bool(self._behind) and self._behind[0].token_id == token_id
+        return self._behind[1:] if is_right else []
 
     def close(self) -> None:
         """End the guess that is being made, and let go of what the drafter holds."""
@@ -81,7 +88,7 @@ class Lead:
             self._guesses.close()
 
     def _next(self) -> DraftToken | None:
-        if self._num_made == limits.MAX_DRAFT:
+        if self._num_made == limits.MAX_LEAD:
             return None
         self._num_made += 1
         return next(self._guesses, None)

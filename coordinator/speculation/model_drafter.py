@@ -34,7 +34,7 @@ class ModelDrafter:
 
         Raises: as `LocalExperts.warm_up` and `exact_transformer`.
         """
-        longest = min(max_context + limits.MAX_DRAFT, artifact.spec.max_context)
+        longest = min(max_context + limits.MAX_LEAD, artifact.spec.max_context)
         num_blocks = blocks_for(longest)
         ownership = Ownership(artifact.owned_experts)
         self._experts = LocalExperts(artifact, ownership)

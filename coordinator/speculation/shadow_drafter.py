@@ -48,7 +48,7 @@ class ShadowDrafter:
     ) -> Generator[DraftToken, None, None]:
         """See `Drafter.draft`."""
         assert self._request is not None, "a draft before its request"
-        fork = fork_with_kv(sequence, self._kv, sequence.num_tokens + limits.MAX_DRAFT)
+        fork = fork_with_kv(sequence, self._kv, sequence.num_tokens + limits.MAX_LEAD)
         if fork is None:
             return
         try:

@@ -154,15 +154,17 @@ class Speculator:
         if before is None or before.lead is None:
             return None
         lead, draft = before.lead, Draft(before.candidate)
-        behind = lead.stop()
-        if not behind or behind[0].token_id != sequence.token_ids[-1]:
+        behind = lead.stop(int(sequence.token_ids[-1]))
+        if not behind:
             before.close()
             return None
         draft.lead = lead
-        for guess in behind[1 : 1 + limit]:
+        for guess in behind[:limit]:
             draft.add(guess)
         draft.candidate.num_ahead += len(draft.guesses)
-        if len(behind) <= 1 + limit:
+        if len(behind) > limit:
+            draft.close()  # the text ends soon
+        else:
             self._pull(draft, limit, draft.candidate.wants_more)
         return draft
 
