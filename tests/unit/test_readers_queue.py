@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from shoal.experts.readers import LATENCY_BOUNDS_S, Read, Source
 from shoal.experts.readers.read_queue import (
     FIRST_BACKOFF_S,
-    MAX_ATTEMPTS,
     MANY_READS,
+    MAX_ATTEMPTS,
     PREFETCH_SHARE,
     Chunk,
     ReadQueue,
