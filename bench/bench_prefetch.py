@@ -391,6 +391,7 @@ def main() -> None:
     parser.add_argument("--ffn-dim", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--skip-offline", action="store_true")
+    parser.add_argument("--name", default="prefetch", help="of the result file")
     parser.add_argument("--skip-online", action="store_true")
     chosen = parser.parse_args()
     ops.set_threads(chosen.threads)
@@ -414,7 +415,7 @@ def main() -> None:
             found["online"] += online(wide, texts, percent, chosen.subjects)
         print_online(found["online"])
     rows = found.pop("online")
-    save("prefetch", rows, model=artifact.name, identity=artifact.identity, **found)
+    save(chosen.name, rows, model=artifact.name, identity=artifact.identity, **found)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,19 @@ def test_few_reads_come_one_after_the_other_and_many_fill_the_device() -> None:
     assert tags(queue.next_chunks(0.0)) == [2]
 
 
+def test_who_halves_the_depth_halves_it_for_few_reads_as_well() -> None:
+    queue = ReadQueue(chunk_bytes=PAGE, queue_depth=32, steady_depth=6)
+    queue.add([read(tag) for tag in range(3)], 0.0)
+    queue.set_queue_depth(16)
+    chunks = queue.next_chunks(0.0)
+    assert len(chunks) == 3
+    queue.set_queue_depth(1)
+    finish_all(queue, chunks)
+    assert len(queue.next_chunks(0.0)) == 1
+    queue.set_queue_depth(32)
+    assert len(queue.next_chunks(0.0)) == 5
+
+
 def test_a_promoted_prefetch_is_the_last_demand_in_line() -> None:
     queue = queue_of(read(1, prefetch=True), read(2), read(3, prefetch=True), depth=2)
     queue.promote(3)

@@ -119,9 +119,9 @@ class ReadQueue:
         self.counts = QueueCounts()
         self.bucket = TokenBucket(None)
         self.in_flight = 0
-        self._depth = 1
-        self._steady_depth = steady_depth
-        self.set_queue_depth(queue_depth)
+        full = _legal_depth(queue_depth)
+        self._full_depths = (full, min(steady_depth, full))
+        self._depth, self._steady_depth = self._full_depths
         self._prefetch_in_flight = 0
         self._active: dict[int, ActiveRead] = {}
         # Reads with bytes not yet cut into chunks, by tag, in the order of their turn.
@@ -136,8 +136,13 @@ class ReadQueue:
         return self._depth
 
     def set_queue_depth(self, depth: int) -> None:
-        """Start chunks up to that many in flight from now on; clamped to what is legal."""
-        self._depth = min(max(depth, 1), MAX_READ_QUEUE_DEPTH)
+        """Start chunks up to that many in flight from now on; clamped to what is legal.
+
+        The steady depth keeps its proportion: who paces a drive paces few reads as well.
+        """
+        self._depth = _legal_depth(depth)
+        full, steady = self._full_depths
+        self._steady_depth = min(self._depth, max(1, steady * self._depth // full))
 
     def check(self, reads: Iterable[Read]) -> None:
         """Raise ValueError for a read that could not be added."""
@@ -275,13 +280,12 @@ class ReadQueue:
 
     @property
     def _limit(self) -> int:
-        is_steady = len(self._demand) <= MANY_READS
-        return min(self._depth, self._steady_depth) if is_steady else self._depth
+        return self._steady_depth if len(self._demand) <= MANY_READS else self._depth
 
     @property
     def _may_prefetch(self) -> bool:
         has_demand = self.in_flight > self._prefetch_in_flight
-        limit = max(1, min(self._depth, self._steady_depth) // PREFETCH_SHARE)
+        limit = max(1, self._steady_depth // PREFETCH_SHARE)
         return not has_demand and self._prefetch_in_flight < limit
 
     def _pick(self, now_s: float) -> Chunk | None:
@@ -346,6 +350,10 @@ class ReadQueue:
         else:
             counts.num_errors += 1
         self._done.append(Done(active.read.tag, active.error, seconds, size))
+
+
+def _legal_depth(depth: int) -> int:
+    return min(max(depth, 1), MAX_READ_QUEUE_DEPTH)
 
 
 def _bucket(seconds: float) -> int:
