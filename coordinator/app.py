@@ -260,8 +260,9 @@ def _make_engine(
     round_trips = 0 if nodes is None else nodes.num_layers_on_nodes
     shadow = None if asked.moe_dispatch.is_exact else speculation.shadow()
     figures = figures_of(asked.moe_dispatch, shadow, None if nodes is None else nodes.farthest_s)
-    can_guess = asked.speculation.shadow is not None or asked.speculation.draft_model is not None
-    announce(figures, round_trips, can_guess, feedback.tell)
+    guessing = asked.speculation
+    is_told = guessing.mode is Speculate.OFF or guessing.shadow or guessing.draft_model
+    announce(figures, round_trips, not is_told, feedback.tell)
     weights = load_weights(artifact)
     approximate = None
     if shadow is not None:

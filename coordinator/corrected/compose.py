@@ -73,12 +73,15 @@ def corrected_pass(
 
 
 def announce(
-    figures: MoeDispatchFigures, num_round_trips: int, can_guess: bool, tell: Callable[[str], None]
+    figures: MoeDispatchFigures,
+    num_round_trips: int,
+    could_guess: bool,
+    tell: Callable[[str], None],
 ) -> None:
     """Tell what a user must know of the mode before the first token.
 
     Args:
-        num_round_trips: of an exact pass. can_guess: whether there is more than lookup to guess.
+        num_round_trips: of an exact pass. could_guess: whether more drafters could be asked for.
     """
     if figures.num_iters is not None:
         instead = f" instead of {num_round_trips}" if num_round_trips else ""
@@ -87,7 +90,7 @@ def announce(
             " computes the text nearly, not exactly, as the model would (docs/batch-dispatch.md)."
             " Exact and quick on a slow link: --speculate batch"
         )
-    elif figures.link_rtt_ms is not None and figures.asked is MoeDispatch.AUTO and not can_guess:
+    elif figures.link_rtt_ms is not None and figures.asked is MoeDispatch.AUTO and could_guess:
         seconds = figures.link_rtt_ms / 1e3 * num_round_trips
         if seconds * SLOW_TOKENS_PER_S > 1.0:
             tell(

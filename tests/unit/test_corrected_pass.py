@@ -8,7 +8,12 @@ import pytest
 from numpy.typing import NDArray
 
 from coordinator.cancellation import Cancellation, Cancelled
-from coordinator.corrected.compose import check_shadow
+from coordinator.corrected.compose import (
+    MoeDispatchFigures,
+    announce,
+    check_shadow,
+    figures_of,
+)
 from coordinator.corrected.config import MoeDispatch, MoeDispatchConfig
 from coordinator.corrected.corrected_pass import CorrectedPass
 from coordinator.corrected.surrogate import expert_bits
@@ -208,3 +213,19 @@ def test_a_stand_in_of_too_few_bits_is_refused(passes: Passes) -> None:
     check_shadow(passes.coarse)
     with pytest.raises(UsageError, match=r"4\.\d bits a weight.*needs 5 or more"):
         check_shadow(passes.coarse, min_bits=5.0)
+
+
+def told(rtt_ms: float | None, could_guess: bool = True, asked: str = "auto") -> list[str]:
+    out: list[str] = []
+    figures = MoeDispatchFigures(MoeDispatch(asked), MoeDispatch.STREAM, link_rtt_ms=rtt_ms)
+    announce(figures, 30, could_guess, out.append)
+    return out
+
+
+def test_auto_stays_exact_and_tells_of_a_slow_link_what_helps() -> None:
+    [text] = told(45.0)
+    assert "45 ms away: 30 round trips allow 0.7 passes a second" in text and "--shadow q4" in text
+    assert not told(45.0, could_guess=False), "somebody who guesses needs no advice"
+    assert not told(45.0, asked="stream"), "nobody asked"
+    assert not told(0.2) and not told(None)
+    assert figures_of(MoeDispatchConfig(), None, 0.045).is_exact
