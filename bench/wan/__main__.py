@@ -1,6 +1,6 @@
 """What speculation yields behind a home link.
 
-python -m bench.wan [--quick] [--parts modes prompt sweep synthetic] [--tokens 64] [--lanes 3]
+python -m bench.wan [--quick] [--parts modes prompt sweep synthetic] [--tokens 64]
 
 SmolLM2 as BF16, its FFN cut into 30 layers of 16 experts that every token visits, on two node
 processes behind a proxy of 45 ms there and back, no other limit. See docs/wan.md.
@@ -32,6 +32,7 @@ from bench.wan.synthetic import LINK as WIDE_LINK
 from bench.wan.synthetic import WIDE, make_wide_model, measure_wide
 
 PARTS = ("modes", "prompt", "sweep", "synthetic")
+WIDE_TOKENS = 48  # of an answer of the wide model, at most: some 45 s
 LARQL_TOKENS_PER_S = 0.7  # its published figure: 30 layers, 45 ms
 LINK = LinkSpeed(rtt_s=0.045)
 
@@ -43,12 +44,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--modes", nargs="+", choices=[mode.name for mode in MODES])
     parser.add_argument("--tokens", type=int, help="of an answer; default: 64, quick: 24")
-    parser.add_argument("--sweep-tokens", type=int, help="default: 32, quick: 12")
-    parser.add_argument("--lanes", type=int, default=3, help="requests side by side, in `modes`")
+    parser.add_argument("--sweep-tokens", type=int, help="default: 24, quick: 12")
     parser.add_argument("--name", default="wan", help="of the result files")
     chosen = parser.parse_args()
     chosen.tokens = chosen.tokens or (24 if chosen.quick else 64)
-    chosen.sweep_tokens = chosen.sweep_tokens or (12 if chosen.quick else 32)
+    chosen.sweep_tokens = chosen.sweep_tokens or (12 if chosen.quick else 24)
     return chosen
 
 
@@ -79,7 +79,7 @@ def measure_modes(
     cluster.links.set(LINK)
     rows: list[Row] = []
     for mode in modes:
-        rows += measure_mode(cluster, mode, shadows, cases, expected, chosen.tokens, chosen.lanes)
+        rows += measure_mode(cluster, mode, shadows, cases, expected, chosen.tokens)
     show(
         "Each prompt",
         rows,
@@ -157,7 +157,7 @@ def measure_sweep(
 def measure_synthetic(scratch: Path, chosen: argparse.Namespace) -> None:
     """Measure the wide geometry on its link."""
     with open_cluster(make_wide_model(), scratch) as cluster:
-        rows = measure_wide(cluster, chosen.tokens, chosen.quick)
+        rows = measure_wide(cluster, min(chosen.tokens, WIDE_TOKENS), chosen.quick)
         summary = [
             {
                 "mode": mode,
@@ -191,7 +191,6 @@ def _conditions(cluster: Cluster, chosen: argparse.Namespace) -> dict[str, objec
         "model_expert_bytes": cluster.expert_bytes,
         "link": asdict(LINK),
         "tokens": chosen.tokens,
-        "lanes": chosen.lanes,
         "load_1_min": os.getloadavg()[0],
     }
 

@@ -33,10 +33,11 @@ class Case:
 
 
 def all_cases(prompts: Sequence[Prompt], is_quick: bool) -> list[Case]:
-    """Return all prompts greedily, then at a temperature; quick: one of each kind, greedily."""
+    """Return all prompts greedily, one of each kind at a temperature; quick: these, greedily."""
+    few = one_of_each(prompts)
     if is_quick:
-        return [Case(prompt, GREEDY) for prompt in one_of_each(prompts)]
-    return [Case(prompt, temperature) for temperature in (GREEDY, WARM) for prompt in prompts]
+        return [Case(prompt, GREEDY) for prompt in few]
+    return [*(Case(prompt, GREEDY) for prompt in prompts), *(Case(prompt, WARM) for prompt in few)]
 
 
 def references(cluster: Cluster, cases: Sequence[Case], num_tokens: int) -> list[Result]:
@@ -51,16 +52,18 @@ def measure_mode(
     cases: Sequence[Case],
     expected: Sequence[Result],
     num_tokens: int,
-    lanes: int,
+    lanes: int | None = None,
 ) -> list[Row]:
     """Run a mode over all cases; return a row a case.
+
+    Args: lanes: None: the mode's own.
 
     Raises RuntimeError where a token differs from what is expected.
     """
     count = max(MIN_TOKENS, round(num_tokens * mode.share))
     began_s = time.perf_counter()
     requests = [case.request(count) for case in cases]
-    results = ask_all(cluster.setup(mode.with_shadows(shadows)), requests, lanes)
+    results = ask_all(cluster.setup(mode.with_shadows(shadows)), requests, lanes or mode.lanes)
     print(f"{mode.name}: {time.perf_counter() - began_s:.0f} s", flush=True)
     rows: list[Row] = []
     for case, result, right in zip(cases, results, expected, strict=True):
@@ -83,6 +86,7 @@ def _row(cluster: Cluster, mode: Mode, case: Case, result: Result, right: Result
         "answer_repetition": repetition(whole, len(prompt)),
         **totals([result]).figures(),
         "identical": True,
+        "lanes": mode.lanes,
         "local_expert_share": result["local_expert_bytes"] / cluster.expert_bytes,
         **result,
     }
@@ -108,6 +112,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
                     "fanout_p50_s": sorted(row["fanout_p50_s"] for row in mine)[len(mine) // 2],
                     "local_expert_bytes": max(row["local_expert_bytes"] for row in mine),
                     "local_expert_share": max(row["local_expert_share"] for row in mine),
+                    "lanes": mine[0]["lanes"],
                     "identical": all(row["identical"] for row in mine),
                 }
             )

@@ -12,11 +12,14 @@ class Mode:
 
     share: of the tokens asked for that it generates: 1 for all; a mode whose every token takes the
     same time needs few to tell.
+    lanes: requests side by side, each with a coordinator of its own: a mode that only waits takes
+    the others little; one that drafts with a model keeps a core busy.
     """
 
     name: str
     speculation: Mapping[str, Any] = field(default_factory=dict)
     share: float = 1.0
+    lanes: int = 1
 
     @property
     def shadow(self) -> str | None:
@@ -31,14 +34,14 @@ class Mode:
         return given
 
 
-OFF = Mode("off", {"mode": "off"}, share=1 / 8)
+OFF = Mode("off", {"mode": "off"}, share=1 / 8, lanes=4)
 AUTO = Mode("auto, q4", {"mode": "auto", "shadow": "q4"})
 BARE = Mode("auto, no shadow", {"mode": "auto"})
 MODES = (
     OFF,
-    Mode("lookup", {"mode": "lookup"}),
-    Mode("shadow q3", {"mode": "shadow", "shadow": "q3"}),
-    Mode("shadow q4", {"mode": "shadow", "shadow": "q4"}),
+    Mode("lookup", {"mode": "lookup"}, lanes=5),
+    Mode("shadow q3", {"mode": "shadow", "shadow": "q3"}, lanes=3),
+    Mode("shadow q4", {"mode": "shadow", "shadow": "q4"}, lanes=2),
     Mode("batch, q4", {"mode": "batch", "shadow": "q4"}),
     AUTO,
 )

@@ -42,7 +42,7 @@ def sweep(
         modes = (replace(OFF, share=min(1.0, TIMED_FROM_S / rtt_s)), BARE, AUTO)
 
         def measure(mode: Mode) -> list[Row]:
-            return measure_mode(cluster, mode, shadows, cases, expected, num_tokens, 1)
+            return measure_mode(cluster, mode, shadows, cases, expected, num_tokens, lanes=1)
 
         with ThreadPoolExecutor(len(modes) if rtt_s >= TOGETHER_FROM_S else 1) as pool:
             measured = list(pool.map(measure, modes))

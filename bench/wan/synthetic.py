@@ -52,7 +52,9 @@ def make_wide_model() -> Path:
 
 def replayed_cases(cluster: Cluster, num_tokens: int, is_quick: bool) -> list[Replayed]:
     """Run the model in one process; return its answers with the recorded luck."""
-    cases = json.loads(TRACE.read_text())["cases"][:: 3 if is_quick else 1]
+    # One of each kind; two of them were sampled greedily.
+    cases = json.loads(TRACE.read_text())["cases"]
+    cases = [cases[index] for index in ((0, 6) if is_quick else (0, 1, 6, 7))]
     rng = random.Random(0)
     prompts = [tuple(rng.choices(range(WIDE.vocab), k=PROMPT_TOKENS)) for _ in cases]
     requests = [Request(prompt, num_tokens, 0.0) for prompt in prompts]

@@ -28,7 +28,9 @@ def random_blocks(rng: np.random.Generator, fmt: Format, rows: int, cols: int) -
         return np.ascontiguousarray(values.view(np.uint16)[:, 1::2]).view(np.uint8)
     blocks = rng.integers(0, 256, (rows, padded // fmt.block_cols, fmt.block_bytes), np.uint8)
     two = fmt in (Format.Q4_1, Format.Q4_K)
-    scale = {Format.Q8_0: 1e-3, Format.Q4_K: 3e-4, Format.Q4_T: 4e-3, Format.Q3_T: 4e-3}.get(fmt, 1e-2)
+    scale = {Format.Q8_0: 1e-3, Format.Q4_K: 3e-4, Format.Q4_T: 4e-3, Format.Q3_T: 4e-3}.get(
+        fmt, 1e-2
+    )
     for offset, size in ((0, scale), (2, 3e-2))[: 2 if two else 1]:
         halves = (rng.normal(size=blocks.shape[:2]) * size).astype(np.float16)
         blocks[..., offset : offset + 2] = halves[..., None].view(np.uint8)
