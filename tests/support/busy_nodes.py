@@ -92,8 +92,7 @@ class BusyWorld:
         self._now_s = 0.0
         self._coming: list[tuple[float, int, int, Replied]] = []
         self._cancelled: set[int] = set()
-        self._is_finished = False
-        self._num_calls = self.num_hedges = 0
+        self._num_calls = self._num_unfinished = self.num_hedges = 0
         for number in range(num_nodes):
             self.core.on(NodeOpened(number, 10**6, 2 * HOP_S, False, 0.0))
 
@@ -103,16 +102,17 @@ class BusyWorld:
         assert health is not None
         return self._now_s < health.demoted_until_s
 
-    def call(self) -> None:
-        """Make a call and wait for its end."""
-        self._num_calls += 1
+    def call(self, at_once: int = 1) -> None:
+        """Make so many calls at the same time, each a fan-out of its own; wait for their ends."""
         count = len(self.nodes)
-        candidates = tuple((self._num_calls + i) % count for i in range(count))
-        new = NewCall(self._num_calls, candidates, Lane.INTERACTIVE, 100, 1.0)
-        self._is_finished = False
-        self._do(self.core.on(FanoutStarted(new.call_id, (new,), self._now_s)))
+        self._num_unfinished = at_once
+        for _ in range(at_once):
+            self._num_calls += 1
+            candidates = tuple((self._num_calls + i) % count for i in range(count))
+            new = NewCall(self._num_calls, candidates, Lane.INTERACTIVE, 100, 1.0)
+            self._do(self.core.on(FanoutStarted(new.call_id, (new,), self._now_s)))
         tick_s = self._now_s + TICK_S
-        while not self._is_finished:
+        while self._num_unfinished:
             if self._coming and self._coming[0][0] <= tick_s:
                 self._take_next()
             else:
@@ -144,7 +144,7 @@ class BusyWorld:
                 case Cancel(attempt_id):
                     self._cancelled.add(attempt_id)
                 case Finish():
-                    self._is_finished = True
+                    self._num_unfinished -= 1
                 case _:
                     pass
 

@@ -26,6 +26,24 @@ def test_a_quiet_machine_hedges_next_to_nothing() -> None:
 
 
 @pytest.mark.parametrize("stalls_per_s", [0.0, 5.0])
+@pytest.mark.parametrize("warm_up", [0, WARM_UP])
+def test_all_layers_at_once_are_no_slowness(warm_up: int, stalls_per_s: float) -> None:
+    """Sixty calls at a time, after none or many that came alone: the last waits for all others."""
+    for seed in range(3):
+        world = BusyWorld(seed, stalls_per_s=stalls_per_s)
+        for _ in range(warm_up):
+            world.call()
+        before = world.num_hedges
+        for _ in range(60):
+            world.call(at_once=60)
+            assert not any(map(world.is_demoted, range(2)))
+        assert world.num_hedges - before <= (0.01 if stalls_per_s else 0.001) * 60 * 60
+        for _ in range(warm_up):
+            world.call()
+            assert not any(map(world.is_demoted, range(2)))
+
+
+@pytest.mark.parametrize("stalls_per_s", [0.0, 5.0])
 @pytest.mark.parametrize("work_s", [0.0006, 0.004])
 @pytest.mark.parametrize(
     ("slowness", "duty"),
