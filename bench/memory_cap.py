@@ -40,14 +40,16 @@ class Usage:
 class MemoryCap:
     """A group of its own with a limit; removed at the end of the `with` block, once it is empty."""
 
-    def __init__(self, name: str, limit_bytes: int) -> None:
-        """Make the group. Raises NoMemoryCap."""
+    def __init__(
+        self, name: str, limit_bytes: int, *, v1: Path = ROOT_V1, v2: Path = ROOT_V2
+    ) -> None:
+        """Make the group. v1, v2: where the two versions are mounted. Raises NoMemoryCap."""
         self.limit_bytes = limit_bytes
-        self.is_v1 = (ROOT_V1 / "memory.limit_in_bytes").exists()
-        self.path = (ROOT_V1 if self.is_v1 else ROOT_V2) / name
+        self.is_v1 = (v1 / "memory.limit_in_bytes").exists()
+        self.path = (v1 if self.is_v1 else v2) / name
         try:
             if not self.is_v1:
-                (ROOT_V2 / "cgroup.subtree_control").write_text("+memory")
+                (v2 / "cgroup.subtree_control").write_text("+memory")
             self.path.mkdir()
             self._set_limit()
         except OSError as error:
