@@ -29,7 +29,7 @@ def empty(group: Path) -> None:
         file.unlink()
 
 
-def test_a_group_of_version_two_is_limited_without_swap_and_told_from_its_files(
+def test_a_group_of_version_two_is_limited_and_told_from_its_files(
     tmp_path: Path,
 ) -> None:
     v2 = tmp_path / "v2"
