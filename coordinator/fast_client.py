@@ -16,7 +16,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from coordinator.calls_in_flight import CallsInFlight, Fanout, OutgoingCall, closed
 from coordinator.dispatch_events import Lane, NodeAbsent, NodeLost, NodeOpened, NodeRetired
@@ -98,6 +98,13 @@ class FastClient(KnownNodes):
             self._find_a_leader()
         return fanout
 
+    def hint(self, frames: Mapping[int, bytes]) -> None:
+        """Send hints (see ExpertClient)."""
+        with self._lock:
+            for node, frame in frames.items():
+                self.send(node, Lane.INTERACTIVE, frame)
+            self._flush_dirty()
+
     def wait(self, fanout: Fanout) -> None:
         """Lead, or follow, until the fan-out has ended; raises what else ended it."""
         with self._lock:
@@ -149,13 +156,13 @@ class FastClient(KnownNodes):
         await link.close()  # it was for Describe
         endpoint, keepalive = self._keeper.endpoints[node], self._keepalive
         lanes = {lane: FastLane(endpoint, lane, keepalive) for lane in Lane}
-        credit_bytes, rtt_s = 0, 0.0
+        credit_bytes, rtt_s, wants_hints = 0, 0.0, False
         try:
             for epoch, lane in enumerate(lanes.values(), first_epoch):
                 begun_s = time.monotonic()
                 opened = await asyncio.to_thread(lane.open, self._greeting, epoch)
                 rtt_s = (time.monotonic() - begun_s) / 2  # to connect, and to open
-                credit_bytes = opened.credit_bytes
+                credit_bytes, wants_hints = opened.credit_bytes, opened.wants_hints
         except BaseException:
             for lane in lanes.values():
                 lane.close()
@@ -166,7 +173,7 @@ class FastClient(KnownNodes):
                 self._lanes[key] = lane
                 self._lane_of_fd[lane.fileno()] = key
                 self._poll.register(lane.fileno(), select.POLLIN)
-        return OpenedLanes(credit_bytes, rtt_s)
+        return OpenedLanes(credit_bytes, rtt_s, wants_hints)
 
     def opened(self, event: NodeOpened) -> None:
         """Call a node from now on (see LaneOpener)."""

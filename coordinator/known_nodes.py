@@ -28,6 +28,10 @@ class KnownNodes:
         """Return a node's endpoint."""
         return self._keeper.names[node]
 
+    def wants_hints(self, node: int) -> bool:
+        """Return whether a node reads experts ahead."""
+        return node in self._keeper.wants_hints
+
     def next_call_id(self) -> int:
         """Return an id that no other call of this client has."""
         return next(self._call_ids)

@@ -8,7 +8,7 @@ is ended; it decodes the replies itself. So the loop's thread does little more t
 import asyncio
 import concurrent.futures
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -70,6 +70,14 @@ class ExpertClient(Protocol):
         ...
 
     def next_call_id(self) -> int: ...
+    def wants_hints(self, node: int) -> bool:
+        """Return whether a node reads experts ahead."""
+        ...
+
+    def hint(self, frames: Mapping[int, bytes]) -> None:
+        """Send each node a hint, if it is there. Any thread; nothing comes of it."""
+        ...
+
     def submit(self, calls: Sequence[OutgoingCall]) -> Fanout:
         """Send a fan-out's calls. Any thread; the Fanout ends, whatever nodes do."""
         ...
@@ -128,6 +136,10 @@ class NodeClient(KnownNodes):
         self._loop.call_soon_threadsafe(self._start, fanout)
         return fanout
 
+    def hint(self, frames: Mapping[int, bytes]) -> None:
+        """Send hints (see ExpertClient)."""
+        self._loop.call_soon_threadsafe(self._hint, frames)
+
     def wait(self, fanout: Fanout) -> None:
         """Wait for the end of a fan-out (see ExpertClient)."""
         fanout.wait()
@@ -147,16 +159,16 @@ class NodeClient(KnownNodes):
 
     async def open_lanes(self, node: int, link: NodeLink, first_epoch: int) -> OpenedLanes:
         """Open both lanes (see LaneOpener)."""
-        credit_bytes, rtt_s = 0, 0.0
+        credit_bytes, rtt_s, wants_hints = 0, 0.0, False
         for epoch, lane in enumerate(link.lanes.values(), first_epoch):
             begun_s = time.monotonic()
             opened = await lane.open(self._greeting, epoch)
             # The bulk channel connects first; the interactive one has, for Describe.
             rtt_s = rtt_s or time.monotonic() - begun_s
-            credit_bytes = opened.credit_bytes
+            credit_bytes, wants_hints = opened.credit_bytes, opened.wants_hints
         self._lanes[node] = link.lanes
         self._released[node] = asyncio.Event()
-        return OpenedLanes(credit_bytes, rtt_s)
+        return OpenedLanes(credit_bytes, rtt_s, wants_hints)
 
     def opened(self, event: NodeOpened) -> None:
         """Call a node from now on (see LaneOpener)."""
@@ -227,6 +239,10 @@ class NodeClient(KnownNodes):
             return
         self._in_flight.start(fanout, time.monotonic())
         self._tick_later()
+
+    def _hint(self, frames: Mapping[int, bytes]) -> None:
+        for node, frame in frames.items():
+            self.send(node, Lane.INTERACTIVE, frame)
 
     def _tick_later(self) -> None:
         if not self._is_ticking:

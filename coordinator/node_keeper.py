@@ -22,10 +22,14 @@ FIRST_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0  # between attempts: a node is back withi
 
 @dataclass(frozen=True, slots=True)
 class OpenedLanes:
-    """What opening a node's lanes brought. rtt_s: about one round trip."""
+    """What opening a node's lanes brought. rtt_s: about one round trip.
+
+    wants_hints: it reads experts ahead.
+    """
 
     credit_bytes: int
     rtt_s: float
+    wants_hints: bool
 
 
 class LaneOpener(Protocol):
@@ -75,6 +79,7 @@ class NodeKeeper:
         self.endpoints: list[Endpoint] = []
         self.names: list[str] = []
         self.facts: dict[int, NodeFacts] = {}  # of open nodes
+        self.wants_hints: set[int] = set()  # as they said when they were opened
         self._opener = opener
         self._keepalive = keepalive
         self._notify = notify
@@ -182,6 +187,9 @@ class NodeKeeper:
             try:
                 facts = await self._describe(node, link)
                 lanes = await self._opener.open_lanes(node, link, epoch)
+                self.wants_hints.discard(node)
+                if lanes.wants_hints:
+                    self.wants_hints.add(node)
                 opened_s = time.monotonic()
                 is_same, process = facts.instance_epoch == process, facts.instance_epoch
                 self._opener.opened(

@@ -217,6 +217,7 @@ class RemoteDispatch:
     ) -> None:
         self.stats = DispatchStats(replies)
         self._replies = replies
+        self._hinted: dict[int, set[int]] = {}  # by layer: since its last call
         self.route = route
         self._artifact = artifact
         self._moe_shards = moe_shards
@@ -241,6 +242,7 @@ class RemoteDispatch:
     def start(self, layer: int, rows: Rows, plan: RoutingPlan) -> PendingSums:
         """Send the rows to the nodes that own their experts; see PendingSums for what may fail."""
         started_s = time.perf_counter()
+        self._hinted.pop(layer, None)
         route = self.route
         calls: list[OutgoingCall] = []
         local: Part | None = None
@@ -254,6 +256,24 @@ class RemoteDispatch:
                 calls.append(self._encode(layer, rows, piece, candidates, shard))
         fanout = self._client.submit(calls) if calls else None
         return _RemoteSums(self, route, (layer, rows, plan), local, fanout, started_s)
+
+    def hint(self, layer: int, plan: RoutingPlan) -> None:
+        """Tell nodes that read experts ahead that a pass to come will likely be routed like this.
+
+        Each expert is told once between two calls of its layer.
+        """
+        route, hinted = self.route, self._hinted.setdefault(layer, set())
+        frames: dict[int, bytes] = {}
+        for part in call_split.by_owner(plan, route.placement.owners(layer)):
+            candidates = route.candidates[part.slot]
+            if candidates is None or not self._client.wants_hints(candidates[0]):
+                continue
+            new = [e for e in dict.fromkeys(part.experts.tolist()) if e not in hinted]
+            if new:
+                hinted.update(new)
+                frames[candidates[0]] = wire.encode_hint(layer, new).SerializeToString()
+        if frames:
+            self._client.hint(frames)
 
     def reload(self) -> str:
         """Read a map file again and use it from the next layer on; return what it says.

@@ -111,6 +111,8 @@ class Session:
             self._on_call(frame.call, len(data))
         elif kind == "cancel":
             self._worker.cancel((self._stream_id, frame.cancel.call_id))
+        elif kind == "hint":
+            self._on_hint(frame.hint)
         elif kind == "open":
             raise self._broken("a second Open")
         else:
@@ -174,7 +176,9 @@ class Session:
             epoch=opening.stream_epoch,
         )
         opened = pb.Opened(
-            credit_bytes=facts.credit_bytes, max_rows_per_call=facts.max_rows_per_call
+            credit_bytes=facts.credit_bytes,
+            max_rows_per_call=facts.max_rows_per_call,
+            wants_hints=self._worker.wants_hints,
         )
         self._emit(_frame(opened=opened), 0)
 
@@ -198,6 +202,13 @@ class Session:
         self._used_bytes += num_bytes
         self._observe(self._stream_id, call)
         self._worker.submit(Job(ticket, call, self, form))
+
+    def _on_hint(self, message: pb.Hint) -> None:
+        try:
+            layer, experts = wire.decode_hint(message)
+        except errors.MalformedMessage as error:
+            raise self._broken(f"a hint that makes no sense: {error}") from error
+        self._worker.hint(layer, experts)
 
     def _check_size(self, num_bytes: int) -> None:
         if self._lane is Lane.INTERACTIVE and num_bytes > limits.INTERACTIVE_MESSAGE_BYTES:

@@ -10,7 +10,7 @@ comes, and nobody waits behind it. Knows nothing of how frames travel.
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -42,6 +42,9 @@ class Executor(Protocol):
     def grid(self, layer: int) -> int: ...
     def open(self, call: ExpertCall, stream: int) -> Opened: ...
     def try_open(self, call: ExpertCall, stream: int) -> Opened | None: ...
+    @property
+    def wants_hints(self) -> bool: ...
+    def hint(self, layer: int, experts: Sequence[int]) -> None: ...
 
 
 class Caller(Protocol):
@@ -122,6 +125,15 @@ class Worker:
     def check(self, call: ExpertCall) -> None:
         """Refuse a call that does not fit the model or the ownership (see `ExpertExecutor`)."""
         self._executor.check(call)
+
+    @property
+    def wants_hints(self) -> bool:
+        """Whether it can do anything with `hint`."""
+        return self._executor.wants_hints
+
+    def hint(self, layer: int, experts: Sequence[int]) -> None:
+        """Hear which experts calls to come will likely need."""
+        self._executor.hint(layer, experts)
 
     def submit(self, job: Job) -> None:
         """Take a checked job; its caller gets its terminal frame now or later."""

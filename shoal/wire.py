@@ -8,6 +8,7 @@ What a call needs of the model (its layer exists, its width and scheme are the l
 by `ExpertExecutor.check`, for remote and local calls alike.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Final, TypeVar
 
@@ -94,6 +95,23 @@ def decode_call(message: pb.ExpertCall) -> ExpertCall:
     rows = _decode_rows(message, Scheme(message.scheme - 1), num_rows, dim)
     row_offsets, experts, weights = _decode_pairs(message, num_rows)
     return ExpertCall(layer, rows, row_offsets, experts, weights)
+
+
+def encode_hint(layer: int, experts: Sequence[int]) -> pb.ClientFrame:
+    """Return the frame that names experts which a layer's calls will likely need."""
+    data = _little_endian(np.array(experts, np.uint16))
+    return pb.ClientFrame(hint=pb.Hint(layer=layer, experts=data))
+
+
+def decode_hint(message: pb.Hint) -> tuple[int, list[int]]:
+    """Return a hint's layer and experts. Raises MalformedMessage."""
+    _check_range("layer", message.layer, 0, limits.MAX_LAYERS - 1)
+    size = len(message.experts) // 2
+    _check_range("experts", size, 1, limits.MAX_EXPERTS)
+    experts = _array("experts", message.experts, "<u2", size, np.int32).tolist()
+    if max(experts) >= limits.MAX_EXPERTS or len(set(experts)) != size:
+        raise errors.MalformedMessage(f"experts: twice the same, or beyond {limits.MAX_EXPERTS}")
+    return message.layer, experts
 
 
 def wire_of(message: pb.ExpertCall) -> Wire:

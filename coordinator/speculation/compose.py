@@ -141,7 +141,7 @@ class Speculation:
         if self._draft_model is not None:
             yield ModelDrafter(self._draft_model, target.max_context, self._told.show_load)
         if self._shadow_artifact is not None and mode in {Speculate.AUTO, Speculate.SHADOW}:
-            yield ShadowDrafter(self.shadow(), target.weights, target.kv)
+            yield ShadowDrafter(self.shadow(), target.weights, target.kv, target.dispatch)
         # Without nodes it would ask this process for what a pass computes anyway.
         asks = mode is Speculate.AUTO and target.round_trips_per_pass > 0
         if self._shadow_artifact is not None and (asks or mode is Speculate.BATCH):

@@ -8,9 +8,11 @@ from collections.abc import Generator
 
 from coordinator.cancellation import Cancellation
 from coordinator.expert_branch import DispatchedExperts, WatchedExperts
+from coordinator.expert_dispatch import ExpertDispatch
 from coordinator.kv_arrays import KvArrays
 from coordinator.request import GenerationRequest
 from coordinator.sequence import Sequence
+from coordinator.speculation.hinting import with_hints
 from coordinator.speculation.interface import DraftToken
 from coordinator.speculation.model_passes import ModelPasses
 from coordinator.speculation.shadow_experts import ShadowExperts
@@ -22,10 +24,23 @@ from shoal import limits
 class ShadowDrafter:
     """Guesses with a shadow of the target."""
 
-    def __init__(self, shadow: ShadowExperts, weights: ModelWeights, kv: KvArrays) -> None:
-        """Args: weights, kv: the target's own. The shadow may have other users; it stays open."""
+    def __init__(
+        self,
+        shadow: ShadowExperts,
+        weights: ModelWeights,
+        kv: KvArrays,
+        target: ExpertDispatch | None = None,
+    ) -> None:
+        """Open a drafter.
+
+        Args:
+            shadow: may have other users; it stays open.
+            weights, kv: the target's own.
+            target: where its experts are, which hears of the draft's routing; None: nobody does.
+        """
         artifact = shadow.artifact
-        watched = WatchedExperts(artifact.spec, DispatchedExperts(artifact, shadow.dispatch))
+        dispatch = shadow.dispatch if target is None else with_hints(shadow.dispatch, target)
+        watched = WatchedExperts(artifact.spec, DispatchedExperts(artifact, dispatch))
         self._local_expert_bytes = shadow.num_bytes
         self._kv = kv
         self._passes = ModelPasses(Transformer(artifact.spec, weights, watched), kv, watched)

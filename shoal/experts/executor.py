@@ -4,7 +4,7 @@ The same object serves a node and the coordinator's own process (`local`), so bo
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,6 +90,18 @@ class ExpertExecutor:
     def use_prefetcher(self, prefetcher: Prefetcher | None) -> None:
         """Tell another one of the calls from now on; it may hear of the end of older calls."""
         self._prefetcher = prefetcher
+
+    @property
+    def wants_hints(self) -> bool:
+        """Whether it reads ahead: else `hint` does nothing."""
+        return self._prefetcher is not None
+
+    def hint(self, layer: int, experts: Sequence[int]) -> None:
+        """Hear which experts calls to come will likely need; some may not be owned. Never waits."""
+        prefetcher = self._prefetcher
+        if prefetcher is not None and layer in self._layers:
+            owned = set(self._store.ownership.experts(layer))
+            prefetcher.on_hint(layer, [expert for expert in experts if expert in owned])
 
     def grid(self, layer: int) -> int:
         """Return g of that layer's sums: an integer stands for itself times 2^-g."""

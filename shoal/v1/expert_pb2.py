@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15shoal/v1/expert.proto\x12\x08shoal.v1\"+\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"`\n\nOwnedRange\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x12\n\nlast_layer\x18\x02 \x01(\r\x12\x14\n\x0c\x66irst_expert\x18\x03 \x01(\r\x12\x13\n\x0blast_expert\x18\x04 \x01(\r\"\xda\x02\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x15\n\rshoal_version\x18\x02 \x01(\t\x12\x10\n\x08identity\x18\x03 \x01(\t\x12\x10\n\x08numerics\x18\x04 \x01(\t\x12\x16\n\x0einstance_epoch\x18\x05 \x01(\t\x12#\n\x05owned\x18\x06 \x03(\x0b\x32\x14.shoal.v1.OwnedRange\x12\x14\n\x0cquantisation\x18\x07 \x01(\t\x12\x0b\n\x03isa\x18\x08 \x01(\t\x12\x13\n\x0bnum_threads\x18\t \x01(\r\x12\x19\n\x11max_rows_per_call\x18\n \x01(\r\x12\x19\n\x11max_message_bytes\x18\x0b \x01(\x04\x12\x14\n\x0c\x63redit_bytes\x18\x0c \x01(\x04\x12\r\n\x05ready\x18\r \x01(\x08\x12\x10\n\x08\x64raining\x18\x0e \x01(\x08\x12\x12\n\nmodel_name\x18\x0f \x01(\t\"\x80\x01\n\x0b\x43lientFrame\x12\x1e\n\x04open\x18\x01 \x01(\x0b\x32\x0e.shoal.v1.OpenH\x00\x12$\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x14.shoal.v1.ExpertCallH\x00\x12\"\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x10.shoal.v1.CancelH\x00\x42\x07\n\x05\x66rame\"\x93\x01\n\x04Open\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x10\n\x08numerics\x18\x03 \x01(\t\x12\x1c\n\x04lane\x18\x04 \x01(\x0e\x32\x0e.shoal.v1.Lane\x12\x19\n\x11\x63oordinator_nonce\x18\x05 \x01(\x0c\x12\x14\n\x0cstream_epoch\x18\x06 \x01(\r\"\x88\x02\n\nExpertCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\r\x12 \n\x06scheme\x18\x04 \x01(\x0e\x32\x10.shoal.v1.Scheme\x12\x10\n\x08num_rows\x18\x05 \x01(\r\x12\x0b\n\x03\x64im\x18\x06 \x01(\r\x12\x0e\n\x06values\x18\x07 \x01(\x0c\x12\x0e\n\x06scales\x18\x08 \x01(\x0c\x12\x15\n\rpairs_per_row\x18\t \x01(\x0c\x12\x0f\n\x07\x65xperts\x18\n \x01(\x0c\x12\x0f\n\x07weights\x18\x0b \x01(\x0c\x12+\n\x0creply_format\x18\x0c \x01(\x0e\x32\x15.shoal.v1.ReplyFormat\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\"\xd0\x01\n\tNodeFrame\x12\"\n\x06opened\x18\x01 \x01(\x0b\x32\x10.shoal.v1.OpenedH\x00\x12 \n\x05reply\x18\x02 \x01(\x0b\x32\x0f.shoal.v1.ReplyH\x00\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x11.shoal.v1.FailureH\x00\x12&\n\x08progress\x18\x04 \x01(\x0b\x32\x12.shoal.v1.ProgressH\x00\x12&\n\x08\x64raining\x18\x05 \x01(\x0b\x32\x12.shoal.v1.DrainingH\x00\x42\x07\n\x05\x66rame\"9\n\x06Opened\x12\x14\n\x0c\x63redit_bytes\x18\x01 \x01(\x04\x12\x19\n\x11max_rows_per_call\x18\x02 \x01(\r\"\xc1\x01\n\x05Reply\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12\x0c\n\x04grid\x18\x04 \x01(\x11\x12\x0e\n\x06widths\x18\x05 \x01(\x0c\x12\x0c\n\x04sums\x18\x06 \x01(\x0c\x12\x10\n\x08queue_us\x18\x07 \x01(\r\x12\x12\n\ncompute_us\x18\x08 \x01(\r\x12\x0f\n\x07load_us\x18\t \x01(\r\x12%\n\x06\x66ormat\x18\n \x01(\x0e\x32\x15.shoal.v1.ReplyFormat\"\x86\x02\n\x07\x46\x61ilure\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12$\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x16.shoal.v1.Failure.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04rows\x18\x04 \x03(\r\"\xa4\x01\n\x04\x43ode\x12\x14\n\x10\x43ODE_UNSPECIFIED\x10\x00\x12\r\n\tMALFORMED\x10\x01\x12\r\n\tNOT_OWNED\x10\x02\x12\x0e\n\nOVERLOADED\x10\x03\x12\x0c\n\x08\x44\x45\x41\x44LINE\x10\x04\x12\r\n\tCANCELLED\x10\x05\x12\x0e\n\nNON_FINITE\x10\x06\x12\x0f\n\x0bUNAVAILABLE\x10\x07\x12\x0c\n\x08\x44RAINING\x10\x08\x12\x0c\n\x08INTERNAL\x10\t\"\x1c\n\x08Progress\x12\x10\n\x08\x63\x61ll_ids\x18\x01 \x03(\x04\"\x1a\n\x08\x44raining\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x1e\n\x0c\x44rainRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"%\n\nDrainReply\x12\x17\n\x0f\x63\x61lls_in_flight\x18\x01 \x01(\r\"\x0f\n\rReloadRequest\";\n\x0bReloadReply\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0f\n\x07\x63hanged\x18\x02 \x03(\t\x12\x0c\n\x04kept\x18\x03 \x03(\t*A\n\x04Lane\x12\x14\n\x10LANE_UNSPECIFIED\x10\x00\x12\x14\n\x10LANE_INTERACTIVE\x10\x01\x12\r\n\tLANE_BULK\x10\x02*Y\n\x06Scheme\x12\x16\n\x12SCHEME_UNSPECIFIED\x10\x00\x12\x0e\n\nSCHEME_F32\x10\x01\x12\x12\n\x0eSCHEME_INT8_32\x10\x02\x12\x13\n\x0fSCHEME_INT8_256\x10\x03*<\n\x0bReplyFormat\x12\x16\n\x12REPLY_FORMAT_EXACT\x10\x00\x12\x15\n\x11REPLY_FORMAT_BF16\x10\x01\x32\xfb\x01\n\rExpertService\x12>\n\x08\x44\x65scribe\x12\x19.shoal.v1.DescribeRequest\x1a\x17.shoal.v1.DescribeReply\x12\x39\n\x07\x45xecute\x12\x15.shoal.v1.ClientFrame\x1a\x13.shoal.v1.NodeFrame(\x01\x30\x01\x12\x35\n\x05\x44rain\x12\x16.shoal.v1.DrainRequest\x1a\x14.shoal.v1.DrainReply\x12\x38\n\x06Reload\x12\x17.shoal.v1.ReloadRequest\x1a\x15.shoal.v1.ReloadReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15shoal/v1/expert.proto\x12\x08shoal.v1\"+\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"`\n\nOwnedRange\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x12\n\nlast_layer\x18\x02 \x01(\r\x12\x14\n\x0c\x66irst_expert\x18\x03 \x01(\r\x12\x13\n\x0blast_expert\x18\x04 \x01(\r\"\xda\x02\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x15\n\rshoal_version\x18\x02 \x01(\t\x12\x10\n\x08identity\x18\x03 \x01(\t\x12\x10\n\x08numerics\x18\x04 \x01(\t\x12\x16\n\x0einstance_epoch\x18\x05 \x01(\t\x12#\n\x05owned\x18\x06 \x03(\x0b\x32\x14.shoal.v1.OwnedRange\x12\x14\n\x0cquantisation\x18\x07 \x01(\t\x12\x0b\n\x03isa\x18\x08 \x01(\t\x12\x13\n\x0bnum_threads\x18\t \x01(\r\x12\x19\n\x11max_rows_per_call\x18\n \x01(\r\x12\x19\n\x11max_message_bytes\x18\x0b \x01(\x04\x12\x14\n\x0c\x63redit_bytes\x18\x0c \x01(\x04\x12\r\n\x05ready\x18\r \x01(\x08\x12\x10\n\x08\x64raining\x18\x0e \x01(\x08\x12\x12\n\nmodel_name\x18\x0f \x01(\t\"\xa0\x01\n\x0b\x43lientFrame\x12\x1e\n\x04open\x18\x01 \x01(\x0b\x32\x0e.shoal.v1.OpenH\x00\x12$\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x14.shoal.v1.ExpertCallH\x00\x12\"\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x10.shoal.v1.CancelH\x00\x12\x1e\n\x04hint\x18\x04 \x01(\x0b\x32\x0e.shoal.v1.HintH\x00\x42\x07\n\x05\x66rame\"\x93\x01\n\x04Open\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x10\n\x08numerics\x18\x03 \x01(\t\x12\x1c\n\x04lane\x18\x04 \x01(\x0e\x32\x0e.shoal.v1.Lane\x12\x19\n\x11\x63oordinator_nonce\x18\x05 \x01(\x0c\x12\x14\n\x0cstream_epoch\x18\x06 \x01(\r\"\x88\x02\n\nExpertCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\r\x12 \n\x06scheme\x18\x04 \x01(\x0e\x32\x10.shoal.v1.Scheme\x12\x10\n\x08num_rows\x18\x05 \x01(\r\x12\x0b\n\x03\x64im\x18\x06 \x01(\r\x12\x0e\n\x06values\x18\x07 \x01(\x0c\x12\x0e\n\x06scales\x18\x08 \x01(\x0c\x12\x15\n\rpairs_per_row\x18\t \x01(\x0c\x12\x0f\n\x07\x65xperts\x18\n \x01(\x0c\x12\x0f\n\x07weights\x18\x0b \x01(\x0c\x12+\n\x0creply_format\x18\x0c \x01(\x0e\x32\x15.shoal.v1.ReplyFormat\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\"&\n\x04Hint\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x01(\x0c\"\xd0\x01\n\tNodeFrame\x12\"\n\x06opened\x18\x01 \x01(\x0b\x32\x10.shoal.v1.OpenedH\x00\x12 \n\x05reply\x18\x02 \x01(\x0b\x32\x0f.shoal.v1.ReplyH\x00\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x11.shoal.v1.FailureH\x00\x12&\n\x08progress\x18\x04 \x01(\x0b\x32\x12.shoal.v1.ProgressH\x00\x12&\n\x08\x64raining\x18\x05 \x01(\x0b\x32\x12.shoal.v1.DrainingH\x00\x42\x07\n\x05\x66rame\"N\n\x06Opened\x12\x14\n\x0c\x63redit_bytes\x18\x01 \x01(\x04\x12\x19\n\x11max_rows_per_call\x18\x02 \x01(\r\x12\x13\n\x0bwants_hints\x18\x03 \x01(\x08\"\xc1\x01\n\x05Reply\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12\x0c\n\x04grid\x18\x04 \x01(\x11\x12\x0e\n\x06widths\x18\x05 \x01(\x0c\x12\x0c\n\x04sums\x18\x06 \x01(\x0c\x12\x10\n\x08queue_us\x18\x07 \x01(\r\x12\x12\n\ncompute_us\x18\x08 \x01(\r\x12\x0f\n\x07load_us\x18\t \x01(\r\x12%\n\x06\x66ormat\x18\n \x01(\x0e\x32\x15.shoal.v1.ReplyFormat\"\x86\x02\n\x07\x46\x61ilure\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12$\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x16.shoal.v1.Failure.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04rows\x18\x04 \x03(\r\"\xa4\x01\n\x04\x43ode\x12\x14\n\x10\x43ODE_UNSPECIFIED\x10\x00\x12\r\n\tMALFORMED\x10\x01\x12\r\n\tNOT_OWNED\x10\x02\x12\x0e\n\nOVERLOADED\x10\x03\x12\x0c\n\x08\x44\x45\x41\x44LINE\x10\x04\x12\r\n\tCANCELLED\x10\x05\x12\x0e\n\nNON_FINITE\x10\x06\x12\x0f\n\x0bUNAVAILABLE\x10\x07\x12\x0c\n\x08\x44RAINING\x10\x08\x12\x0c\n\x08INTERNAL\x10\t\"\x1c\n\x08Progress\x12\x10\n\x08\x63\x61ll_ids\x18\x01 \x03(\x04\"\x1a\n\x08\x44raining\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x1e\n\x0c\x44rainRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"%\n\nDrainReply\x12\x17\n\x0f\x63\x61lls_in_flight\x18\x01 \x01(\r\"\x0f\n\rReloadRequest\";\n\x0bReloadReply\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0f\n\x07\x63hanged\x18\x02 \x03(\t\x12\x0c\n\x04kept\x18\x03 \x03(\t*A\n\x04Lane\x12\x14\n\x10LANE_UNSPECIFIED\x10\x00\x12\x14\n\x10LANE_INTERACTIVE\x10\x01\x12\r\n\tLANE_BULK\x10\x02*Y\n\x06Scheme\x12\x16\n\x12SCHEME_UNSPECIFIED\x10\x00\x12\x0e\n\nSCHEME_F32\x10\x01\x12\x12\n\x0eSCHEME_INT8_32\x10\x02\x12\x13\n\x0fSCHEME_INT8_256\x10\x03*<\n\x0bReplyFormat\x12\x16\n\x12REPLY_FORMAT_EXACT\x10\x00\x12\x15\n\x11REPLY_FORMAT_BF16\x10\x01\x32\xfb\x01\n\rExpertService\x12>\n\x08\x44\x65scribe\x12\x19.shoal.v1.DescribeRequest\x1a\x17.shoal.v1.DescribeReply\x12\x39\n\x07\x45xecute\x12\x15.shoal.v1.ClientFrame\x1a\x13.shoal.v1.NodeFrame(\x01\x30\x01\x12\x35\n\x05\x44rain\x12\x16.shoal.v1.DrainRequest\x1a\x14.shoal.v1.DrainReply\x12\x38\n\x06Reload\x12\x17.shoal.v1.ReloadRequest\x1a\x15.shoal.v1.ReloadReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal.v1.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LANE']._serialized_start=2040
-  _globals['_LANE']._serialized_end=2105
-  _globals['_SCHEME']._serialized_start=2107
-  _globals['_SCHEME']._serialized_end=2196
-  _globals['_REPLYFORMAT']._serialized_start=2198
-  _globals['_REPLYFORMAT']._serialized_end=2258
+  _globals['_LANE']._serialized_start=2133
+  _globals['_LANE']._serialized_end=2198
+  _globals['_SCHEME']._serialized_start=2200
+  _globals['_SCHEME']._serialized_end=2289
+  _globals['_REPLYFORMAT']._serialized_start=2291
+  _globals['_REPLYFORMAT']._serialized_end=2351
   _globals['_DESCRIBEREQUEST']._serialized_start=35
   _globals['_DESCRIBEREQUEST']._serialized_end=78
   _globals['_OWNEDRANGE']._serialized_start=80
@@ -44,35 +44,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREPLY']._serialized_start=179
   _globals['_DESCRIBEREPLY']._serialized_end=525
   _globals['_CLIENTFRAME']._serialized_start=528
-  _globals['_CLIENTFRAME']._serialized_end=656
-  _globals['_OPEN']._serialized_start=659
-  _globals['_OPEN']._serialized_end=806
-  _globals['_EXPERTCALL']._serialized_start=809
-  _globals['_EXPERTCALL']._serialized_end=1073
-  _globals['_CANCEL']._serialized_start=1075
-  _globals['_CANCEL']._serialized_end=1100
-  _globals['_NODEFRAME']._serialized_start=1103
-  _globals['_NODEFRAME']._serialized_end=1311
-  _globals['_OPENED']._serialized_start=1313
-  _globals['_OPENED']._serialized_end=1370
-  _globals['_REPLY']._serialized_start=1373
-  _globals['_REPLY']._serialized_end=1566
-  _globals['_FAILURE']._serialized_start=1569
-  _globals['_FAILURE']._serialized_end=1831
-  _globals['_FAILURE_CODE']._serialized_start=1667
-  _globals['_FAILURE_CODE']._serialized_end=1831
-  _globals['_PROGRESS']._serialized_start=1833
-  _globals['_PROGRESS']._serialized_end=1861
-  _globals['_DRAINING']._serialized_start=1863
-  _globals['_DRAINING']._serialized_end=1889
-  _globals['_DRAINREQUEST']._serialized_start=1891
-  _globals['_DRAINREQUEST']._serialized_end=1921
-  _globals['_DRAINREPLY']._serialized_start=1923
-  _globals['_DRAINREPLY']._serialized_end=1960
-  _globals['_RELOADREQUEST']._serialized_start=1962
-  _globals['_RELOADREQUEST']._serialized_end=1977
-  _globals['_RELOADREPLY']._serialized_start=1979
-  _globals['_RELOADREPLY']._serialized_end=2038
-  _globals['_EXPERTSERVICE']._serialized_start=2261
-  _globals['_EXPERTSERVICE']._serialized_end=2512
+  _globals['_CLIENTFRAME']._serialized_end=688
+  _globals['_OPEN']._serialized_start=691
+  _globals['_OPEN']._serialized_end=838
+  _globals['_EXPERTCALL']._serialized_start=841
+  _globals['_EXPERTCALL']._serialized_end=1105
+  _globals['_CANCEL']._serialized_start=1107
+  _globals['_CANCEL']._serialized_end=1132
+  _globals['_HINT']._serialized_start=1134
+  _globals['_HINT']._serialized_end=1172
+  _globals['_NODEFRAME']._serialized_start=1175
+  _globals['_NODEFRAME']._serialized_end=1383
+  _globals['_OPENED']._serialized_start=1385
+  _globals['_OPENED']._serialized_end=1463
+  _globals['_REPLY']._serialized_start=1466
+  _globals['_REPLY']._serialized_end=1659
+  _globals['_FAILURE']._serialized_start=1662
+  _globals['_FAILURE']._serialized_end=1924
+  _globals['_FAILURE_CODE']._serialized_start=1760
+  _globals['_FAILURE_CODE']._serialized_end=1924
+  _globals['_PROGRESS']._serialized_start=1926
+  _globals['_PROGRESS']._serialized_end=1954
+  _globals['_DRAINING']._serialized_start=1956
+  _globals['_DRAINING']._serialized_end=1982
+  _globals['_DRAINREQUEST']._serialized_start=1984
+  _globals['_DRAINREQUEST']._serialized_end=2014
+  _globals['_DRAINREPLY']._serialized_start=2016
+  _globals['_DRAINREPLY']._serialized_end=2053
+  _globals['_RELOADREQUEST']._serialized_start=2055
+  _globals['_RELOADREQUEST']._serialized_end=2070
+  _globals['_RELOADREPLY']._serialized_start=2072
+  _globals['_RELOADREPLY']._serialized_end=2131
+  _globals['_EXPERTSERVICE']._serialized_start=2354
+  _globals['_EXPERTSERVICE']._serialized_end=2605
 # @@protoc_insertion_point(module_scope)

@@ -87,14 +87,16 @@ class DescribeReply(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., shoal_version: _Optional[str] = ..., identity: _Optional[str] = ..., numerics: _Optional[str] = ..., instance_epoch: _Optional[str] = ..., owned: _Optional[_Iterable[_Union[OwnedRange, _Mapping]]] = ..., quantisation: _Optional[str] = ..., isa: _Optional[str] = ..., num_threads: _Optional[int] = ..., max_rows_per_call: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., credit_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., model_name: _Optional[str] = ...) -> None: ...
 
 class ClientFrame(_message.Message):
-    __slots__ = ("open", "call", "cancel")
+    __slots__ = ("open", "call", "cancel", "hint")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    HINT_FIELD_NUMBER: _ClassVar[int]
     open: Open
     call: ExpertCall
     cancel: Cancel
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., call: _Optional[_Union[ExpertCall, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    hint: Hint
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., call: _Optional[_Union[ExpertCall, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., hint: _Optional[_Union[Hint, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("protocol_version", "identity", "numerics", "lane", "coordinator_nonce", "stream_epoch")
@@ -146,6 +148,14 @@ class Cancel(_message.Message):
     call_id: int
     def __init__(self, call_id: _Optional[int] = ...) -> None: ...
 
+class Hint(_message.Message):
+    __slots__ = ("layer", "experts")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    experts: bytes
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[bytes] = ...) -> None: ...
+
 class NodeFrame(_message.Message):
     __slots__ = ("opened", "reply", "failure", "progress", "draining")
     OPENED_FIELD_NUMBER: _ClassVar[int]
@@ -161,12 +171,14 @@ class NodeFrame(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("credit_bytes", "max_rows_per_call")
+    __slots__ = ("credit_bytes", "max_rows_per_call", "wants_hints")
     CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_ROWS_PER_CALL_FIELD_NUMBER: _ClassVar[int]
+    WANTS_HINTS_FIELD_NUMBER: _ClassVar[int]
     credit_bytes: int
     max_rows_per_call: int
-    def __init__(self, credit_bytes: _Optional[int] = ..., max_rows_per_call: _Optional[int] = ...) -> None: ...
+    wants_hints: bool
+    def __init__(self, credit_bytes: _Optional[int] = ..., max_rows_per_call: _Optional[int] = ..., wants_hints: _Optional[bool] = ...) -> None: ...
 
 class Reply(_message.Message):
     __slots__ = ("call_id", "num_rows", "dim", "grid", "widths", "sums", "queue_us", "compute_us", "load_us", "format")

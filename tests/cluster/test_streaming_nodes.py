@@ -18,6 +18,7 @@ from shoal.artifact import Artifact
 from shoal.experts.executor import ExpertExecutor
 from shoal.experts.options import Backend
 from shoal.router import RoutingPlan
+from shoal.transport import Transport
 from support.cluster import Cluster
 from support.command import assert_refused, shoal
 from support.fuse_files import FuseFiles, fuse_files, small_tmpfs
@@ -164,6 +165,34 @@ def test_a_read_that_never_ends_costs_its_call_alone(
     node.send(signal.SIGTERM)
     node.wait()
     assert node.exit_status == 0
+
+
+@pytest.mark.parametrize("transport", [Transport.FAST, Transport.GRPCIO])
+def test_a_hint_begins_a_read_that_no_call_has_asked_for(
+    files: FuseFiles, artifact: Artifact, expected: Sums, transport: Transport
+) -> None:
+    """1. A hint names an expert that is on the drive; its read begins. 2. Told again, it is told to
+    nobody. 3. The call takes what was read. A node that holds everything is told nothing.
+    """
+    extra = (*cache(artifact, 8), "--prefetch", "markov")
+    with Cluster(transport) as cluster:
+        node, whole = cluster.nodes(
+            files.path, [{"is_warm": False, "extra": extra}, {"extra": ("--prefetch", "off")}]
+        )
+        shards = f"0-7={node.endpoint},8-15={whole.endpoint}"
+        with closing(open_remote_dispatch(artifact, shards, transport=transport)) as dispatch:
+            assert sums(dispatch, artifact, [1, 2]) == expected([1, 2])
+            hold(files, artifact, BROKEN)
+            call = call_of(artifact, LAYER, [BROKEN, 11])
+            plan = RoutingPlan(call.experts[None], call.weights[None])
+            dispatch.hint(LAYER, plan)
+            files.wait_held(1)
+            assert dispatch._hinted == {LAYER: {BROKEN}}, "and none for who reads nothing"
+            dispatch.hint(LAYER, plan)
+            pending = start(dispatch, artifact, [BROKEN, 11])
+            assert not dispatch._hinted
+            files.release()
+            assert pending.wait().tobytes() == expected([BROKEN, 11])
 
 
 def test_a_storm_of_reloads_under_load_fails_no_call(

@@ -326,3 +326,38 @@ def test_after_close_nothing_is_begun() -> None:
     assert world.log[-1] == "cancel None"
     run(world, prefetcher, gate, 20, 1.0, seed=2)
     assert world.issued == before
+
+
+def test_a_hint_begins_reads_of_what_is_absent_and_gives_way_to_calls() -> None:
+    world = World(16)
+    prefetcher, _ = open_(world, Oracle(), Mode.PREGATE)
+    world.cached[2, 6] = True
+    prefetcher.on_hint(2, [9, 6, 5])
+    assert world.log == ["absent", "prefetch 2 [5, 9]"] and world.queue == [(2, 9), (2, 5)]
+    world.demand_reads = 1
+    prefetcher.on_hint(3, [1])
+    prefetcher.on_hint(NUM_LAYERS, [1])
+    assert world.issued == 2, "a call waits for the disk; the model ends there"
+    prefetcher.close()
+    world.demand_reads = 0
+    world.log.clear()
+    prefetcher.on_hint(3, [1])
+    assert world.log == []
+
+
+def test_hints_are_followed_where_reading_ahead_for_several_rows_wins() -> None:
+    class Judged(Governor):
+        wins = False
+
+        @property
+        def may_issue(self) -> bool:
+            return self.wins
+
+    world = World(16)
+    prefetcher, governors = open_(world, Oracle())
+    governors[CallKind.MANY] = judged = Judged(2, 0)
+    prefetcher.on_hint(2, [9])
+    assert not world.queue
+    judged.wins = True
+    prefetcher.on_hint(2, [9])
+    assert world.queue == [(2, 9)]

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -43,6 +43,11 @@ class BlockedExecutor:
         self.reached = threading.Event()
         self.release = threading.Event()
         self.computed: list[int] = []
+        self.wants_hints = True
+        self.hints: list[tuple[int, list[int]]] = []
+
+    def hint(self, layer: int, experts: Sequence[int]) -> None:
+        self.hints.append((layer, list(experts)))
 
     def check(self, call: ExpertCall) -> None:
         if call.layer > 1:
@@ -232,6 +237,20 @@ def test_an_open_that_does_not_fit_is_refused(
             with pytest.raises(StreamEnded, match=complaint) as caught:
                 peer.send(open_frame(**changes))
             assert caught.value.ending is ending
+
+    run(story)
+
+
+def test_hints_reach_the_executor_and_one_without_sense_ends_the_stream() -> None:
+    async def story() -> None:
+        async with connected() as peer:
+            assert (await peer.next_frame("opened")).opened.wants_hints
+            peer.send(wire.encode_hint(1, [3, 0]))
+            assert peer.executor.hints == [(1, [3, 0])]
+            peer.call(7)
+            with pytest.raises(StreamEnded, match="a hint that makes no sense: layer = 5000"):
+                peer.send(pb.ClientFrame(hint=pb.Hint(layer=5000, experts=b"\0\0")))
+            assert len(peer.executor.hints) == 1
 
     run(story)
 

@@ -340,3 +340,25 @@ def test_any_bf16_is_taken_or_refused(data: bytes) -> None:
         wire.add_reply(reply, np.zeros(1, np.int32), 13, into, Wire.BF16)
     except errors.MalformedMessage:
         assert not into.any()
+
+
+def test_a_hint_survives_the_wire_in_its_order() -> None:
+    data = wire.encode_hint(7, [300, 2, 9]).SerializeToString()
+    assert wire.decode_hint(pb.ClientFrame.FromString(data).hint) == (7, [300, 2, 9])
+
+
+@pytest.mark.parametrize(
+    ("layer", "experts", "field"),
+    [
+        (limits.MAX_LAYERS, b"\1\0", "layer"),
+        (0, b"", "experts"),
+        (0, b"\1", "experts"),
+        (0, b"\1\0\2", "experts"),
+        (0, b"\1\0\1\0", "twice"),
+        (0, b"\0\x10", "beyond 4096"),
+        (0, b"\1\0" * (limits.MAX_EXPERTS + 1), "experts"),
+    ],
+)
+def test_a_hint_that_makes_no_sense_is_refused(layer: int, experts: bytes, field: str) -> None:
+    with pytest.raises(errors.MalformedMessage, match=field):
+        wire.decode_hint(pb.Hint(layer=layer, experts=experts))

@@ -130,6 +130,10 @@ class Prefetcher(Protocol):
         """Learn that the call was computed and spent `load_s` waiting for reads."""
         ...
 
+    def on_hint(self, layer: int, experts: Sequence[int]) -> None:
+        """Learn of owned experts that calls of several rows will likely need, best first."""
+        ...
+
     def figures(self) -> PrefetchFigures: ...
 
     def close(self) -> None:

@@ -121,6 +121,17 @@ class ReadAhead:
             if governor is not None:
                 governor.on_done(now_s - call.began_s, call.num_experts)
 
+    def on_hint(self, layer: int, experts: Sequence[int]) -> None:
+        """See `Prefetcher.on_hint`. Whoever sends hints verifies guesses: several rows a call."""
+        with self._entered() as is_in:
+            if not is_in or layer not in self._expert_bytes or self._holds_everything():
+                return
+            governor = self._governors.get(CallKind.MANY)
+            may_issue = governor is None or governor.may_issue
+            if may_issue and not self._store.num_demand_reads():
+                absent = self._store.absent(layer, experts)
+                self._issued_experts += self._store.prefetch(layer, absent)
+
     def figures(self) -> PrefetchFigures:
         """See `Prefetcher.figures`."""
         with self._lock:
