@@ -130,6 +130,7 @@ class Acquisition(Protocol):
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
+        /,
     ) -> None: ...
 
 

@@ -59,6 +59,7 @@ def test_a_logger_made_before_obeys_what_is_configured_later(stream: io.StringIO
 def test_an_exception_brings_its_traceback(stream: io.StringIO, log_format: LogFormat) -> None:
     log.configure(log_format, LogLevel.INFO, stream)
     logger = log.get_logger("worker")
+    handled = ""
     try:
         fail()
     except ZeroDivisionError as error:

@@ -16,7 +16,7 @@ BUCKETS = len(LATENCY_BOUNDS_S) + 1
 READER = ReaderFigures(
     Backend.PREAD, "", 0, 0, 0, 0, 0, 0, 0, 0, 16, None, 0, 0, 0, (0,) * BUCKETS, 0.0, (), 0.0, {}
 )
-STORE = StoreFigures(0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, (), READER)
+STORE = StoreFigures(0, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, (), READER)
 
 
 @dataclass
