@@ -119,6 +119,14 @@ void digest_finish(std::vector<OpDigest>& digests) {
   hash.add(widths);
   hash.add(data);
   digests.push_back({"pack_sums", "i64", hash.value()});
+  data.resize(2 * sums.size());
+  pack_bf16(sums.data(), 17, data.data(), kRows * kDim);
+  const int32_t target[kRows] = {0, 2, 1, 2, 0};
+  unpack_add_bf16(data.data(), kRows, 17, target, sums.data(), kRows, kDim);
+  Hash rounded;
+  rounded.add(data);
+  rounded.add(sums);
+  digests.push_back({"pack_bf16", "i64", rounded.value()});
 }
 
 }  // namespace

@@ -56,6 +56,7 @@ def test_every_op_has_a_digest_of_its_own() -> None:
         "quantise_table": "quantise_weights",
         "logprob_of": "top_logprobs",
         "unpack_add_sums": "pack_sums",
+        "unpack_add_bf16": "pack_bf16",
         "pack_matrix": "unpack",
         "pack_rows": "unpack",
         "pack_expert": "expert_ffn",

@@ -1,0 +1,1 @@
+"""The whole model beside llama.cpp: same file, same machine, same minute."""
