@@ -6,9 +6,12 @@ Counts and bits, no clock: a busy machine changes nothing.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from bench.measure import ROOT, save
+from coordinator.app import CoordinatorConfig, OpenedModel
 from coordinator.corrected.fidelity_cmd import FidelityRequest, measure_fidelity, table
+from coordinator.tokenizer import Tokenizer
 
 TEXTS = ROOT / "bench" / "traces" / "texts.jsonl"  # what fables was made to say
 
@@ -18,9 +21,18 @@ def fables_text() -> str:
     return "\n\n".join(json.loads(line)["text"] for line in TEXTS.read_text().splitlines()[1:4])
 
 
+def readable(rows: list[dict[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Return rows of a report with what each mode wrote as text, in place of its token ids."""
+    for row in rows:
+        free = row["fidelity"]["free"]
+        free["text"] = tokenizer.decode(free.pop("token_ids"))
+    return rows
+
+
 def main() -> None:
+    """Measure, print the table, keep the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model")
     parser.add_argument("--shadow", default="q4")
     parser.add_argument("--iters", type=int, nargs="*", default=[1, 2, 3, 4])
     parser.add_argument("--tokens", type=int, default=200)
@@ -30,7 +42,7 @@ def main() -> None:
     asked = parser.parse_args()
     report = measure_fidelity(
         FidelityRequest(
-            str(asked.model),
+            asked.model,
             asked.shadow,
             iters=tuple(asked.iters),
             num_tokens=asked.tokens,
@@ -41,8 +53,9 @@ def main() -> None:
     )
     print(table(report))
     fields = report.as_json()
-    rows = fields.pop("rows")
-    save(f"fidelity-{report.model}-{Path(asked.shadow).stem}", rows, **fields)
+    tokenizer = OpenedModel(CoordinatorConfig(asked.model)).tokenizer
+    rows = readable(fields.pop("rows"), tokenizer)
+    save(f"fidelity-{report.model}-{report.shadow_format}", rows, **fields)
 
 
 if __name__ == "__main__":
