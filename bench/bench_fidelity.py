@@ -5,7 +5,6 @@ Counts and bits, no clock: a busy machine changes nothing.
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from bench.measure import ROOT, save
@@ -55,7 +54,8 @@ def main() -> None:
     fields = report.as_json()
     tokenizer = OpenedModel(CoordinatorConfig(asked.model)).tokenizer
     rows = readable(fields.pop("rows"), tokenizer)
-    save(f"fidelity-{report.model}-{report.shadow_format}", rows, **fields)
+    text = "-own-texts" if asked.fables else ""
+    save(f"fidelity-{report.model}-{report.shadow_format}{text}", rows, **fields)
 
 
 if __name__ == "__main__":
