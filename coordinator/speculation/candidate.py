@@ -11,6 +11,7 @@ from coordinator.speculation.lead import Lead
 from coordinator.speculation.pass_time import PassTime
 from coordinator.speculation.planner import Planner
 from coordinator.speculation.routing_watch import Routing, RoutingWatch
+from shoal.errors import NodeError, ShoalError
 
 FREE_SHARE = 0.02  # of a plain pass: a guess that takes less is made before it is weighed
 SPEED_SAMPLES = 9  # guesses whose median is the speed: a stall does not move it
@@ -68,7 +69,7 @@ class Candidate:
         self.acceptance = Acceptance()
         self.planner = Planner(pass_time, max_draft, num_candidates)
         self.watch = RoutingWatch(divergence, max_draft)
-        self.is_out = False  # it failed: not asked again
+        self._failure: ShoalError | None = None
         self.owed_s = 0.0  # drafting that no pass was charged with yet
         self._pass_time = pass_time
         self._is_bursty = isinstance(drafter, AskingDrafter)
@@ -116,8 +117,23 @@ class Candidate:
         """Whether it may draft beside a pass: it takes time, and asks no nodes."""
         return not self.is_free and not isinstance(self.drafter, AskingDrafter)
 
+    @property
+    def is_out(self) -> bool:
+        """Whether it failed, and is not to be asked."""
+        return self._failure is not None
+
+    def fail(self, error: ShoalError) -> str:
+        """Hear that it failed; return for how long it is out, as a sentence goes on.
+
+        Nodes come back and others take over; a drafter's own files stay as they are.
+        """
+        self._failure = error
+        return " before the next request" if isinstance(error, NodeError) else ""
+
     def begin(self) -> None:
         """A new request: figures start again, what was learned stays."""
+        if isinstance(self._failure, NodeError):
+            self._failure = None
         self._reset()
         self._has_begun = False
         self.owed_s = 0.0

@@ -4,7 +4,10 @@
 
 Drafters are asked in the order of what they promise: tokens a second, drafting and pass together,
 from what they guess now (where guessing is free) or from their usual luck. The first whose planner
-finds a length that pays is taken. A drafter that fails costs its guesses, never the request.
+finds a length that pays is taken. A drafter that fails costs its guesses, never the request: it is
+not asked again, or not before the next request where a node failed it. One exception: when nobody
+was left for a range of experts and the drafter has waited --shard-wait for it, the request ends
+there. The pass, whose rows are the draft's, would wait as long again for the same nodes.
 
 Over a long link a drafter that takes time goes on behind its draft while the pass runs (`Lead`).
 
@@ -26,7 +29,7 @@ from coordinator.speculation.interface import Drafter, DraftToken
 from coordinator.speculation.lead import Lead
 from coordinator.speculation.pass_time import PassTime
 from coordinator.speculation.routing_watch import Routing
-from shoal.errors import NumericError, ShoalError
+from shoal.errors import NumericError, ShardUnavailable, ShoalError
 
 ASKING_SHARE = 0.01  # of the time of plain passes: what asking in vain may take
 MAX_REST = 16  # steps: a text that begins to repeat itself is noticed within that
@@ -101,7 +104,7 @@ class Speculator:
 
         Args: sequence: as `Drafter.draft` wants it; not changed.
 
-        Raises: Cancelled.
+        Raises: Cancelled; ShardUnavailable, after --shard-wait.
         """
         self._num_passes += 1
         self._draft, self._asking_s = None, 0.0
@@ -215,10 +218,15 @@ class Speculator:
                 draft.add(guess)
         except NumericError:
             draft.close()  # of its own arithmetic: what it guessed before is as good as ever
+        except ShardUnavailable:
+            draft.close()
+            raise
         except ShoalError as error:
             draft.close()
-            candidate.is_out = True
-            self._notify(f"drafter {candidate.drafter.name} failed and is not used: {error}")
+            how_long = candidate.fail(error)
+            self._notify(
+                f"drafter {candidate.drafter.name} failed and is not used{how_long}: {error}"
+            )
         except BaseException:
             draft.close()
             raise

@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.cancellation import Cancellation
 from coordinator.expert_dispatch import ExpertDispatch
-from coordinator.request import GenerationRequest
+from coordinator.request import FinishReason, GenerationRequest, TokenGenerated
 from coordinator.sequence import Sequence
 from coordinator.speculation.corrected_drafter import CorrectedDrafter, Recipe
 from coordinator.speculation.interface import DraftToken
@@ -17,10 +17,11 @@ from coordinator.speculation.shadow_drafter import ShadowDrafter
 from coordinator.speculation.shadow_experts import ShadowExperts
 from shoal.artifact import Artifact
 from shoal.artifact.shadow_build import make_shadow
+from shoal.errors import ShardUnavailable
 from shoal.ops import SamplingParams
 from shoal.quant import Format
 from support.corrected import CountingDispatch
-from support.speculation import MakeDrafters, Rig
+from support.speculation import Answer, MakeDrafters, Rig
 from support.tiny_model import make_tiny_artifact
 
 NUM_LAYERS = 3
@@ -134,7 +135,7 @@ def test_a_guess_that_is_there_already_costs_no_round_trip(
     assert {(True, False), (False, True)} == set(seen)
 
 
-def test_a_node_lost_while_guessing_costs_the_guesses_alone(
+def test_a_node_lost_while_guessing_costs_the_guesses_of_that_request_alone(
     target: Path, shadow: ShadowExperts, dispatch: CountingDispatch
 ) -> None:
     with closing(Rig(target)) as alone:
@@ -142,6 +143,42 @@ def test_a_node_lost_while_guessing_costs_the_guesses_alone(
     asking = CountingDispatch(Artifact.open(target))
     asking.fails_in = 1
     with closing(Rig(target, batch(shadow, asking, Recipe()), dispatch=dispatch)) as rig:
-        assert rig.run(REQUEST).told == expected
-        assert rig.told and "it is gone" in rig.told[0]
-    assert [what for what, _ in asking.log].count("abandon") == NUM_LAYERS - 2
+        lost = rig.run(REQUEST)
+        assert lost.told == expected and lost.of("batch").accepted == 0
+        [told] = rig.told
+        assert "before the next request" in told and "it is gone" in told
+        assert [what for what, _ in asking.log].count("abandon") == NUM_LAYERS - 2
+
+        asking.fails_in = None
+        found = rig.run(REQUEST)
+        assert found.told == expected and found.of("batch").accepted > 12
+        assert rig.told == [told]
+
+
+def test_a_range_that_nobody_has_any_more_is_waited_for_once(
+    target: Path, shadow: ShadowExperts
+) -> None:
+    """Drafter and pass ask the same nodes. What it fails with has waited for --shard-wait."""
+    with closing(Rig(target)) as alone:
+        expected = alone.run(REQUEST)
+    nodes = CountingDispatch(Artifact.open(target))
+    with closing(Rig(target, batch(shadow, nodes, Recipe()), dispatch=nodes)) as rig:
+        events = rig.engine.generate(REQUEST, Cancellation())
+        told = (event for event in events if isinstance(event, TokenGenerated))
+        for _ in range(20):
+            next(told)  # it is used to guessing by now
+        nodes.fails_in, nodes.error = 1, ShardUnavailable("no node is left for 0-7 (waited 60 s)")
+        nodes.log.clear()
+        answer = Answer(list(events))
+        rig.engine.check_integrity()
+        assert answer.finished.reason is FinishReason.ERROR
+        assert answer.finished.error is nodes.error and rig.told == []
+        starts = [("start", layer) for layer in range(NUM_LAYERS)]
+        assert nodes.log[: NUM_LAYERS + 2] == [*starts, ("wait", 0), ("wait", 1)], (
+            "the drafter asks"
+        )
+        assert nodes.log.count(("wait", 1)) == 1
+
+        nodes.fails_in = None
+        again = rig.run(REQUEST)
+        assert again.told == expected.told and again.of("batch").accepted > 12

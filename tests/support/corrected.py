@@ -20,7 +20,7 @@ from coordinator.transformer import Transformer
 from coordinator.weights import load_weights
 from shoal import limits
 from shoal.artifact import Artifact
-from shoal.errors import NodeUnreachable
+from shoal.errors import NodeError, NodeUnreachable
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
 from support.whole_store import whole_executor
@@ -33,7 +33,7 @@ MORE = [5, 3, 5, 8, 9]
 class CountingDispatch:
     """A dispatch that writes down what is started, waited for and taken back.
 
-    fails_in: the layer whose answer is lost; None: no layer.
+    fails_in: the layer whose answer is lost, with `error`; None: no layer.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -41,6 +41,7 @@ class CountingDispatch:
         self.stats = DispatchStats()
         self.log: list[tuple[str, int]] = []
         self.fails_in: int | None = None
+        self.error: NodeError = NodeUnreachable("it is gone")
 
     def start(self, layer: int, rows: Rows, plan: RoutingPlan) -> PendingSums:
         self.log.append(("start", layer))
@@ -57,7 +58,7 @@ class CountedSums:
     def wait(self) -> NDArray[np.int64]:
         self._dispatch.log.append(("wait", self._layer))
         if self._layer == self._dispatch.fails_in:
-            raise NodeUnreachable("it is gone")
+            raise self._dispatch.error
         return self._inner.wait()
 
     def abandon(self) -> None:
