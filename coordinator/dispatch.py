@@ -27,6 +27,7 @@ from collections.abc import Callable
 from coordinator import calls_and_nodes
 from coordinator.attempt_watch import Verdict, judge, silence
 from coordinator.calls_and_nodes import Attempt, Call, Fanout, Node, Stream
+from coordinator.dispatch_attempts import Attempts
 from coordinator.dispatch_events import (
     Accept,
     Cancel,
@@ -47,7 +48,6 @@ from coordinator.dispatch_events import (
     Progressed,
     ReleaseNode,
     Replied,
-    Send,
     Ticked,
     TimeOut,
 )
@@ -55,13 +55,12 @@ from coordinator.node_health import SLOW_RESIDUAL, NodeHealth
 from coordinator.replica_choice import choose, judge_cancelled, judge_slow
 from shoal import errors
 
-FIRST_RETRY_ID = 1 << 48  # calls are numbered from 1 by their makers, further attempts from here
 HEDGE_SHARE, HEDGE_BURST = 0.05, 16.0  # of calls that have a choice (Tail at Scale: 2 to 5 %)
 MAX_ATTEMPTS = 16  # of one call: then the network is not what it could be retried on
 DEATHS = 2
 
 
-class Dispatcher:
+class Dispatcher(Attempts):
     """Owns every expert call in flight. `on` is the only way to change it.
 
     Args:
@@ -73,17 +72,14 @@ class Dispatcher:
     def __init__(
         self, call_timeout_s: float, shard_wait_s: float, name_of: Callable[[int], str] = str
     ) -> None:
+        super().__init__()
         self._name_of = name_of
         self._call_timeout_s = call_timeout_s
         self._shard_wait_s = shard_wait_s
         self._calls: dict[int, Call] = {}
-        self._attempts: dict[int, Attempt] = {}
         self._fanouts: dict[int, Fanout] = {}
-        self._nodes: dict[int, Node] = {}
         self._waiting: dict[int, Call] = {}
-        self._next_attempt_id = FIRST_RETRY_ID
         self._hedge_tokens = HEDGE_BURST
-        self._now_s = 0.0  # of the last event that told
 
     @property
     def is_idle(self) -> bool:
@@ -165,39 +161,6 @@ class Dispatcher:
             call.waits_since_s = now_s
         self._wait_no_longer(call, now_s, out)
         return False
-
-    def _attempt(self, call: Call, node: Node, now_s: float, out: list[Command]) -> None:
-        if call.num_attempts:
-            attempt_id, self._next_attempt_id = self._next_attempt_id, self._next_attempt_id + 1
-        else:
-            attempt_id = call.new.call_id
-        call.num_attempts += 1
-        call.waits_since_s = None
-        attempt = Attempt(attempt_id, call, node, now_s)
-        self._attempts[attempt_id] = attempt
-        call.attempts.append(attempt)
-        node.work += call.new.work
-        stream = node.streams[call.new.lane]
-        if stream.queue or not stream.has_credit(call.new.num_bytes):
-            stream.queue.append(attempt)
-        else:
-            self._send(attempt, stream, out)
-
-    def _send(self, attempt: Attempt, stream: Stream, out: list[Command]) -> None:
-        new, node = attempt.call.new, attempt.node
-        if node.work > new.work:
-            attempt.wait_s = node.health.wait_s(node.work_ahead(new.lane))
-        stream.used_bytes += new.num_bytes
-        stream.num_sent += 1
-        stream.work += new.work
-        attempt.is_sent = True
-        out.append(Send(attempt.attempt_id, new.call_id, node.node_id, new.lane))
-
-    def _send_queued(self, stream: Stream, out: list[Command]) -> None:
-        while stream.queue and stream.has_credit(stream.queue[0].call.new.num_bytes):
-            attempt = stream.queue.popleft()
-            attempt.sent_s = attempt.heard_s = self._now_s
-            self._send(attempt, stream, out)
 
     def _on_replied(self, event: Replied, out: list[Command]) -> None:
         self._now_s = now_s = event.now_s
@@ -458,40 +421,6 @@ class Dispatcher:
         fanout.calls.clear()
         for stream in unblocked:
             self._send_queued(stream, out)
-
-    def _take_back(self, call: Call, out: list[Command]) -> list[Stream]:
-        """Take back a call's attempts: those queued are dropped, those sent become orphans.
-
-        Return the streams on which others may go now.
-        """
-        unblocked = []
-        for attempt in call.attempts:
-            node, lane = attempt.node, call.new.lane
-            if attempt.is_sent:
-                attempt.is_orphan = True
-                out.append(Cancel(attempt.attempt_id, node.node_id, lane))
-            else:
-                del self._attempts[attempt.attempt_id]
-                node.work -= call.new.work
-                node.streams[lane].queue.remove(attempt)
-                unblocked.append(node.streams[lane])
-        call.attempts.clear()
-        return unblocked
-
-    def _settle(self, attempt_id: int, node_id: int, now_s: float) -> Attempt | None:
-        """Forget an attempt that its node has ended, and give its credit back."""
-        attempt = self._attempts.get(attempt_id)
-        if attempt is None or attempt.node.node_id != node_id or not attempt.is_sent:
-            return None
-        del self._attempts[attempt_id]
-        node, new = attempt.node, attempt.call.new
-        stream = node.streams[new.lane]
-        stream.used_bytes -= new.num_bytes
-        stream.num_sent -= 1
-        stream.work = stream.work - new.work if stream.num_sent else 0.0
-        node.work -= new.work
-        node.heard_s, node.health.is_suspect = now_s, False
-        return attempt
 
     def check_integrity(self) -> None:
         """Assert what holds between events."""

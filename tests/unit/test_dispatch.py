@@ -5,11 +5,12 @@ that it would notice.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from coordinator import dispatch
+from coordinator import dispatch, dispatch_attempts
 from coordinator.attempt_watch import Verdict, judge
 from coordinator.calls_and_nodes import Attempt, Call, Fanout, Node, Stream
 from coordinator.dispatch import Dispatcher
@@ -159,14 +160,16 @@ def choose_the_lost(call: Call, nodes: dict[int, Node], _now_s: float) -> Node |
 
 
 @pytest.mark.parametrize(
-    ("name", "broken"),
+    ("module", "name", "broken"),
     [
-        ("judge", blind_to(Verdict.DEAD, Verdict.SILENT)),
-        ("judge", blind_to(Verdict.DEAD, Verdict.TIMED_OUT)),
-        ("choose", choose_the_lost),
-        ("FIRST_RETRY_ID", 2),
+        (dispatch, "judge", blind_to(Verdict.DEAD, Verdict.SILENT)),
+        (dispatch, "judge", blind_to(Verdict.DEAD, Verdict.TIMED_OUT)),
+        (dispatch, "choose", choose_the_lost),
+        (dispatch_attempts, "FIRST_RETRY_ID", 2),
     ],
 )
-def test_a_broken_part_is_caught(name: str, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, name, broken)
+def test_a_broken_part_is_caught(
+    module: ModuleType, name: str, broken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, name, broken)
     assert is_caught(Dispatcher)

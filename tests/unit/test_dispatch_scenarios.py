@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.dispatch import FIRST_RETRY_ID, Dispatcher
+from coordinator.dispatch import Dispatcher
+from coordinator.dispatch_attempts import FIRST_RETRY_ID
 from coordinator.dispatch_events import (
     Accept,
     Cancel,
