@@ -9,8 +9,6 @@ from shoal.experts.ownership import Ownership
 from shoal.experts.readers import Source
 from shoal.experts.store import ExpertFiles, Key
 
-Signature = tuple[tuple[int, int, int, int], ...]
-
 
 @dataclass(frozen=True, slots=True)
 class Listing:
@@ -23,11 +21,6 @@ class Listing:
     used_bytes: int
     blake3: str
     sources: tuple[Source, ...]
-
-    def signature(self) -> Signature:
-        """Return what changes when one of its files is written or replaced. Raises OSError."""
-        stats = [source.path.stat() for source in self.sources]
-        return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
 
 
 class Catalogue:

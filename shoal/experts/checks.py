@@ -7,11 +7,15 @@ from blake3 import blake3
 
 from shoal.errors import CorruptArtifact, ExpertUnavailable, ShoalError
 from shoal.experts.cache.policy import Key
-from shoal.experts.catalogue import Listing, Signature
+from shoal.experts.catalogue import Listing
 from shoal.experts.options import Verify
-from shoal.experts.readers.reader import U8
+from shoal.experts.readers.reader import U8, Origin
 
 FIX = "fetch or convert the model again"
+NOTHING: Origin = frozenset()
+MAX_KNOWN_CHUNKS = (
+    1024  # of one expert, over its copies and their states; then the last one's alone
+)
 
 
 class Checker:
@@ -22,31 +26,39 @@ class Checker:
         self.num_verified = 0
         self.num_corrupt = 0
         self._lock = threading.Lock()
-        self._checked: dict[Key, Signature] = {}  # the files as they were when it was right
+        self._checked: dict[Key, Origin] = {}  # what was part of a read that was right
 
-    def is_due(self, key: Key, listing: Listing) -> bool:
-        """Whether what was just read is to be checked."""
+    def is_due(self, key: Key, origin: Origin | None) -> bool:
+        """Whether what was just read, from there, is to be checked."""
         if self.verify is not Verify.FIRST:
             return self.verify is Verify.ALWAYS
-        signature = _signature(listing)
-        return signature is None or self._checked.get(key) != signature
+        return origin is None or not origin <= self._checked.get(key, NOTHING)
 
-    def check(self, key: Key, listing: Listing, memory: U8, *, is_alone: bool = True) -> None:
+    def check(
+        self,
+        key: Key,
+        listing: Listing,
+        memory: U8,
+        origin: Origin | None,
+        *,
+        is_alone: bool = True,
+    ) -> None:
         """Raise CorruptArtifact if these bytes are not the expert's.
 
         Args:
+            origin: what they were read from (see `Done`).
             is_alone: no others are checked at the same time: it may take all processors.
         """
-        signature = _signature(listing)
         digest = blake3(memory.data, max_threads=blake3.AUTO if is_alone else 1).hexdigest()
         is_right = digest == listing.blake3
         with self._lock:
             self.num_verified += 1
             self.num_corrupt += not is_right
-            if is_right and signature is not None:
-                self._checked[key] = signature
-            else:
+            if not is_right:
                 self._checked.pop(key, None)
+            elif origin is not None:
+                known = origin | self._checked.get(key, NOTHING)
+                self._checked[key] = known if len(known) <= MAX_KNOWN_CHUNKS else origin
         if not is_right:
             raise CorruptArtifact(
                 f"{_paths(listing)}: {_name(key)}: its bytes are not those that were written"
@@ -67,13 +79,6 @@ def read_failure(key: Key, listing: Listing, error: OSError) -> ShoalError:
                 f"{_name(key)} cannot be read from {where}: {error.strerror or error}; "
                 "it is tried again at the next call: check the drive"
             )
-
-
-def _signature(listing: Listing) -> Signature | None:
-    try:
-        return listing.signature()
-    except OSError:  # the file is gone by now: what was read of it may still be right
-        return None
 
 
 def _name(key: Key) -> str:

@@ -422,7 +422,7 @@ class StreamingStore:
                 entry, listing = self._reading[done.tag]
                 if done.error is not None:
                     self._end(entry, listing, done, read_failure(entry.key, listing, done.error))
-                elif self._checker.is_due(entry.key, listing):
+                elif self._checker.is_due(entry.key, done.origin):
                     self._checkers.submit(partial(self._check, entry, listing, done))
                 else:
                     self._end(entry, listing, done, None)
@@ -432,7 +432,8 @@ class StreamingStore:
         error: BaseException | None = None
         try:
             is_alone = not self._checkers.is_crowded
-            self._checker.check(entry.key, listing, entry.payload, is_alone=is_alone)
+            memory, origin = entry.payload, done.origin
+            self._checker.check(entry.key, listing, memory, origin, is_alone=is_alone)
         except ShoalError as problem:
             error = problem
         except Exception as problem:  # noqa: BLE001  the top of a thread: calls wait for its word

@@ -29,7 +29,7 @@ from shoal.experts.open_store import open_store
 from shoal.experts.options import Backend, Verify
 from shoal.experts.ownership import Ownership
 from shoal.experts.readers.open_reader import open_reader
-from shoal.experts.readers.reader import U8
+from shoal.experts.readers.reader import U8, Origin
 from shoal.experts.store import Key, StoreOptions, WarmUpProgress
 from shoal.experts.streaming import StreamingStore
 from support.held_reader import until
@@ -225,11 +225,19 @@ def test_reads_go_on_while_a_hash_is_compared(artifact: Artifact, opened: ExitSt
     class Held(Checker):
         has_begun, may_end = threading.Event(), threading.Event()
 
-        def check(self, key: Key, listing: Listing, memory: U8, *, is_alone: bool = True) -> None:
+        def check(
+            self,
+            key: Key,
+            listing: Listing,
+            memory: U8,
+            origin: Origin | None,
+            *,
+            is_alone: bool = True,
+        ) -> None:
             if key == (LAYER, 1):
                 self.has_begun.set()
                 assert self.may_end.wait(30)
-            super().check(key, listing, memory, is_alone=is_alone)
+            super().check(key, listing, memory, origin, is_alone=is_alone)
 
     checker = Held(Verify.FIRST)
     store = StreamingStore(

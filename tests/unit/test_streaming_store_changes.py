@@ -23,7 +23,7 @@ from shoal.experts.catalogue import Catalogue
 from shoal.experts.options import Backend
 from shoal.experts.ownership import Ownership
 from support.held_reader import until
-from support.stores import LAYER, expected, held, size_of, take, whole
+from support.stores import LAYER, expected, flip, held, size_of, take, whole
 from support.tiny_model import make_tiny_artifact
 
 
@@ -178,6 +178,48 @@ def test_another_model_is_refused_and_the_old_one_serves_on(
     with pytest.raises(UsageError, match="another model"):
         store.rebind(other, Ownership(other.owned_experts))
     assert take(store, LAYER, [1]) == expected(artifact, LAYER, [1])
+
+
+@pytest.mark.parametrize("backend", Backend)
+def test_a_file_that_took_anothers_name_is_verified_although_the_other_was(
+    tmp_path: Path, opened: ExitStack, backend: Backend
+) -> None:
+    """1. an expert was right; 2. a damaged file takes its file's name; 3. the old file is still
+    open, and right; 4. files are opened anew: the damage is found.
+    """
+    artifact = Artifact.open(make_tiny_artifact(tmp_path, quant="q8_0"))
+    right = expected(artifact, LAYER, range(4))
+    store = whole(artifact, opened, cache_bytes=2 * size_of(artifact), backend=backend)
+    assert take(store, LAYER, range(4)) == right
+    file = artifact.expert_location(LAYER, 0).path
+    shutil.copy2(file, tmp_path / "other")
+    (tmp_path / "other").replace(file)
+    flip(artifact, 0)
+    assert [take(store, LAYER, [index])[0] for index in range(4)] == right
+    store.rebind(artifact, Ownership(artifact.owned_experts))
+    assert [take(store, LAYER, [index])[0] for index in (1, 2, 3)] == right[1:]
+    with pytest.raises(CorruptArtifact, match=f"expert 0 of layer {LAYER}"):
+        take(store, LAYER, [0])
+
+
+def test_each_copy_of_an_expert_is_verified_when_it_is_first_read(
+    tmp_path: Path, opened: ExitStack
+) -> None:
+    artifact = Artifact.open(make_tiny_artifact(tmp_path, quant="q8_0"))
+    dirs = (tmp_path / "a", tmp_path / "b")
+    for folder in dirs:
+        shutil.copytree(artifact.path / "experts", folder / "experts")
+    store = whole(artifact, opened, data_dirs=dirs, cache_bytes=2 * size_of(artifact))
+    right = expected(artifact, LAYER, range(4))
+    flip(artifact, 0)
+    shutil.copy2(artifact.expert_location(LAYER, 0).path, dirs[1] / "experts")
+    outcomes: list[bool | None] = []
+    for index in (0, 1, 2, 3, 3, 2, 1, 0):  # each is read from the one copy, then from the other
+        try:
+            outcomes.append(take(store, LAYER, [index]) == [right[index]])
+        except CorruptArtifact:
+            outcomes.append(None)
+    assert sorted(outcomes, key=str) == [None, *[True] * 7], "one copy of expert 0 is damaged"
 
 
 def test_files_in_data_directories_are_read_instead(

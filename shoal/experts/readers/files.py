@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shoal.experts.readers.reader import U8
+from shoal.experts.readers.reader import U8, FileState
 from shoal.limits import READ_ALIGNMENT
 
 # descriptor -> (offset, address) alignment of direct reads, (0, 0) without them, None: not told.
@@ -36,6 +36,7 @@ class OpenFile:
     __slots__ = (
         "_buffered",
         "_open",
+        "_state",
         "direct",
         "is_closing",
         "memory_alignment",
@@ -54,6 +55,7 @@ class OpenFile:
         self.uses = 0  # chunks at the device
         self.is_closing = False
         self._buffered: int | None = None
+        self._state: FileState = (0, 0, 0, 0, 0)
         self._open: list[int] = []  # every descriptor: others may be using one we gave up
         try:
             if alignment_of is not None:
@@ -72,6 +74,14 @@ class OpenFile:
                 with suppress(OSError):  # it is advice
                     _fadvise(self._buffered, 0, 0, _RANDOM)
         return self._buffered
+
+    def state_of(self, descriptor: int) -> FileState:
+        """Return what changes when the file behind one of its descriptors is written to."""
+        stat = os.fstat(descriptor)
+        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if state != self._state:
+            self._state = state
+        return self._state  # one object for as long as it is so: every chunk's record shares it
 
     def forget(self, offset: int, num_bytes: int) -> None:
         """Tell the kernel not to keep these bytes: whoever reads has its own cache."""

@@ -198,6 +198,7 @@ class QueueReader(ABC):
         try:
             file = self._files.get(chunk.source.path)
             operation = self._plan(chunk, file)
+            self._queue.note_origin(chunk, file.state_of(operation.descriptor))
             file.begin_use()
             return operation
         except OSError as error:

@@ -14,7 +14,7 @@ import heapq
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from shoal.experts.readers.reader import LATENCY_BOUNDS_S, Done, Read, Source
+from shoal.experts.readers.reader import LATENCY_BOUNDS_S, Done, FileState, Read, Source
 from shoal.experts.readers.token_bucket import TokenBucket
 from shoal.limits import KIB, MAX_READ_QUEUE_DEPTH, READ_ALIGNMENT
 
@@ -47,6 +47,7 @@ class ActiveRead:
     in_flight: int = 0  # its chunks at the device
     waiting: int = 0  # its chunks that will be tried again
     error: OSError | None = None
+    origin: set[tuple[int, FileState]] | None = field(default_factory=set)
 
     @property
     def is_over(self) -> bool:
@@ -225,6 +226,11 @@ class ReadQueue:
             return max(self._again[0][0] - now_s, self.bucket.delay_s(now_s), 0.0)
         return None
 
+    def note_origin(self, chunk: Chunk, state: FileState) -> None:
+        """Learn, before a chunk is read, in which state its file is (see `Done.origin`)."""
+        if chunk.active.origin is not None:
+            chunk.active.origin.add((chunk.start, state))
+
     def finish(self, chunk: Chunk, result: int, now_s: float) -> None:
         """Take back a chunk: `result` is the number of bytes read, or -errno."""
         active = chunk.active
@@ -236,6 +242,7 @@ class ReadQueue:
         if active.error is not None or result == chunk.num_bytes:
             self._end_if_over(active, now_s)
             return
+        active.origin = None
         if result > 0:  # a device may do less than it was asked: the rest is a chunk of its own
             aligned = result // READ_ALIGNMENT * READ_ALIGNMENT
             chunk.start += aligned or result
@@ -257,6 +264,7 @@ class ReadQueue:
     def put_back(self, chunk: Chunk, now_s: float) -> None:
         """Take back a chunk that was not read, to be started again at once."""
         self._left_device(chunk.active)
+        chunk.active.origin = None
         if chunk.active.error is None:
             self._try_again(chunk, now_s)
         else:
@@ -349,7 +357,8 @@ class ReadQueue:
             counts.num_cancelled += 1
         else:
             counts.num_errors += 1
-        self._done.append(Done(active.read.tag, active.error, seconds, size))
+        origin = None if active.origin is None else frozenset(active.origin)
+        self._done.append(Done(active.read.tag, active.error, seconds, size, origin))
 
 
 def _legal_depth(depth: int) -> int:

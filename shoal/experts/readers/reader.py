@@ -48,6 +48,12 @@ class Read:
     is_prefetch: bool = False
 
 
+# A file as it was when a chunk of it was read: device, inode, size, times of writing and change.
+FileState = tuple[int, int, int, int, int]
+# What a read's bytes were taken from: (first byte in `out`, state of the file) a chunk.
+Origin = frozenset[tuple[int, FileState]]
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """How a read ended. Each submitted read is Done exactly once.
@@ -56,12 +62,15 @@ class Done:
         errno ENODATA where the file ended before the read did (truncated), ECANCELED after
         `cancel`, or the system's own. `out` then holds anything.
     seconds: from submit to the last chunk.
+    origin: by the descriptors that were read, not by what their paths name meanwhile; None: a chunk
+        came in pieces or after an error, so that it cannot be told.
     """
 
     tag: int
     error: OSError | None
     seconds: float
     num_bytes: int
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)
