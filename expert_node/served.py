@@ -24,6 +24,7 @@ from shoal import numerics, ops, wire
 from shoal.artifact import Artifact
 from shoal.artifact.reader import ExpertLocation
 from shoal.errors import NotOwned, UsageError
+from shoal.experts.catalogue import Catalogue
 from shoal.experts.executor import ExpertExecutor
 from shoal.experts.heat import HeatMap
 from shoal.experts.local import owned_bytes, prefetcher_for
@@ -74,7 +75,7 @@ class Served:
         self.memory = check_memory(artifact, ownership, config.cache_bytes)
         check_cache(artifact, ownership, config.cache_bytes)
         self._config = config
-        self._signature = signature_of(artifact)
+        self._signature = signature_of(artifact, ownership, config)
         self._epoch = secrets.token_hex(8)
         self._lingering: dict[int, tuple[Former, ...]] = {}  # by open stream
         self._lock = threading.Lock()  # of what lingers: streams come and go on the event loop
@@ -121,7 +122,7 @@ class Served:
         """Return the prefetcher's figures; of none: all zero."""
         prefetcher = self.prefetcher
         if prefetcher is None:
-            return PrefetchFigures(Mode.OFF, {}, 0, 0, 0, 0, 0.0, "", "", 0)
+            return PrefetchFigures(Mode.OFF, {}, 0, 0, 0, 0, 0.0, "", "", "", 0, 0)
         return prefetcher.figures()
 
     @property
@@ -146,7 +147,7 @@ class Served:
         ownership = owned_by(artifact, config)
         check_memory(artifact, ownership, config.cache_bytes)
         check_cache(artifact, ownership, config.cache_bytes)
-        signature = signature_of(artifact)
+        signature = signature_of(artifact, ownership, config)
         is_same = ownership.ranges == self.ownership.ranges and signature == self._signature
         before = self._config
         keeps = is_same and (config.prefetch, config.cache_bytes) == (
@@ -229,7 +230,8 @@ class Served:
     def _rebind(self, plan: Plan, open_streams: Collection[int]) -> list[str]:
         changed = []
         if plan.signature != self._signature:
-            changed.append(f"artifact: read again from {plan.artifact.path}")
+            folders = ", ".join(map(str, (plan.artifact.path, *plan.config.data_dirs)))
+            changed.append(f"artifact: read again from {folders}")
         if plan.ownership.ranges != self.ownership.ranges:
             changed.append(f"owned: {self.ownership} -> {plan.ownership}")
             former = (self.artifact, self.ownership)
@@ -384,10 +386,16 @@ def check_cache(artifact: Artifact, ownership: Ownership, cache_bytes: int | Non
         )
 
 
-def signature_of(artifact: Artifact) -> Signature:
-    """Return what tells whether a file of the artifact was written or replaced. Raises OSError."""
-    names = ["manifest.json", *artifact.file_sizes()]
-    stats = [(name, (artifact.path / name).stat()) for name in names]
+def signature_of(artifact: Artifact, ownership: Ownership, config: NodeConfig) -> Signature:
+    """Return what tells whether a file that is served was written or replaced.
+
+    Files of the artifact, and the copies in data directories that experts are read from.
+
+    Raises: OSError. As `Catalogue`, too: a copy is too short, a directory has none.
+    """
+    copies = Catalogue(artifact, ownership, config.data_dirs).paths
+    own = [artifact.path / name for name in ("manifest.json", *artifact.file_sizes())]
+    stats = [(str(path), path.stat()) for path in dict.fromkeys((*own, *copies))]
     found = [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return ((str(artifact.path), 0, 0, 0), *found)
 

@@ -1,6 +1,7 @@
 """What a node serves, and how that changes: checked before, undone after, former ones linger."""
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +14,7 @@ from expert_node.pins import pins_of, warm_up_order
 from expert_node.served import GRACE, Served, check_memory, owned_by
 from shoal.artifact import Artifact
 from shoal.artifact.slicing import node_part, write_slice
-from shoal.errors import NotOwned, UsageError
+from shoal.errors import CorruptArtifact, NotOwned, UsageError
 from shoal.experts.heat import HeatMap, encode_heat
 from shoal.experts.options import Mode, Verify
 from shoal.experts.ownership import Ownership
@@ -145,6 +146,28 @@ def test_a_file_that_was_written_anew_is_read_anew(
     partial.replace(file)
     assert change(served, config) == [f"artifact: read again from {artifact.path}"]
     assert serves(served, 2)
+
+
+def test_a_copy_in_a_data_directory_that_was_replaced_is_opened_anew(
+    artifact: Artifact, config: NodeConfig, tmp_path: Path
+) -> None:
+    """1. a layer is served from a copy; 2. a damaged file takes its name; 3. a reload sees it."""
+    copy = (
+        shutil.copytree(artifact.path / "experts", tmp_path / "experts") / "layer-001.safetensors"
+    )
+    config = dataclasses.replace(config, data_dirs=(tmp_path,))
+    served = Served(config, artifact, owned_by(artifact, config), None)
+    with closing(served):
+        assert change(served, config) == []
+        damaged = bytes(byte ^ 1 for byte in copy.read_bytes())
+        (tmp_path / "other").write_bytes(damaged)
+        (tmp_path / "other").replace(copy)
+        assert change(served, config) == [f"artifact: read again from {artifact.path}, {tmp_path}"]
+        with served.store.acquire(1, [2]) as got, pytest.raises(CorruptArtifact, match="expert 2 "):
+            list(got)
+        copy.write_bytes(b"short")
+        with pytest.raises(CorruptArtifact, match="5 bytes"):
+            served.plan(config, None)
 
 
 def test_the_budget_follows_what_is_owned_unless_a_cache_is_named(
