@@ -150,8 +150,9 @@ class FidelityBench:
         self._next_ids = self._text[num_prompt + 1 :]
 
     def stream(self) -> Fidelity:
-        """Return the exact mode beside itself: what the others' figures are to be read against."""
-        return self._fidelity(self._forced, self._free)
+        """Measure the exact mode too, token by token: the figures of no difference."""
+        forced = self._decode(self._exact, self._text[self._num_prompt :])
+        return self._fidelity(forced, self._free)
 
     def corrected(self, surrogate: Surrogate, num_sweeps: int) -> Fidelity:
         """Measure the corrected pass with that stand-in."""

@@ -127,11 +127,13 @@ def measure_fidelity(request: FidelityRequest) -> FidelityReport:
     """Run every mode over the text.
 
     Raises:
-        UsageError: a number out of range, no such shadow. RequestError: the text is too short.
+        UsageError: a number out of range, no such shadow, one too coarse.
+        RequestError: the text is too short.
         As `start_engine`.
     """
     from coordinator.app import CoordinatorConfig, OpenedModel, open_dispatch
     from coordinator.commands import feedback
+    from coordinator.corrected.compose import check_shadow
     from coordinator.corrected.fidelity import FidelityBench, Zeros
     from coordinator.corrected.passage import PASSAGE
     from coordinator.corrected.surrogate import Shadow, expert_bits
@@ -150,6 +152,7 @@ def measure_fidelity(request: FidelityRequest) -> FidelityReport:
     if request.threads is not None:
         ops.set_threads(request.threads)
     coarse = find_or_make(artifact, request.shadow, told.show_making)
+    check_shadow(coarse)
     rows: list[FidelityRow] = []
     with ExitStack() as stack:
         shadow = ShadowExperts(coarse, told.show_load)
