@@ -180,7 +180,11 @@ def _prefetch(store: StoreFigures, prefetch: PrefetchFigures) -> Iterator[Metric
         results = zip(("issued", "used", "wasted"), values, strict=True)
         yield _family(metric, [((result,), value) for result, value in results])
     yield _which(metrics.PREFETCH_MODE, Mode, prefetch.mode)
-    phases = (("decode", prefetch.decode_state), ("prefill", prefetch.prefill_state))
+    phases = (
+        ("decode", prefetch.decode_state),
+        ("prefill", prefetch.prefill_state),
+        ("hints", prefetch.hint_state),
+    )
     yield _family(
         metrics.PREFETCH_STATE,
         [
@@ -189,6 +193,7 @@ def _prefetch(store: StoreFigures, prefetch: PrefetchFigures) -> Iterator[Metric
             for state in GOVERNOR_STATES
         ],
     )
+    yield _one(metrics.PREFETCH_HINTED, prefetch.hinted_experts)
     yield _one(metrics.PREFETCH_SWITCHES, prefetch.switches)
     yield _one(metrics.PREFETCH_SAVED, prefetch.stall_saved_s)
     predictors = sorted(prefetch.predictors.items())

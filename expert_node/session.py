@@ -208,7 +208,7 @@ class Session:
             layer, experts = wire.decode_hint(message)
         except errors.MalformedMessage as error:
             raise self._broken(f"a hint that makes no sense: {error}") from error
-        self._worker.hint(layer, experts)
+        self._worker.hint(layer, experts, self._stream_id)
 
     def _check_size(self, num_bytes: int) -> None:
         if self._lane is Lane.INTERACTIVE and num_bytes > limits.INTERACTIVE_MESSAGE_BYTES:

@@ -44,7 +44,7 @@ class Executor(Protocol):
     def try_open(self, call: ExpertCall, stream: int) -> Opened | None: ...
     @property
     def wants_hints(self) -> bool: ...
-    def hint(self, layer: int, experts: Sequence[int]) -> None: ...
+    def hint(self, layer: int, experts: Sequence[int], stream: int) -> None: ...
 
 
 class Caller(Protocol):
@@ -131,9 +131,9 @@ class Worker:
         """Whether it can do anything with `hint`."""
         return self._executor.wants_hints
 
-    def hint(self, layer: int, experts: Sequence[int]) -> None:
-        """Hear which experts calls to come will likely need."""
-        self._executor.hint(layer, experts)
+    def hint(self, layer: int, experts: Sequence[int], stream: int) -> None:
+        """Hear which experts a stream's next call of a layer will likely need."""
+        self._executor.hint(layer, experts, stream)
 
     def submit(self, job: Job) -> None:
         """Take a checked job; its caller gets its terminal frame now or later."""

@@ -119,9 +119,12 @@ PREFETCH_BYTES = _counter(
 PREFETCH_MODE = _gauge("shoal_prefetch_mode", "1 for the mode in force (--prefetch)", "mode")
 PREFETCH_STATE = _gauge(
     "shoal_prefetch_governor",
-    "1 for the governor's state: learn, trial, on, off, forced",
+    "1 for the governor's state (decode, prefill, hints): learn, trial, on, off, forced",
     "phase",
     "state",
+)
+PREFETCH_HINTED = _counter(
+    "shoal_prefetch_hinted_reads", "of the issued ones, those that a coordinator's hint had named"
 )
 PREFETCH_SWITCHES = _counter("shoal_prefetch_switches", "times a governor went on or off")
 PREFETCH_SAVED = _gauge(

@@ -96,12 +96,17 @@ class ExpertExecutor:
         """Whether it reads ahead: else `hint` does nothing."""
         return self._prefetcher is not None
 
-    def hint(self, layer: int, experts: Sequence[int]) -> None:
-        """Hear which experts calls to come will likely need; some may not be owned. Never waits."""
+    def hint(self, layer: int, experts: Sequence[int], stream: int = 0) -> None:
+        """Hear which experts a stream's next call of a layer will likely need. Never waits.
+
+        Some may not be owned.
+        """
         prefetcher = self._prefetcher
         if prefetcher is not None and layer in self._layers:
             owned = set(self._store.ownership.experts(layer))
-            prefetcher.on_hint(layer, [expert for expert in experts if expert in owned])
+            mine = [expert for expert in experts if expert in owned]
+            if mine:
+                prefetcher.on_hint(layer, mine, self._clock(), stream)
 
     def grid(self, layer: int) -> int:
         """Return g of that layer's sums: an integer stands for itself times 2^-g."""

@@ -185,8 +185,8 @@ class Diary:
     def on_done(self, layer: int, load_s: float, now_s: float, stream: int = 0) -> None:
         self.lines.append(("done", layer, load_s, stream))
 
-    def on_hint(self, layer: int, experts: Sequence[int]) -> None:
-        self.lines.append(("hint", layer, list(experts)))
+    def on_hint(self, layer: int, experts: Sequence[int], now_s: float, stream: int = 0) -> None:
+        self.lines.append(("hint", layer, list(experts), stream))
 
     def figures(self) -> PrefetchFigures:
         raise NotImplementedError

@@ -44,10 +44,10 @@ class BlockedExecutor:
         self.release = threading.Event()
         self.computed: list[int] = []
         self.wants_hints = True
-        self.hints: list[tuple[int, list[int]]] = []
+        self.hints: list[tuple[int, list[int], int]] = []
 
-    def hint(self, layer: int, experts: Sequence[int]) -> None:
-        self.hints.append((layer, list(experts)))
+    def hint(self, layer: int, experts: Sequence[int], stream: int) -> None:
+        self.hints.append((layer, list(experts), stream))
 
     def check(self, call: ExpertCall) -> None:
         if call.layer > 1:
@@ -246,7 +246,7 @@ def test_hints_reach_the_executor_and_one_without_sense_ends_the_stream() -> Non
         async with connected() as peer:
             assert (await peer.next_frame("opened")).opened.wants_hints
             peer.send(wire.encode_hint(1, [3, 0]))
-            assert peer.executor.hints == [(1, [3, 0])]
+            assert peer.executor.hints == [(1, [3, 0], 1)]
             peer.call(7)
             with pytest.raises(StreamEnded, match="a hint that makes no sense: layer = 5000"):
                 peer.send(pb.ClientFrame(hint=pb.Hint(layer=5000, experts=b"\0\0")))

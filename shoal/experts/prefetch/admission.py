@@ -57,6 +57,6 @@ class IdleGap:
         known = self._gaps.get((layer, kind), gap_s)
         self._gaps[layer, kind] = known + _STEP * (gap_s - known)
 
-    def gap_s(self, layer: int, kind: int) -> float:
-        """Return the expected gap; 0.0 where none was seen."""
-        return self._gaps.get((layer, kind), 0.0)
+    def gap_s(self, layer: int, kind: int, otherwise_s: float = 0.0) -> float:
+        """Return the expected gap; `otherwise_s` where none was seen."""
+        return self._gaps.get((layer, kind), otherwise_s)

@@ -64,15 +64,19 @@ class Governor:
 
     Args:
         window_calls: calls in a window. guard_calls: of these, the first that are not counted.
+        learn_windows: before a trial, at least one.
     """
 
-    def __init__(self, window_calls: int, guard_calls: int) -> None:
+    def __init__(
+        self, window_calls: int, guard_calls: int, learn_windows: int = LEARN_WINDOWS
+    ) -> None:
         assert 0 <= guard_calls < window_calls, (window_calls, guard_calls)
+        self._learn_windows = learn_windows
         self._window_calls, self._guard_calls = window_calls, guard_calls
         self._state = State.LEARN
         self._window = _Window()
         self._trial = _Trial()
-        self._windows_left = LEARN_WINDOWS
+        self._windows_left = learn_windows
         self._off_windows = OFF_WINDOWS
         self._is_b = False
         self._verdict: State | None = None
@@ -118,7 +122,7 @@ class Governor:
         if self._windows_left:
             return
         if self._state is State.OFF:
-            self._state, self._windows_left = State.LEARN, LEARN_WINDOWS
+            self._state, self._windows_left = State.LEARN, self._learn_windows
         else:
             self._state, self._trial, self._is_b = State.TRIAL, _Trial(), False
 

@@ -90,8 +90,9 @@ class PrefetchFigures:
     predictors: by name; "fused" is what is acted on.
     stall_saved_s: an estimate: what windows with prefetching cost less than those around them
         without, per call, times the calls with prefetching. May be negative.
-    decode_state, prefill_state: of the governors: learn, trial, on, off; "forced" where there is
-        none.
+    decode_state, prefill_state, hint_state: of the governors: learn, trial, on, off; "forced" where
+        there is none.
+    hinted_experts: of the issued ones, those that a hint had named.
     switches: how often a governor's verdict changed.
     """
 
@@ -104,6 +105,8 @@ class PrefetchFigures:
     stall_saved_s: float
     decode_state: str
     prefill_state: str
+    hint_state: str
+    hinted_experts: int
     switches: int
 
 
@@ -130,8 +133,11 @@ class Prefetcher(Protocol):
         """Learn that the call was computed and spent `load_s` waiting for reads."""
         ...
 
-    def on_hint(self, layer: int, experts: Sequence[int]) -> None:
-        """Learn of owned experts that calls of several rows will likely need, best first."""
+    def on_hint(self, layer: int, experts: Sequence[int], now_s: float, stream: int = 0) -> None:
+        """Learn of owned experts that the stream's next call of a layer likely needs, best first.
+
+        More than one hint may come before that call.
+        """
         ...
 
     def figures(self) -> PrefetchFigures: ...

@@ -20,6 +20,7 @@ from shoal.model_spec import RouterKind, RouterSpec
 # the machine does meanwhile falls on both sides of a comparison.
 _DECODE_PASSES, _PREFILL_PASSES = 4, 1
 _GUARD_PASSES = 1  # of the 4: what the window before left in the cache
+_HINT_LEARN_WINDOWS = 1  # hints come ready made: only their gaps are to be learned
 
 
 def open_prefetcher(
@@ -68,9 +69,11 @@ def open_prefetcher(
         layer.layer: artifact.expert_location(layer.layer, layer.owned[0]).num_bytes
         for layer in layers
     }
-    governors = _governors(len(layers)) if mode is Mode.AUTO and is_governed else {}
     guesser = Guesser(layers, pregates, predictors)
-    return ReadAhead(mode, guesser, store, expert_bytes, governors)
+    if mode is not Mode.AUTO or not is_governed:
+        return ReadAhead(mode, guesser, store, expert_bytes, {})
+    hints = Governor(*_decode_window(len(layers)), _HINT_LEARN_WINDOWS)
+    return ReadAhead(mode, guesser, store, expert_bytes, _governors(len(layers)), hints)
 
 
 def _predictors(
@@ -85,8 +88,12 @@ def _predictors(
     return tuple(name for name in PREDICTORS if name not in useless)
 
 
+def _decode_window(num_layers: int) -> tuple[int, int]:
+    return _DECODE_PASSES * num_layers, _GUARD_PASSES * num_layers
+
+
 def _governors(num_layers: int) -> dict[CallKind, Governor]:
-    decode = Governor(_DECODE_PASSES * num_layers, _GUARD_PASSES * num_layers)
+    decode = Governor(*_decode_window(num_layers))
     prefill = Governor(_PREFILL_PASSES * num_layers, 0)
     return {CallKind.ONE: decode, CallKind.FEW: decode, CallKind.MANY: prefill}
 

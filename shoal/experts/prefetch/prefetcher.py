@@ -1,7 +1,9 @@
 """ReadAhead: the prefetcher of a process. Asks the cores, speaks to the store.
 
-    on_call    settle the guess about this call, cancel what it did not need; guess the next one,
-               admit guesses and queue their reads: the disk begins them when it has no demand left
+    on_hint    note it; queue reads of what can be read until its call comes
+    on_call    settle hints and guess about this call, cancel what it did not need; guess the next
+               one, admit guesses and queue their reads: the disk begins them when it has no demand
+               left
     on_loaded  the gap begins in which they are read
     on_done    tell the governor what the call cost
 
@@ -19,8 +21,9 @@ import numpy as np
 
 from shoal.experts.call import ExpertCall
 from shoal.experts.prefetch.admission import IdleGap, admit, min_probability
-from shoal.experts.prefetch.governor import Governor
+from shoal.experts.prefetch.governor import Governor, State
 from shoal.experts.prefetch.guesser import CallKind, Guess, Guesser, kind_of
+from shoal.experts.prefetch.hints import Hints
 from shoal.experts.prefetch.interface import Mode, PrefetchFigures, PrefetchStore
 from shoal.limits import MAX_PREFETCH_STREAMS
 
@@ -37,6 +40,7 @@ class _Call:
     num_experts: int
     guess: Guess | None = None
     is_loaded: bool = False
+    is_hinted: bool = False
 
 
 @dataclass(slots=True)
@@ -52,6 +56,9 @@ class ReadAhead:
     Args:
         expert_bytes: by layer: of one expert's read.
         governors: by kind of call; empty: always on.
+        hint_governor: of reads that follow hints, judged by the calls that hints named; None: these
+            are always followed. One trial at a time: while a guess is on trial, hints are followed
+            only if they have won theirs, and nothing is learned about them.
     """
 
     def __init__(
@@ -61,12 +68,16 @@ class ReadAhead:
         store: PrefetchStore,
         expert_bytes: Mapping[int, int],
         governors: Mapping[CallKind, Governor],
+        hint_governor: Governor | None = None,
     ) -> None:
         self._mode = mode
         self._guesser = guesser
         self._store = store
         self._expert_bytes = expert_bytes
         self._governors = governors
+        self._hint_governor = hint_governor
+        self._hints = Hints()
+        self._hinted_experts = 0
         self._idle = IdleGap()
         self._lock = threading.Lock()
         self._calls: OrderedDict[tuple[int, int], _Call] = OrderedDict()  # (stream, layer)
@@ -87,6 +98,7 @@ class ReadAhead:
             state = self._stream(stream)
             gap_s = 0.0 if state.ended_s is None else now_s - state.ended_s
             made = _Call(kind, now_s - min(max(gap_s, 0.0), _MAX_JUDGED_GAP_S), len(experts))
+            made.is_hinted = self._settle_hint(call.layer, experts, now_s, stream)
             self._calls[stream, call.layer] = made
             _keep_newest(self._calls)
             governor = self._governors.get(kind)
@@ -117,28 +129,37 @@ class ReadAhead:
             if call is None:
                 return
             self._stream(stream).ended_s = now_s
-            governor = self._governors.get(call.kind)
+            governor, cost_s = self._governors.get(call.kind), now_s - call.began_s
+            if call.is_hinted and self._hint_governor is not None and not self._is_guess_on_trial:
+                self._hint_governor.on_done(cost_s, call.num_experts)
             if governor is not None:
-                governor.on_done(now_s - call.began_s, call.num_experts)
+                governor.on_done(cost_s, call.num_experts)
 
-    def on_hint(self, layer: int, experts: Sequence[int]) -> None:
-        """See `Prefetcher.on_hint`. Whoever sends hints verifies guesses: several rows a call."""
+    def on_hint(self, layer: int, experts: Sequence[int], now_s: float, stream: int = 0) -> None:
+        """See `Prefetcher.on_hint`."""
         with self._entered() as is_in:
             if not is_in or layer not in self._expert_bytes or self._holds_everything():
                 return
-            governor = self._governors.get(CallKind.MANY)
-            may_issue = governor is None or governor.may_issue
-            if may_issue and not self._store.num_demand_reads():
-                absent = self._store.absent(layer, experts)
-                self._issued_experts += self._store.prefetch(layer, absent)
+            self._hints.hear(stream, layer, experts, now_s)
+            bandwidth = self._store.read_bandwidth()
+            if bandwidth <= 0 or self._store.num_demand_reads() or not self._follows_hints:
+                return
+            read_s = self._expert_bytes[layer] / bandwidth
+            absent = self._store.absent(layer, experts)
+            admitted = self._hints.admitted(stream, layer, absent, read_s, now_s)
+            if admitted:
+                num_issued = self._store.prefetch(layer, admitted)
+                self._hints.began(stream, layer, admitted[:num_issued], read_s, now_s)
+                self._issued_experts += num_issued
+                self._hinted_experts += num_issued
 
     def figures(self) -> PrefetchFigures:
         """See `Prefetcher.figures`."""
         with self._lock:
             issued_bytes, used_bytes, wasted_bytes = self._store.prefetch_bytes()
             decode = self._governors.get(CallKind.ONE)
-            prefill = self._governors.get(CallKind.MANY)
-            governors = [governor for governor in (decode, prefill) if governor is not None]
+            prefill, hints = self._governors.get(CallKind.MANY), self._hint_governor
+            governors = [governor for governor in (decode, prefill, hints) if governor is not None]
             return PrefetchFigures(
                 mode=self._mode,
                 predictors=self._guesser.figures(),
@@ -147,8 +168,10 @@ class ReadAhead:
                 used_bytes=used_bytes,
                 wasted_bytes=wasted_bytes,
                 stall_saved_s=sum(governor.saved_s for governor in governors),
-                decode_state=decode.state.value if decode is not None else "forced",
-                prefill_state=prefill.state.value if prefill is not None else "forced",
+                decode_state=_state_of(decode),
+                prefill_state=_state_of(prefill),
+                hint_state=_state_of(hints),
+                hinted_experts=self._hinted_experts,
                 switches=sum(governor.switches for governor in governors),
             )
 
@@ -173,6 +196,24 @@ class ReadAhead:
             self._is_needed = self._store.figures().budget_bytes < self._store.num_bytes
         self._calls_seen += 1
         return not self._is_needed
+
+    @property
+    def _is_guess_on_trial(self) -> bool:
+        governor = self._governors.get(CallKind.FEW)
+        return governor is not None and governor.state is State.TRIAL
+
+    @property
+    def _follows_hints(self) -> bool:
+        governor = self._hint_governor
+        if governor is None or governor.state is State.ON:
+            return True
+        return governor.may_issue and not self._is_guess_on_trial
+
+    def _settle_hint(self, layer: int, experts: Sequence[int], now_s: float, stream: int) -> bool:
+        unneeded = self._hints.settle(stream, layer, experts, now_s)
+        if unneeded:
+            self._store.cancel_prefetch(layer)
+        return unneeded is not None
 
     def _stream(self, stream: int) -> _Stream:
         state = self._streams.setdefault(stream, _Stream())
@@ -217,6 +258,10 @@ class ReadAhead:
         probability = dict(zip(likely, guess.probabilities[:num_likely].tolist(), strict=True))
         for expert in self._store.absent(guess.target, likely):
             yield expert, probability[expert]
+
+
+def _state_of(governor: Governor | None) -> str:
+    return "forced" if governor is None else governor.state.value
 
 
 def _keep_newest(
