@@ -68,7 +68,14 @@ def prompts(report: Report) -> str:
                 *(f"{_rate(mine[name])} ({mine[name]['tokens_per_pass']:.1f})" for name in names),
             ]
         )
-    return table(["prompt", "temperature", "tokens", "repeated", *names], lines)
+    heads = [_named(samples, name) for name in names]
+    return table(["prompt", "temperature", "tokens", "repeated", *heads], lines)
+
+
+def _named(rows: Sequence[Row], mode: str) -> str:
+    """Return a mode with what its drafters keep of experts."""
+    num_bytes = max(row["local_expert_bytes"] for row in rows if row["mode"] == mode)
+    return f"{mode}; {num_bytes / 1e6:.1f} MB"
 
 
 def prompt(report: Report) -> str:
@@ -83,18 +90,21 @@ def prompt(report: Report) -> str:
 
 
 def sweep(report: Report) -> str:
-    """Return the sweep."""
+    """Return the sweep, drawn and as a table."""
     rows: list[Row] = report["rows"]
     names = list(dict.fromkeys(row["mode"] for row in rows))
     lines: list[list[str]] = []
     for rtt_s in dict.fromkeys(row["rtt_s"] for row in rows):
         mine = [row for row in rows if row["rtt_s"] == rtt_s]
         cells = [f"{row['decode_tokens_per_s']:.2f} ({row['tokens_per_pass']:.1f})" for row in mine]
-        worst = [f"{row['worst_of_off']:.2f}" for row in mine[1:]]
+        worst = [
+            f"{row['slowest_of_off']:.3f}, {row['most_round_trips_of_off']:.3f}" for row in mine[1:]
+        ]
         held = ["yes" if row["holds"] else "**no**" for row in mine[1:]]
         lines.append([f"{rtt_s * 1e3:g} ms", *cells, *worst, ", ".join(held)])
     slowest = [f"slowest prompt of {name}, ÷ off" for name in names[1:]]
-    return table(["round trip", *names, *slowest, "never slower"], lines)
+    drawn = "![tokens a second over the round trip](wan-sweep.svg)"
+    return f"{drawn}\n\n" + table(["round trip", *names, *slowest, "never slower"], lines)
 
 
 def wide(report: Report) -> str:
@@ -143,21 +153,26 @@ def put(text: str, block: str, body: str) -> str:
     return f"{before}{begin}{body}\n{end}{rest.partition(end)[2]}"
 
 
+def filled(text: str, name: str) -> str:
+    """Return the page with its blocks written anew, those of which there are figures."""
+    for block, (suffix, write) in BLOCKS.items():
+        files = sorted(RESULTS.glob(f"????-??-??-{name}{suffix}.json"))
+        if files:
+            report = json.loads(files[-1].read_text())
+            text = put(text, block, f"{write(report)}\n\n{source(report, files[-1])}")
+    return text
+
+
 def main() -> None:
-    """Rewrite the blocks of which there are figures."""
+    """Rewrite the blocks of which there are figures; name the others."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", default="wan", help="of the result files")
     chosen = parser.parse_args()
-    text = PAGE.read_text("utf-8")
-    for block, (suffix, write) in BLOCKS.items():
-        files = sorted(RESULTS.glob(f"????-??-??-{chosen.name}{suffix}.json"))
-        if not files:
-            print(f"no figures for {block}")
-            continue
-        report = json.loads(files[-1].read_text())
-        body = f"{write(report)}\n\n{source(report, files[-1])}"
-        text = put(text, block, body)
+    text = filled(PAGE.read_text("utf-8"), chosen.name)
     PAGE.write_text(text, "utf-8")
+    for block in BLOCKS:
+        if f"<!-- {block} -->\n<!-- end -->" in text:
+            print(f"no figures for {block}")
 
 
 if __name__ == "__main__":
