@@ -3,7 +3,7 @@
 from enum import Enum, auto
 
 from coordinator.calls_and_nodes import Attempt
-from coordinator.node_health import WAIT_FACTOR
+from coordinator.node_health import DEAD_S, WAIT_FACTOR
 from shoal.errors import NodeUnreachable
 
 
@@ -30,7 +30,8 @@ def judge(attempt: Attempt, now_s: float, call_timeout_s: float) -> Verdict:
     if not attempt.is_sent:
         return Verdict.STUCK if health.is_suspect else Verdict.FINE
     silent_s = now_s - attempt.heard_s
-    if min(silent_s, now_s - node.heard_s) > health.dead_after_s(work):
+    quiet_s = min(silent_s, now_s - node.heard_s)
+    if quiet_s > DEAD_S and quiet_s > health.dead_after_s(work, node.num_bytes):
         return Verdict.DEAD
     if silent_s > call_timeout_s:  # its node goes on, and has forgotten this call
         return Verdict.DEAD

@@ -155,6 +155,11 @@ class Node:
         victims, self.victims = self.victims, []
         return victims
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the calls that were sent there and have not ended."""
+        return sum(stream.used_bytes for stream in self.streams.values())
+
     def work_ahead(self, lane: Lane) -> float:
         """Return what a call sent now on that lane waits for: bulk calls give way to others."""
         bulk = self.streams[Lane.BULK]

@@ -28,6 +28,8 @@ MAX_STRETCH = 4.0  # a call of more work than that times any before: nothing is 
 FORGET = 0.98  # per reply: a fit over the last fifty
 SILENT_S = 0.05  # two progress intervals
 DEAD_S = 1.9  # of silence with a call in hand: noticed within 2 s
+DEAD_ROUND_TRIPS, DEAD_FACTOR = 8.0, 4.0  # or these, of round trips and predictions
+SLOW_LINK_BYTES_PER_S = 2.5e6  # a home's 20 Mbit/s: calls on their way there are no silence
 MIN_HEDGE_S = 0.002  # below it a second copy costs more than it saves (a hop is 0.1 ms)
 DEADLINE_FACTOR = 8.0  # beyond the usual slow reply
 WAIT_FACTOR = 3.0  # what a call waits behind others may be so much longer than expected
@@ -178,9 +180,16 @@ class NodeHealth:
             return min(UNKNOWN_S, max(EARLY_SILENT_S, EARLY_FACTOR * longest_s))
         return max(SILENT_S, 4.0 * self.rtt_s, 2.0 * model.predict(work))
 
-    def dead_after_s(self, work: float) -> float:
-        """Return after how much silence its connection is given up."""
-        return max(DEAD_S, 2.0 * self.silent_after_s(work)) if self.model.is_known else 2 * DEAD_S
+    def dead_after_s(self, work: float, num_bytes: int) -> float:
+        """Return after how much silence its connection is given up.
+
+        Args:
+            num_bytes: of the calls that it has: they may still be on their way.
+        """
+        after_s = max(DEAD_S + num_bytes / SLOW_LINK_BYTES_PER_S, DEAD_ROUND_TRIPS * self.rtt_s)
+        if self.model.is_known:
+            after_s = max(after_s, DEAD_FACTOR * self.model.predict(work))
+        return after_s
 
     def deadline_s(self, work: float) -> float:
         """Return after how long a call is asked of another node too, progress or not."""

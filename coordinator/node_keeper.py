@@ -17,7 +17,9 @@ from shoal import errors
 from shoal.shard_map import Endpoint
 
 READY_POLL_S = 0.2
-FIRST_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0  # between attempts: a node is back within 2 s of being ready
+# A node is back within 2 s of being ready: an attempt begins MAX_PAUSE_S after the one before, or
+# soon after that has given up a silent node, which takes CONNECT_TIMEOUT_S.
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class NodeKeeper:
         self._terms: Terms | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._first: dict[int, errors.ShoalError | None] = {}  # how a first meeting went
+        self._asked_s: dict[int, float] = {}  # when each was last asked who it is, by the loop
         self._warming: set[int] = set()
         self._news = asyncio.Event()
         self._closing = asyncio.Event()
@@ -208,14 +211,15 @@ class NodeKeeper:
                 if isinstance(error, errors.NodeMismatch) and str(error) != told and not is_first:
                     told = str(error)
                     self._notify(told)
-                await asyncio.sleep(pause_s)
+                passed_s = asyncio.get_running_loop().time() - self._asked_s[node]
+                await asyncio.sleep(max(FIRST_PAUSE_S, pause_s - passed_s))
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
             finally:
                 self._warming.discard(node)
                 await link.close()
 
     async def _describe(self, node: int, link: NodeLink) -> NodeFacts:
-        facts = await link.describe()
+        facts = await self._ask(node, link)
         terms = self._terms
         assert terms is not None
         terms.check(link.node, facts)
@@ -232,8 +236,12 @@ class NodeKeeper:
                     "again later, or start it without --warmup"
                 )
             await asyncio.sleep(READY_POLL_S)
-            facts = await link.describe()
+            facts = await self._ask(node, link)
         return facts
+
+    async def _ask(self, node: int, link: NodeLink) -> NodeFacts:
+        self._asked_s[node] = asyncio.get_running_loop().time()
+        return await link.describe()
 
     async def _serve(self, node: int, link: NodeLink, facts: NodeFacts) -> errors.NodeError | None:
         self.facts[node] = facts

@@ -5,6 +5,7 @@ import pytest
 from coordinator.calls_and_nodes import Attempt, Call, Fanout, Node
 from coordinator.dispatch import HEDGE_BURST, HEDGE_SHARE, Dispatcher
 from coordinator.dispatch_events import (
+    CloseNode,
     FanoutStarted,
     Lane,
     NewCall,
@@ -58,7 +59,28 @@ def test_a_node_is_given_two_seconds_until_it_is_known_and_then_what_it_needs() 
     assert known().silent_after_s(1.0) == 0.05
     far = known(latency_s=0.05, rtt_s=0.045)
     assert far.silent_after_s(1.0) == pytest.approx(0.18, rel=0.1), "four round trips"
-    assert known().deadline_s(1.0) >= 0.05 and known().dead_after_s(1.0) < 2.0
+    assert known().deadline_s(1.0) >= 0.05
+
+
+@pytest.mark.parametrize("rtt_s", [0.0001, 0.045, 0.1])
+def test_silence_of_two_seconds_is_a_node_s_end_however_little_is_known(rtt_s: float) -> None:
+    """Told by the core, in ticks of 5 ms; but not while a prompt is on its way over a home link."""
+    for num_known in range(0, 2 * MIN_SAMPLES, 3):
+        core, now_s = Dispatcher(10.0, 30.0), 0.0
+        core.on(NodeOpened(0, 10**9, rtt_s, False, now_s))
+        for n in range(num_known):
+            new = NewCall(n + 1, (0,), Lane.INTERACTIVE, 3000, 1.0)
+            core.on(FanoutStarted(n + 1, (new,), now_s))
+            now_s += rtt_s + 0.001
+            core.on(Replied(n + 1, 0, now_s, 0.001))
+        num_bytes = 3000 if num_known % 2 else 5_000_000
+        lane = Lane.INTERACTIVE if num_known % 2 else Lane.BULK
+        core.on(FanoutStarted(1000, (NewCall(1000, (0,), lane, num_bytes, 1.0),), now_s))
+        silent_s = 0.0
+        while not any(isinstance(c, CloseNode) for c in core.on(Ticked(now_s + silent_s))):
+            silent_s += 0.005
+        wanted_s = 1.9 if num_known % 2 else 1.9 + 5_000_000 / 2.5e6
+        assert wanted_s <= silent_s < wanted_s + 0.1, num_known
 
 
 def test_about_one_call_in_twenty_is_slow() -> None:
