@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -76,6 +77,13 @@ def hold(files: FuseFiles, artifact: Artifact, expert: int) -> None:
 
 def cache(artifact: Artifact, slots: int) -> tuple[str, str]:
     return "--cache", str(slots * expert_bytes(artifact))
+
+
+def metric(node: NodeProcess, name: str) -> float:
+    """Return one sample of a node's metrics."""
+    with urlopen(str(node.ready["metrics"]), timeout=30) as reply:
+        lines = reply.read().decode().splitlines()
+    return float(dict(line.rsplit(" ", 1) for line in lines if line[:1] != "#")[name])
 
 
 def run_json(model: Path, *arguments: str) -> dict[str, Any]:
@@ -193,6 +201,40 @@ def test_a_hint_begins_a_read_that_no_call_has_asked_for(
             assert not dispatch._hinted
             files.release()
             assert pending.wait().tobytes() == expected([BROKEN, 11])
+
+
+def test_by_default_hints_are_tried_and_what_they_read_is_used(
+    path: Path, artifact: Artifact, cluster: Cluster, expected: Sums
+) -> None:
+    """1. A node that reads ahead by its own judgement serves passes, each hinted at beforehand and
+    each of other experts. 2. Its trial of hints comes to the windows in which they are followed:
+    hints begin reads, calls use them, sums are right.
+    """
+    extra = (*cache(artifact, 12), "--metrics-listen", "127.0.0.1:0")
+    node = cluster.node(path, is_warm=False, extra=extra)
+    layers = sorted(artifact.owned_experts)
+
+    def hinted_reads() -> float:
+        return metric(node, "shoal_prefetch_hinted_reads_total")
+
+    with closing(connect(artifact, node)) as dispatch:
+        for turn in range(40):
+            chosen = [(4 * turn + place) % 16 for place in range(4)]
+            calls = [call_of(artifact, layer, chosen) for layer in layers]
+            plans = [RoutingPlan(call.experts[None], call.weights[None]) for call in calls]
+            for layer, plan in zip(layers, plans, strict=True):
+                dispatch.hint(layer, plan)
+            for call, plan in zip(calls, plans, strict=True):
+                sums = dispatch.start(call.layer, call.rows, plan).wait()
+                if call.layer == LAYER:
+                    assert sums.tobytes() == expected(chosen)
+            if turn < 2:
+                assert hinted_reads() == 0, "before a trial nothing is followed"
+            elif hinted_reads() >= 8:
+                break
+    assert hinted_reads() >= 8
+    assert metric(node, 'shoal_prefetch_reads_total{result="used"}') > 0
+    assert metric(node, 'shoal_prefetch_governor{phase="hints",state="forced"}') == 0
 
 
 def test_a_storm_of_reloads_under_load_fails_no_call(
