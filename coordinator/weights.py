@@ -63,7 +63,7 @@ def try_stack(parts: list[Dense]) -> Dense | None:
     whole_groups = all(part.matrix.rows % LANES == 0 for part in parts[:-1])
     if len(formats) > 1 or len(has_bias) > 1 or not whole_groups:
         return None
-    data = ops.aligned_empty(sum(part.matrix.data.size for part in parts))
+    data = ops.aligned_empty(sum(part.matrix.data.size for part in parts), huge=True)
     np.concatenate([part.matrix.data for part in parts], out=data)
     num_rows = sum(part.matrix.rows for part in parts)
     matrix = ops.Matrix(parts[0].matrix.format, num_rows, parts[0].matrix.cols, data)

@@ -241,7 +241,7 @@ class Artifact:
     def _read_dense(self, tensor: DenseTensor) -> U8:
         if not self.manifest.has_dense:
             raise ArtifactError(f"{self.path} has no {tensor.name}: {self._fix(True)}")
-        data = ops.aligned_empty(tensor.num_bytes)
+        data = ops.aligned_empty(tensor.num_bytes, huge=True)
         what = f"tensor {tensor.name}"
         read_checked(self.path / DENSE_FILE, tensor.offset, data, tensor.blake3, what)
         return data

@@ -89,14 +89,16 @@ def aligned_empty(num_bytes: int, *, huge: bool = False) -> U8:
 
     Args:
         num_bytes: >= 0.
-        huge: begin at a 2 MiB boundary and ask the system for huge pages where it has them: with
-            prefetching they are worth up to 20 % of a cold expert's speed.
+        huge: what is at least 2 MiB begins at such a boundary, and the system is asked for huge
+            pages where it has them: with prefetching they are worth up to 20 % of a cold expert's
+            speed.
     """
+    huge = huge and num_bytes >= _HUGE_PAGE
     alignment = _HUGE_PAGE if huge else _PAGE
     memory = np.empty(num_bytes + alignment, np.uint8)
     start = -memory.ctypes.data % alignment
     aligned = memory[start : start + num_bytes]
-    if huge and num_bytes >= _HUGE_PAGE:
+    if huge:
         _kernels.advise_huge_pages(aligned[: num_bytes // _PAGE * _PAGE])
     return aligned
 
