@@ -5,7 +5,6 @@ The weather is placed, not timed: a direction of the wire is shut and opened at 
 
 import signal
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -29,10 +28,10 @@ from shoal.transport import Transport, Wire
 from shoal.v1 import expert_pb2 as pb
 from support.chaos_proxy import FAIR, ChaosProxy, Direction, Weather, steady
 from support.cluster import Cluster
+from support.news import WAIT_S, News
 from support.tiny_model import make_tiny_artifact
 
 pytestmark = pytest.mark.processes
-WAIT_S = 120.0  # a busy machine
 SHUT = Weather(stalls=True)
 KINDS = (Transport.FAST, Transport.GRPCIO)
 both_transports = pytest.mark.parametrize("transport", KINDS)
@@ -124,27 +123,6 @@ def test_what_is_asked_at_once_takes_one_round_trip(
 def fanout_of(pending: PendingSums) -> Fanout:
     assert isinstance(pending, _RemoteSums) and pending._fanout is not None
     return pending._fanout
-
-
-class News:
-    """What the coordinator tells, and waiting for it."""
-
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-        self._came = threading.Condition()
-
-    def __call__(self, sentence: str) -> None:
-        with self._came:
-            self.sentences.append(sentence)
-            self._came.notify_all()
-
-    def wait(self, *words: str) -> None:
-        """Return once a sentence has been told that has all those words."""
-        with self._came:
-            found = self._came.wait_for(
-                lambda: any(all(w in s for w in words) for s in self.sentences), WAIT_S
-            )
-            assert found, (words, self.sentences)
 
 
 @both_transports

@@ -1,6 +1,7 @@
 """`shoal run` when its nodes fail: what the user sees, and the exit status."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from client.node_process import NodeProcess
+from support.chaos_proxy import FAIR, ChaosProxy, Weather, steady
 from support.cluster import Cluster, freeze, kill
+from support.command import shoal
 from support.tiny_model import make_tiny_artifact
 
 pytestmark = pytest.mark.processes
@@ -90,3 +93,43 @@ def test_a_node_down_at_start_and_a_wrong_map_are_told_apart(path: Path) -> None
             assert status == expected, stderr
             assert words in stderr
             assert "Traceback" not in stderr
+
+
+def test_a_hangup_moves_a_range_to_another_node_in_the_middle_of_an_answer(
+    path: Path, tmp_path: Path
+) -> None:
+    """1. A run has said something; then nothing arrives at or from node a. 2. The map's file gives
+    its experts to b, and the run is told by SIGHUP. 3. a is gone for good. 4. The answer goes on,
+    and is what a run without nodes says.
+    """
+    length = ["--max-tokens", "300"]
+    alone = shoal("run", path, *PROMPT, *length)
+    assert alone.status == 0
+    file = tmp_path / "map.toml"
+
+    def write(low: str, high: str) -> None:
+        file.write_text(
+            f'[[shard]]\nexperts = "0-7"\nendpoints = ["{low}"]\n'
+            f'[[shard]]\nexperts = "8-15"\nendpoints = ["{high}"]\n'
+        )
+
+    with Cluster() as cluster:
+        a, b = cluster.nodes(path)
+        with ChaosProxy(a.endpoint) as proxy:
+            write(proxy.endpoint, b.endpoint)
+            with running(path, f"@{file}", *length) as process:
+                assert process.stdout is not None and process.stderr is not None
+                begun = process.stdout.read(1)
+                proxy.forecast = steady(Weather(stalls=True))
+                write(b.endpoint, b.endpoint)
+                process.send_signal(signal.SIGHUP)
+                told = b""
+                while b"the shard map is reloaded" not in b" ".join(told.split()):
+                    line = process.stderr.readline()
+                    assert line and process.poll() is None, told
+                    told += line
+                kill(a)
+                proxy.forecast = steady(FAIR)
+                rest = process.stdout.read()
+                assert process.wait(TIMEOUT_S) == 0
+    assert begun + rest == alone.out
