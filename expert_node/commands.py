@@ -172,6 +172,14 @@ def node(
             help="drain when standard input closes: with whoever started this node and holds it",
         ),
     ] = False,
+    sysfs: Annotated[
+        Path,
+        typer.Option(
+            envvar="SHOAL_SYSFS",
+            hidden=True,
+            help="where the system tells of drives and their temperatures; tests make their own",
+        ),
+    ] = Path("/sys"),
     json_ready: Annotated[
         bool,
         typer.Option(

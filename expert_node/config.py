@@ -83,6 +83,7 @@ class NodeConfig:
     drain_timeout_s: float = limits.DRAIN_TIMEOUT_S
     transport: Transport = Transport.AUTO
     leave_with_stdin: bool = False  # drain when it closes: with the process that started this one
+    sysfs: Path = Path("/sys")  # where drives and their temperatures are found
     log_format: LogFormat = LogFormat.CONSOLE
     log_level: LogLevel = LogLevel.INFO
 
@@ -174,6 +175,7 @@ def node_config(values: Mapping[str, Any]) -> NodeConfig:
         drain_timeout_s=values["drain_timeout"],
         transport=values["transport"],
         leave_with_stdin=values["leave_with_stdin"],
+        sysfs=values["sysfs"],
         log_format=values["log_format"],
         log_level=values["log_level"],
     )

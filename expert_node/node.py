@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from expert_node.reload import Outcome, Reloader
 from expert_node.served import GRACE, Served, owned_by
 from expert_node.service import ExpertService, Server
 from expert_node.worker import Worker
-from shoal import log, numerics, ops
+from shoal import limits, log, numerics, ops
 from shoal.artifact import Artifact
 from shoal.errors import NodeError
 from shoal.experts.call import ExpertCall
@@ -223,6 +224,7 @@ class Node:
         self.worker.drain()
         self._service.announce_drain(reason)
         drain_timeout_s = self.config.drain_timeout_s
+        until_s = time.monotonic() + drain_timeout_s
         try:
             async with asyncio.timeout(drain_timeout_s):
                 await self.worker.wait_idle()
@@ -236,7 +238,10 @@ class Node:
         if self._metrics is not None:
             self._metrics.close()
         self._pace.close()
-        self._served.close()
+        left_s = max(limits.LAST_READS_S, until_s - time.monotonic())
+        await asyncio.to_thread(self._served.close, min(left_s, limits.READER_CLOSE_S))
+        if self._served.store.leaves_reads:
+            _log.warning("leaving without reads that do not end: does the drive answer?")
         if (path := self.config.listen.socket_path) is not None:
             path.unlink(missing_ok=True)
         _log.info("stopped", reason=reason)
@@ -407,7 +412,7 @@ def _geometry(config: NodeConfig, artifact: Artifact, ownership: Ownership) -> G
 
 
 def _sensors(config: NodeConfig, artifact: Artifact) -> DriveSensors:
-    return DriveSensors([artifact.path / "experts", *config.data_dirs])
+    return DriveSensors([artifact.path / "experts", *config.data_dirs], config.sysfs)
 
 
 def _refuse_live_socket(path: Path) -> None:

@@ -48,6 +48,7 @@ _AT_START = {
     "insecure": "insecure",
     "transport": "transport",
     "leave_with_stdin": "leave-with-stdin",
+    "sysfs": "sysfs",
 }
 _SIZES = frozenset({"cache_bytes", "max_read_bandwidth"})
 _log = get_logger("reload")

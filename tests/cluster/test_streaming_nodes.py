@@ -24,6 +24,7 @@ from support.cluster import Cluster
 from support.command import assert_refused, shoal
 from support.fuse_files import FuseFiles, fuse_files, small_tmpfs
 from support.streaming import call_of, expert_bytes, streaming_store
+from support.sysfs import FakeDrive
 
 pytestmark = pytest.mark.processes
 LAYER = 1
@@ -235,6 +236,33 @@ def test_by_default_hints_are_tried_and_what_they_read_is_used(
     assert hinted_reads() >= 8
     assert metric(node, 'shoal_prefetch_reads_total{result="used"}') > 0
     assert metric(node, 'shoal_prefetch_governor{phase="hints",state="forced"}') == 0
+
+
+def test_a_node_reads_a_hot_drive_gently_and_a_cool_one_at_full_depth(
+    path: Path, artifact: Artifact, cluster: Cluster, expected: Sums, tmp_path: Path
+) -> None:
+    """1. The drive under the model has 85 C: the node says hot, reads one chunk at a time and none
+    ahead, and still serves. 2. It cools: all as before. A reload looks at the sensors at once.
+    """
+    drive = FakeDrive(tmp_path / "sys", artifact.path / "experts", 40.0)
+    extra = (*cache(artifact, 8), "--metrics-listen", "127.0.0.1:0", "--sysfs", str(drive.root))
+    node = cluster.node(path, is_warm=False, extra=extra)
+
+    def paced(celsius: float, state: str) -> tuple[float, float]:
+        drive.set_celsius(celsius)
+        node.send(signal.SIGHUP)
+        while not metric(node, f'shoal_pacing_state{{state="{state}"}}'):
+            assert node.exit_status is None
+        depth = metric(node, "shoal_read_queue_depth")
+        return depth, metric(node, "shoal_pacing_allows_prefetch")
+
+    full, allows = paced(40.0, "full")
+    assert full > 1 and allows == 1
+    assert paced(85.0, "hot") == (1, 0)
+    assert metric(node, 'shoal_drive_temperature_celsius{drive="nvme0n1"}') == 85
+    with closing(connect(artifact, node)) as dispatch:
+        assert sums(dispatch, artifact, EXPERTS) == expected(EXPERTS)
+    assert paced(40.0, "full") == (full, 1)
 
 
 def test_a_storm_of_reloads_under_load_fails_no_call(
