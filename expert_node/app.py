@@ -60,4 +60,5 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-assert limits.DRAIN_TIMEOUT_S + STREAM_GRACE_S < 30, "Kubernetes kills 30 s after SIGTERM"
+LONGEST_STOP_S = limits.DRAIN_TIMEOUT_S + STREAM_GRACE_S + limits.LAST_READS_S
+assert LONGEST_STOP_S < 30, "Kubernetes kills 30 s after SIGTERM"

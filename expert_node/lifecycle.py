@@ -18,6 +18,7 @@ from shoal.log import get_logger
 from shoal.sizes import format_size
 
 WARM_UP_LOG_INTERVAL_S = 1.0
+STOP_AGAIN_S = 0.1  # a warm-up that had not begun when it was told to stop
 _log = get_logger("lifecycle")
 
 
@@ -105,7 +106,8 @@ async def warm_up(store: ExpertStore, stop: StopSignal, order: Sequence[Key] | N
 
     Raises:
         WarmUpStopped: `stop` was set meanwhile.
-        CorruptArtifact, ExpertUnavailable: an expert cannot be served; so neither can the node.
+        CorruptArtifact: an expert's bytes are wrong, and will be: the node does not start with such
+            files. One that cannot be read may be read later: it is warned of, and left out.
     """
     last_s = time.monotonic()
 
@@ -123,7 +125,18 @@ async def warm_up(store: ExpertStore, stop: StopSignal, order: Sequence[Key] | N
                 per_s=format_size(int(progress.num_bytes / max(progress.elapsed_s, 1e-9))),
             )
 
-    await asyncio.to_thread(store.warm_up, report, order)
+    warming = asyncio.create_task(asyncio.to_thread(store.warm_up, report, order))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((warming, stopping), return_when=asyncio.FIRST_COMPLETED)
+        while not warming.done():  # it may wait for a drive that does not answer, or not yet
+            store.abandon_warm_up(WarmUpStopped())
+            await asyncio.wait((warming,), timeout=STOP_AGAIN_S)
+        await warming
+    finally:
+        stopping.cancel()
+    for (layer, index), why in store.figures().unavailable:
+        _log.warning("an expert could not be read", layer=layer, expert=index, why=why)
 
 
 def drained_too_late(drain_timeout_s: float) -> NodeDraining:

@@ -34,7 +34,7 @@ from shoal.experts.ownership import Ownership, format_spans, parse_spans
 from shoal.experts.prefetch.interface import Prefetcher, PrefetchFigures
 from shoal.experts.store import ExpertFiles, Key, StoreOptions
 from shoal.experts.streaming import StreamingStore
-from shoal.limits import MIB
+from shoal.limits import MIB, READER_CLOSE_S
 from shoal.log import get_logger
 from shoal.memory_limit import MemoryLimit, memory_limit
 from shoal.sizes import format_size
@@ -221,11 +221,13 @@ class Served:
             self._serve_all(self._config)
         _log.info("former experts are let go: no stream is left that knew of them")
 
-    def close(self) -> None:
-        """Let go of everything. No call may be under way."""
+    def close(self, timeout_s: float = READER_CLOSE_S) -> None:
+        """Let go of everything. No call may be under way. Reads get that long to end."""
         with self._changing:
             self._is_closed = True
-            self.executor.close()
+            if self.prefetcher is not None:
+                self.prefetcher.close()
+            self.store.close(timeout_s)
 
     def _rebind(self, plan: Plan, open_streams: Collection[int]) -> list[str]:
         changed = []

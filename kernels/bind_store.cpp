@@ -50,6 +50,8 @@ void bind_store(nb::module_& m) {
 
   m.def("direct_alignment", &direct_alignment, "descriptor"_a,
         "Return (offset, address) alignment of direct reads, or None where it is not told.");
+  m.def("set_read_priority", &set_read_priority, "is_prefetch"_a,
+        "Give this thread's reads the priority of prefetches or its own; return 0 or an errno.");
   m.def(
       "populate", [](const Bytes& memory) { return populate(memory.data(), memory.size()); },
       "memory"_a, nb::call_guard<nb::gil_scoped_release>(),
@@ -84,6 +86,20 @@ void bind_store(nb::module_& m) {
           },
           "timeout_s"_a, "Return (id, bytes read or -errno) of what has ended.")
       .def("wake", &Ring::wake, Guard(), "End the wait under way, or the next.")
+      .def(
+          "entry",
+          [](Ring& ring, const ReadArguments& arguments) {
+            const std::vector<uint8_t> bytes = ring.entry(ring_read(arguments));
+            return nb::bytes(bytes.data(), bytes.size());
+          },
+          "read"_a, "Return the struct io_uring_sqe that `submit` would make of a read.")
+      .def(
+          "abandon",
+          [](Ring& ring, nb::object memory) {
+            memory.release();  // never freed: the kernel may write into it at any time
+            ring.abandon();
+          },
+          "memory"_a, "Wait for no read any more; what holds their arrays is kept for ever.")
       .def(
           "register_memory",
           [](Ring& ring, const std::vector<Bytes>& arrays) {

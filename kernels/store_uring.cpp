@@ -43,12 +43,20 @@ std::optional<std::pair<uint32_t, uint32_t>> direct_alignment(int descriptor) {
 std::optional<std::pair<uint32_t, uint32_t>> direct_alignment(int) { return {}; }
 #endif
 
+#if defined(__linux__) && defined(__NR_ioprio_set)
+int set_read_priority(bool is_prefetch) {
+  constexpr int kThread = 1;  // IOPRIO_WHO_PROCESS, which means a thread; 0: this one
+  return syscall(__NR_ioprio_set, kThread, 0, int(read_priority(is_prefetch))) == 0 ? 0 : errno;
+}
+#else
+int set_read_priority(bool) { return ENOSYS; }
+#endif
+
 #if defined(SHOAL_HAS_IO_URING)
 namespace {
 
-constexpr size_t kPieceBytes = size_t{32} << 20;   // of pinned memory; the kernel's limit is 1 GiB
-constexpr size_t kMaxPieces = size_t{1} << 14;     // the kernel's limit, too
-constexpr uint16_t kLowestPriority = 2 << 13 | 7;  // IOPRIO_CLASS_BE, its last level
+constexpr size_t kPieceBytes = size_t{32} << 20;  // of pinned memory; the kernel's limit is 1 GiB
+constexpr size_t kMaxPieces = size_t{1} << 14;    // the kernel's limit, too
 
 int enter(int ring, unsigned to_submit, unsigned min_complete, unsigned flags, const void* argument,
           size_t argument_bytes) {
@@ -115,8 +123,8 @@ Ring::Ring(unsigned entries) {
 }
 
 Ring::~Ring() {
-  while (under_way_.load() > 0) wait(1.0);
-  unmap();
+  while (under_way_.load() > 0 && !is_abandoned_.load()) wait(1.0);
+  if (under_way_.load() == 0) unmap();
 }
 
 void Ring::unmap() {
@@ -158,8 +166,8 @@ void Ring::pin(size_t index) {
 #endif
 }
 
-void Ring::fill_entry(const RingRead& read, unsigned slot) {
-  io_uring_sqe& entry = static_cast<io_uring_sqe*>(entries_)[slot];
+void Ring::fill_entry(const RingRead& read, void* at) {
+  io_uring_sqe& entry = *static_cast<io_uring_sqe*>(at);
   std::memset(&entry, 0, sizeof entry);
   const int piece = find_piece(read);
   entry.opcode = piece < 0 ? IORING_OP_READ : IORING_OP_READ_FIXED;
@@ -167,7 +175,7 @@ void Ring::fill_entry(const RingRead& read, unsigned slot) {
   entry.fd = read.file;
   if (read.is_registered_file && has_files_) entry.flags |= IOSQE_FIXED_FILE;
   if (read.may_block) entry.flags |= IOSQE_ASYNC;
-  if (read.is_prefetch) entry.ioprio = kLowestPriority;
+  entry.ioprio = read_priority(read.is_prefetch);
   entry.off = uint64_t(read.offset);
   entry.addr = reinterpret_cast<uintptr_t>(read.data);
   entry.len = read.num_bytes;
@@ -192,12 +200,22 @@ size_t Ring::submit(const std::vector<RingRead>& reads) {
   std::lock_guard<std::mutex> lock(submit_mutex_);
   const size_t count = std::min<size_t>(reads.size(), num_entries_);
   const uint32_t tail = *submit_tail_;
-  for (size_t i = 0; i < count; ++i) fill_entry(reads[i], (tail + uint32_t(i)) & submit_mask_);
+  for (size_t i = 0; i < count; ++i) {
+    fill_entry(reads[i],
+               static_cast<io_uring_sqe*>(entries_) + ((tail + uint32_t(i)) & submit_mask_));
+  }
   store_release(submit_tail_, tail + uint32_t(count));
   under_way_ += count;  // before the kernel sees them: one may end before this function does
   const size_t taken = enter_all(count);
   under_way_ -= count - taken;
   return taken;
+}
+
+std::vector<uint8_t> Ring::entry(const RingRead& read) {
+  std::lock_guard<std::mutex> lock(submit_mutex_);
+  std::vector<uint8_t> bytes(sizeof(io_uring_sqe));
+  fill_entry(read, bytes.data());
+  return bytes;
 }
 
 void Ring::wake() {
@@ -302,6 +320,7 @@ Ring::Ring(unsigned) {
 }
 Ring::~Ring() = default;
 size_t Ring::submit(const std::vector<RingRead>&) { return 0; }
+std::vector<uint8_t> Ring::entry(const RingRead&) { return {}; }
 std::vector<RingDone> Ring::wait(double) { return {}; }
 void Ring::wake() {}
 int Ring::register_memory(const std::vector<MemoryPart>&) { return ENOSYS; }

@@ -15,6 +15,14 @@ namespace shoal {
 // (statx, Linux 6.1); (0, 0): it has no direct reads.  Empty where the system does not tell.
 std::optional<std::pair<uint32_t, uint32_t>> direct_alignment(int descriptor);
 
+// The priority of a read, as ioprio_set(2) and io_uring take it; 0: the process's own.  A prefetch
+// has the last level of the best-effort class, not the idle class: a read at the drive keeps its
+// priority when a demand joins it, and idle reads may wait for as long as others use the drive.
+constexpr uint16_t read_priority(bool is_prefetch) { return is_prefetch ? 2 << 13 | 7 : 0; }
+
+// Gives this thread that priority.  Returns 0, or an errno; ENOSYS where there is none.
+int set_read_priority(bool is_prefetch);
+
 struct RingRead {
   uint64_t id;  // comes back in RingDone; not kWakeId
   int file;     // a descriptor, or the place among the registered files
@@ -44,7 +52,7 @@ class Ring {
   // At most `entries` reads may be under way.  Throws std::system_error: ENOSYS where this build or
   // kernel has no io_uring (or none new enough, Linux 5.11), EPERM where it is forbidden.
   explicit Ring(unsigned entries);
-  // Waits for all that is under way: the memory that it fills belongs to others.
+  // Waits for all that is under way (unless abandoned): the memory that it fills belongs to others.
   ~Ring();
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
@@ -52,11 +60,17 @@ class Ring {
   // Gives the first reads of the list to the kernel and returns how many: the rest it had no
   // resources for.
   size_t submit(const std::vector<RingRead>& reads);
+  // What `submit` would hand to the kernel for it, a struct io_uring_sqe: to be looked at.
+  std::vector<uint8_t> entry(const RingRead& read);
   // Returns what has ended, after waiting for something if nothing has.  Empty after `timeout_s`, a
   // wake, or a signal.
   std::vector<RingDone> wait(double timeout_s);
   // Ends the wait under way, or the next one.
   void wake();
+
+  // Waits for nothing any more: what is under way may never end.  The kernel keeps what is its own
+  // until it does, or the process is gone; whoever calls sees to it that the memory stays.
+  void abandon() { is_abandoned_ = true; }
 
   // Names memory that many reads will go into, in place of what was named before.  A piece of it is
   // pinned once it has been read into as often as it has bytes: pinning touches what was not.
@@ -78,7 +92,7 @@ class Ring {
 
   int find_piece(const RingRead& read);
   void pin(size_t index);
-  void fill_entry(const RingRead& read, unsigned slot);
+  void fill_entry(const RingRead& read, void* at);
   size_t enter_all(size_t count);
   void collect(std::vector<RingDone>& done);
   void unmap();
@@ -100,6 +114,7 @@ class Ring {
   bool has_files_ = false;
   std::atomic<bool> is_wake_pending_{false};
   std::atomic<size_t> under_way_{0};
+  std::atomic<bool> is_abandoned_{false};
 };
 
 }  // namespace shoal

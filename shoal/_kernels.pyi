@@ -129,6 +129,11 @@ def direct_alignment(descriptor: int) -> tuple[int, int] | None:
     Return (offset, address) alignment of direct reads, or None where it is not told.
     """
 
+def set_read_priority(is_prefetch: bool) -> int:
+    """
+    Give this thread's reads the priority of prefetches or its own; return 0 or an errno.
+    """
+
 def populate(memory: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> int:
     """Have the system back these bytes with pages; return 0 or an errno."""
 
@@ -147,6 +152,12 @@ class Ring:
 
     def wake(self) -> None:
         """End the wait under way, or the next."""
+
+    def entry(self, read: tuple[int, int, bool, bool, bool, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], int, int]) -> bytes:
+        """Return the struct io_uring_sqe that `submit` would make of a read."""
+
+    def abandon(self, memory: object) -> None:
+        """Wait for no read any more; what holds their arrays is kept for ever."""
 
     def register_memory(self, arrays: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]]) -> int:
         """

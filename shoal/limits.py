@@ -56,6 +56,8 @@ READ_ALIGNMENT = 4096  # of expert records and their places in memory: what ever
 MAX_READ_QUEUE_DEPTH = 256  # chunks at the device: beyond, its own queue is longer than its speed
 MAX_READ_THREADS = 32  # of a reader without io_uring: more only wait for each other
 MAX_BOUNCE_BYTES = 64 * MIB  # of a reader's buffers for misaligned chunks: then reads are buffered
+READER_CLOSE_S = 5.0  # for reads at a drive: one that brings none in that time may never
+LAST_READS_S = 0.5  # the part of it that a node has left when its calls took the whole drain
 MIN_GRID, MAX_GRID = -64, 96  # g of exactness rule 5: 2^g and 2^-g are normal float32
 
 assert ATTENTION_CUT % KV_BLOCK_TOKENS == 0, "a cut must be whole KV blocks"

@@ -184,7 +184,10 @@ class ExpertLender(Protocol):
         ...
 
     def close(self) -> None:
-        """Give memory and files back; waits for reads at the device. Nothing may be acquired."""
+        """Give memory and files back. Nothing may be acquired.
+
+        Waits for reads at the device, but not for ever: see `Reader.close`.
+        """
         ...
 
 
@@ -216,12 +219,18 @@ class ExpertStore(ExpertLender, Protocol):
     ) -> None:
         """Read owned experts into memory until it is full; call `report` after each.
 
+        One that cannot be read is left out: `figures().unavailable` names it.
+
         Args:
             order: which, the first first; None: all that is owned, layer by layer.
 
         Raises:
-            CorruptArtifact, ExpertUnavailable: naming the first expert that failed.
+            CorruptArtifact: naming the first expert whose bytes are not what was written.
         """
+        ...
+
+    def abandon_warm_up(self, error: BaseException) -> None:
+        """Have the warm-up that waits for a read raise `error`; nothing if there is none."""
         ...
 
     def resize(self, num_bytes: int | None) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
-from shoal.errors import ExpertUnavailable, ShoalError, UsageError
+from shoal.errors import CallCancelled, ExpertUnavailable, ShoalError, UsageError
 from shoal.experts.acquisition import Held, WavedAcquisition, WholeAcquisition
 from shoal.experts.cache.arena import Arena
 from shoal.experts.cache.entries import Demand, Entry
@@ -32,6 +32,7 @@ from shoal.experts.readers import Done, Read, Reader
 from shoal.experts.store import Acquisition, ExpertFiles, Key, StoreFigures, WarmUpProgress
 from shoal.experts.throughput import Throughput
 from shoal.experts.workers import Workers
+from shoal.limits import READER_CLOSE_S
 from shoal.log import get_logger
 
 IDLE_WAIT_S = 60.0  # of the loader; a wake ends it
@@ -81,7 +82,9 @@ class StreamingStore:
         self._unavailable: dict[Key, str] = {}
         self._allows_prefetch = True
         self._has_closed_part = False
+        self._warming: Demand | None = None
         self._is_closed = False
+        self.leaves_reads = False  # `close` went without reads that did not end
         self._set_budget()
         self._reader = open_reader(self._catalogue.paths)
         self._own_queue_depth = self._reader.figures().queue_depth
@@ -205,38 +208,46 @@ class StreamingStore:
         ends = itertools.accumulate(sizes[key] for key in wanted)
         total = [end for end in ends if end <= self._cache.budget_bytes]
         waiting = deque(wanted[: len(total)])
-        demand = Demand()
-        for position, done_bytes in enumerate(total, start=1):
-            self._await_warm(waiting, demand, len(total) - position)
-            elapsed_s = time.perf_counter() - began_s
-            progress = WarmUpProgress(position, len(total), done_bytes, total[-1], elapsed_s)
-            try:
-                report(progress)
-            except BaseException:
-                self.withdraw(demand)
-                raise
-
-    def _await_warm(self, waiting: deque[Key], demand: Demand, may_be_left: int) -> None:
-        # Keep reads under way until no more than `may_be_left` experts are still to come.
+        demand = self._warming = Demand()
         try:
-            with self._lock:
-                while True:
-                    self._cache.release([entry for _, entry in self._cache.take(demand)])
-                    if demand.error is not None:
-                        raise demand.error
-                    started: list[Entry] = []
-                    while waiting and self._cache.loading_bytes < MAX_LOADING_BYTES:
-                        entry = self._cache.warm(waiting.popleft(), demand)
-                        started += [entry] if entry is not None else []
-                    self._start(started)
-                    if len(waiting) + len(demand.waiting) <= may_be_left:
-                        return
-                    if demand.payload is None:
-                        demand.payload = threading.Condition(self._lock)
-                    demand.payload.wait()
+            for position, done_bytes in enumerate(total, start=1):
+                self._await_warm(waiting, demand, len(total) - position)
+                elapsed_s = time.perf_counter() - began_s
+                report(WarmUpProgress(position, len(total), done_bytes, total[-1], elapsed_s))
         except BaseException:
             self.withdraw(demand)
             raise
+        finally:
+            self._warming = None
+
+    def abandon_warm_up(self, error: BaseException) -> None:
+        """See `ExpertStore.abandon_warm_up`."""
+        with self._lock:
+            if self._warming is not None:
+                self._warming.payload = self._warming.payload or threading.Condition(self._lock)
+                self._warming.error = error
+                self._tell((self._warming,))
+
+    def _await_warm(self, waiting: deque[Key], demand: Demand, may_be_left: int) -> None:
+        # Keep reads under way until no more than `may_be_left` experts are still to come. One that
+        # cannot be read is left out (`_end` remembers it): calls that want it will be told.
+        with self._lock:
+            while True:
+                self._cache.release([entry for _, entry in self._cache.take(demand)])
+                if isinstance(demand.error, ExpertUnavailable):
+                    demand.error = None
+                if demand.error is not None:
+                    raise demand.error
+                started: list[Entry] = []
+                while waiting and self._cache.loading_bytes < MAX_LOADING_BYTES:
+                    entry = self._cache.warm(waiting.popleft(), demand)
+                    started += [entry] if entry is not None else []
+                self._start(started)
+                if len(waiting) + len(demand.waiting) <= may_be_left:
+                    return
+                if demand.payload is None:
+                    demand.payload = threading.Condition(self._lock)
+                demand.payload.wait()
 
     # Configuration ---------------------------------------------------------------------------
 
@@ -323,15 +334,22 @@ class StreamingStore:
                 reader=reader,
             )
 
-    def close(self) -> None:
-        """See `ExpertStore.close`. Safe to call again."""
+    def close(self, timeout_s: float = READER_CLOSE_S) -> None:
+        """See `ExpertStore.close`. Safe to call again.
+
+        Args:
+            timeout_s: for reads at the device; `leaves_reads` says whether it was too short.
+        """
         with self._lock:
+            if self._is_closed:
+                return
             self._is_closed = True
             populating = self._populator.stop()
+        self.abandon_warm_up(CallCancelled("the store is closed"))
         self._reader.wake()
         self._loader.join()
         self._checkers.close()
-        self._reader.close()
+        self.leaves_reads = not self._reader.close(timeout_s)
         if populating is not None:
             populating.join()
         atexit.unregister(self.close)

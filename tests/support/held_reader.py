@@ -9,6 +9,7 @@ from shoal.experts.options import Backend
 from shoal.experts.readers import Done, Read, Reader, ReaderFigures
 from shoal.experts.readers.open_reader import open_reader
 from shoal.experts.readers.reader import U8
+from shoal.limits import READER_CLOSE_S
 
 
 class HeldReader:
@@ -74,8 +75,8 @@ class HeldReader:
     def figures(self) -> ReaderFigures:
         return self._reader.figures()
 
-    def close(self) -> None:
-        self._reader.close()
+    def close(self, timeout_s: float = READER_CLOSE_S) -> bool:
+        return self._reader.close(timeout_s)
 
     # The test's side.
 

@@ -1,7 +1,10 @@
 """Readers on real files: every backend gives the same bytes, and errors instead of wrong ones."""
 
+import ctypes
 import errno
 import os
+import platform
+import struct
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,7 +15,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shoal.experts.readers import Backend, Done, Read, Reader, Source, Tuning, open_reader
+from shoal.experts.readers import (
+    Backend,
+    Done,
+    Read,
+    Reader,
+    Source,
+    Tuning,
+    open_reader,
+    thread_reader,
+)
+from shoal.experts.readers.queue_reader import Operation
+from shoal.ops.reads import Ring
 from support.readers import PAGE, aligned, collect, open_here, random_bytes, read_one, ring_problem
 
 FILE_PAGES = 512
@@ -302,3 +316,34 @@ def test_submitters_and_cancellers_at_once_disturb_nobodys_bytes(
                 assert error.errno == errno.ECANCELED
                 assert tag % 2 == 0
         assert done[1].error is None
+
+
+def test_prefetches_have_the_lowest_priority_of_those_that_cannot_starve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With io_uring in the entry that the kernel gets, with threads as the kernel says of them."""
+    lowest = 2 << 13 | 7  # IOPRIO_CLASS_BE, level 7
+    if not ring_problem():
+        ring, memory = Ring(8), aligned(1)
+        for is_prefetch, priority in ((True, lowest), (False, 0)):
+            entry = ring.entry((1, 0, False, False, is_prefetch, 0, memory, 0, PAGE))
+            assert struct.unpack_from("<H", entry, 2) == (priority,)  # sqe->ioprio
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return
+    path = tmp_path / "file"
+    path.write_bytes(random_bytes(4))
+    seen: list[tuple[bool, int]] = []
+    syscall, read = ctypes.CDLL(None).syscall, thread_reader._read
+
+    def noted(operation: Operation) -> int:
+        seen.append((operation.chunk.active.is_prefetch, syscall(252, 1, 0)))  # ioprio_get
+        return read(operation)
+
+    monkeypatch.setattr(thread_reader, "_read", noted)
+    tuning = Tuning(queue_depth=1)
+    with closing(open_reader(Backend.BUFFERED, None, [path], tuning=tuning)) as reader:
+        for tag, is_prefetch in enumerate((False, True, False)):
+            reader.submit([Read(tag, (Source(path, 0),), aligned(1), is_prefetch)])
+            collect(reader, 1)
+    own = syscall(252, 1, 0)
+    assert seen == [(False, own), (True, lowest), (False, own)]

@@ -332,6 +332,52 @@ def test_a_warm_up_ends_at_the_first_damaged_expert(tmp_path: Path, opened: Exit
         whole(artifact, opened).warm_up(lambda _: None)
 
 
+def test_a_warm_up_leaves_out_what_cannot_be_read(artifact: Artifact, opened: ExitStack) -> None:
+    """1. the first expert's read fails; 2. the others are read; 3. the next call tries again."""
+    store, reader = held(artifact, opened)
+    with ThreadPoolExecutor(1) as thread:
+        warming = thread.submit(store.warm_up, lambda _: None)
+        reader.await_held(48)
+        reader.fail(errno.EIO)
+        reader.let_all_go()
+        warming.result(30)
+    assert [key for key, _ in store.figures().unavailable] == [(0, 0)]
+    assert store.figures().num_resident == 47
+    assert take(store, 0, [0]) == expected(artifact, 0, [0])
+    assert store.figures().unavailable == ()
+
+
+def test_damage_ends_a_warm_up_also_beside_an_expert_that_cannot_be_read(
+    tmp_path: Path, opened: ExitStack
+) -> None:
+    artifact = Artifact.open(make_tiny_artifact(tmp_path, quant="q8_0"))
+    flip(artifact, 2)
+    store, reader = held(artifact, opened)
+    with ThreadPoolExecutor(1) as thread:
+        warming = thread.submit(store.warm_up, lambda _: None)
+        reader.await_held(48)
+        reader.fail(errno.EIO)
+        reader.let_all_go()
+        with pytest.raises(CorruptArtifact, match="expert 2 of"):
+            warming.result(30)
+
+
+def test_a_warm_up_that_waits_for_a_read_ends_when_the_node_is_told_to_leave(
+    artifact: Artifact, opened: ExitStack
+) -> None:
+    store, reader = held(artifact, opened)
+
+    async def story() -> None:
+        stop = StopSignal()
+        warming = asyncio.create_task(warm_up(store, stop))
+        await asyncio.to_thread(reader.await_held, 48)
+        stop.set("a test")
+        with pytest.raises(WarmUpStopped):
+            await warming
+
+    asyncio.run(story())
+
+
 def test_a_warm_up_ends_early_when_the_node_is_told_to_leave(
     artifact: Artifact, opened: ExitStack
 ) -> None:

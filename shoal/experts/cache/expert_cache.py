@@ -21,6 +21,7 @@ evicted, and pins leave places for two of the largest experts. So the first dema
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+from shoal.errors import ExpertUnavailable
 from shoal.experts.cache.budget import check_budget
 from shoal.experts.cache.entries import Counters, Demand, Entry
 from shoal.experts.cache.extents import Extents
@@ -207,7 +208,8 @@ class ExpertCache:
         told, entry.waiters = entry.waiters, []
         for demand in told:
             del demand.waiting[entry]
-            demand.error = demand.error or error
+            if demand.error is None or isinstance(demand.error, ExpertUnavailable):
+                demand.error = error  # what will not pass outweighs what may
         return told
 
     def retry(self, entry: Entry) -> None:

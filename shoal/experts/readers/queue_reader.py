@@ -17,7 +17,7 @@ from shoal.experts.readers.read_queue import (
     ReadQueue,
 )
 from shoal.experts.readers.reader import U8, Backend, Done, Read, ReaderFigures
-from shoal.limits import MAX_BOUNCE_BYTES
+from shoal.limits import MAX_BOUNCE_BYTES, READER_CLOSE_S
 from shoal.ops.reads import direct_alignment
 
 MAX_WAIT_S = 60.0  # of one system call: whoever waits longer asks again
@@ -95,7 +95,7 @@ class QueueReader(ABC):
     def wake(self) -> None: ...
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self, timeout_s: float = READER_CLOSE_S) -> bool: ...
 
     @abstractmethod
     def _start_chunks(self) -> None:

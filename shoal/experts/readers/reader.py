@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.experts.options import Backend as Backend
+from shoal.limits import READER_CLOSE_S
 
 U8 = NDArray[np.uint8]
 
@@ -182,6 +183,11 @@ class Reader(Protocol):
 
     def figures(self) -> ReaderFigures: ...
 
-    def close(self) -> None:
-        """Wait for what is at the device, forget the rest, close all files. Safe to call again."""
+    def close(self, timeout_s: float = READER_CLOSE_S) -> bool:
+        """Wait for what is at the device, forget the rest, close all files. Safe to call again.
+
+        Returns:
+            False: after `timeout_s` some reads had not ended. They are left to themselves, with the
+            files and the memory that they need, for as long as the process lives.
+        """
         ...

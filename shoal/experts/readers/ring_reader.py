@@ -16,7 +16,7 @@ from shoal.experts.readers.files import OpenFile
 from shoal.experts.readers.queue_reader import MAX_WAIT_S, Operation, QueueReader, Tuning
 from shoal.experts.readers.read_queue import Chunk
 from shoal.experts.readers.reader import U8, Backend, Done, ReaderFigures
-from shoal.limits import MIB
+from shoal.limits import MIB, READER_CLOSE_S
 from shoal.ops.reads import Ring
 
 
@@ -85,8 +85,9 @@ class RingReader(QueueReader):
         self._is_woken = True
         self._nudge()
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = READER_CLOSE_S) -> bool:
         """See `Reader.close`."""
+        until_s = time.perf_counter() + timeout_s
         with self._lock:
             self._is_closed = True
             self._queue.drop_all(time.perf_counter())
@@ -94,12 +95,17 @@ class RingReader(QueueReader):
         with self._waiting:
             ring = self._ring
             while ring is not None and self._operations:
-                ended = ring.wait(MAX_WAIT_S)
+                left_s = until_s - time.perf_counter()
+                if left_s <= 0.0:
+                    ring.abandon([operation.out for operation in self._operations.values()])
+                    break
+                ended = ring.wait(min(left_s, MAX_WAIT_S))
                 with self._lock:
                     self._finish_all(ended)
             with self._lock:
                 self._ring = None  # whoever still wakes it keeps it alive until then
                 self._files.close()
+                return not self._operations
 
     def _nudge(self) -> None:
         ring = self._ring

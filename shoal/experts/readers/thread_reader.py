@@ -9,7 +9,8 @@ from pathlib import Path
 
 from shoal.experts.readers.queue_reader import MAX_WAIT_S, Operation, QueueReader, Tuning
 from shoal.experts.readers.reader import Backend, Done
-from shoal.limits import MAX_READ_THREADS
+from shoal.limits import MAX_READ_THREADS, READER_CLOSE_S
+from shoal.ops.reads import set_read_priority
 
 
 class ThreadReader(QueueReader):
@@ -45,17 +46,19 @@ class ThreadReader(QueueReader):
             self._is_woken = True
             self._ended.notify_all()
 
-    def close(self) -> None:
-        """See `Reader.close`."""
+    def close(self, timeout_s: float = READER_CLOSE_S) -> bool:
+        """See `Reader.close`. What a thread still reads, its frame keeps alive."""
+        until_s = time.perf_counter() + timeout_s
         with self._lock:
             self._is_closed = True
             self._queue.drop_all(time.perf_counter())
             self._work.notify_all()
             self._ended.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until_s - time.perf_counter()))
         with self._lock:
             self._files.close()
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _nudge(self) -> None:
         with self._lock:
@@ -89,13 +92,18 @@ class ThreadReader(QueueReader):
             self._ended.notify_all()
 
     def _run(self) -> None:
+        was_prefetch = False
         with self._lock:
             while True:
                 operation = self._take()
                 if operation is None:
                     return
+                is_prefetch = operation.chunk.active.is_prefetch
                 self._lock.release()
                 try:
+                    if is_prefetch != was_prefetch:  # where the system has none, none is wanted
+                        set_read_priority(is_prefetch)
+                        was_prefetch = is_prefetch
                     result = _read(operation)
                 finally:
                     self._lock.acquire()
