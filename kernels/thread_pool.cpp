@@ -8,8 +8,14 @@
 // leaves by subtracting one.  The caller closes the job when no chunk is left and waits only for
 // the workers that are inside: one that sleeps through a short job costs nothing, and none can
 // mistake a new job's descriptor for the old one's.
+//
+// Each thread begins with a run of chunks of its own, and helps where chunks are left when it is
+// done.  Weights lie in the order of the chunks: were they dealt out one by one, every thread would
+// fetch ahead, by hardware and by the kernels' hints, what another one reads (a 330 MB product on
+// two threads of a Zen 4: 23 GB/s dealt, 32 in runs, the probe 34 to 37).
 #include "thread_pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
@@ -68,8 +74,13 @@ class Pool {
         body(context, begin, begin + chunk < items ? begin + chunk : items, 0);
       return;
     }
-    job_ = {items, chunk, body, context};
-    next_.store(0, std::memory_order_relaxed);
+    const int64_t chunks = (items + chunk - 1) / chunk;
+    const int runs = int(std::min<int64_t>(threads(), chunks));
+    job_ = {items, chunk, runs, body, context};
+    for (int i = 0; i < runs; ++i) {
+      runs_[i].next.store(chunks * i / runs, std::memory_order_relaxed);
+      runs_[i].end = chunks * (i + 1) / runs;
+    }
     const uint64_t generation = state_.load(std::memory_order_relaxed) / kGeneration + 1;
     state_.store(generation * kGeneration | kOpen);  // seq_cst: before the load of sleepers_
     if (sleepers_.load() > 0) {
@@ -90,8 +101,13 @@ class Pool {
   }
 
  private:
+  struct alignas(64) Run {
+    std::atomic<int64_t> next{0};  // chunk
+    int64_t end = 0;
+  };
   struct Job {
     int64_t items, chunk;
+    int runs;
     void (*body)(void*, int64_t, int64_t, int);
     void* context;
   };
@@ -102,13 +118,17 @@ class Pool {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i, seen] { serve(i, seen); });
   }
 
+  // The thread's own run first, then what is left of the others'.
   void work(int thread) {
     const Job job = job_;
-    for (;;) {
-      const int64_t begin = next_.fetch_add(job.chunk, std::memory_order_relaxed);
-      if (begin >= job.items) return;
-      const int64_t end = begin + job.chunk < job.items ? begin + job.chunk : job.items;
-      job.body(job.context, begin, end, thread);
+    for (int i = 0; i < job.runs; ++i) {
+      Run& run = runs_[(thread + i) % job.runs];
+      for (;;) {
+        const int64_t chunk = run.next.fetch_add(1, std::memory_order_relaxed);
+        if (chunk >= run.end) break;
+        const int64_t begin = chunk * job.chunk;
+        job.body(job.context, begin, std::min(begin + job.chunk, job.items), thread);
+      }
     }
   }
 
@@ -158,7 +178,7 @@ class Pool {
 
   Job job_{};
   alignas(64) std::atomic<uint64_t> state_{0};
-  alignas(64) std::atomic<int64_t> next_{0};
+  Run runs_[kMaxPoolThreads];
   alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<int> threads_{1};
   std::atomic<bool> busy_{false}, quit_{false};

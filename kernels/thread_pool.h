@@ -19,8 +19,9 @@ void run_parallel(int64_t items, int64_t chunk, void (*body)(void*, int64_t, int
 
 // Calls body(begin, end, thread) until every item of [0, items) has been covered exactly once, and
 // returns when all of it is done.  Ranges are at most `chunk` long, begin at multiples of `chunk`
-// and are claimed in ascending order by whichever thread is free, so a thread that loses its core
-// holds back one chunk, not a share.  The caller takes part (as thread 0); the others are in
+// and are claimed by whichever thread is free: each has a run of its own to begin with, and takes
+// from the others' when that is done, so a thread that loses its core holds back one chunk, not a
+// share.  The caller takes part (as thread 0); the others are in
 // [1, pool_threads()).
 //
 // The float environment is pinned on every thread.  body must not throw.  A second concurrent
