@@ -27,11 +27,13 @@ from coordinator.speculation.pass_time import PassTime
 from shoal import limits
 
 MARGIN = 0.03  # of the plain rate: a gain below it is within what the models are wrong by
-EARNED = 0.015  # of the time: what probes and wrong drafts may cost in the long run
+EARNED = 0.01  # of the time: what probes and wrong drafts may cost in the long run
 FIRST_CREDIT = 1.0  # plain steps: what the first probe may cost
 CEILING = 6.0  # of the ledger, in plain steps; a draft's luck moves it by one or two
-FIRST_FLOOR, FLOOR = -0.5, -4.0  # likewise; it sinks from the first to the second
-FLOOR_STEPS = 800  # within so many: a short answer has no time to win back what luck cost
+# Likewise; it sinks from the first to the second. A short answer has no time to win back what luck
+# cost: 1 - 0.05 and what 64 steps earn are 1.6 steps, and 3 % of 64 are 1.9.
+FIRST_FLOOR, FLOOR = 0.05, -4.0
+FLOOR_HELD, FLOOR_STEPS = 64, 800  # steps: after the first it sinks, after the second it is there
 FIRST_PAUSE, MAX_PAUSE = 4, 512  # steps between probes
 PROBE_LENGTH = 3  # guesses: enough to tell a row's price
 MIN_PROBE_GAIN = 0.25  # tokens that a probe must expect: else it could win at no price
@@ -154,9 +156,7 @@ class Planner:
         ledger = self._ledger + gain_s + self._earned * seconds
         self._num_steps += 1
         self._ledger = min(CEILING * plain_s, max(2 * FLOOR * plain_s, ledger))
-        if self._ledger < self._floor() * plain_s:
-            self._is_broke = True
-        elif self._ledger > 0.0:
+        if self._ledger > 0.0:
             self._until_probe -= 1
         if step is Step.PROBE:
             self._pause = FIRST_PAUSE if gain_s > 0.0 else min(MAX_PAUSE, 2 * self._pause)
@@ -203,7 +203,8 @@ class Planner:
         return False
 
     def _floor(self) -> float:
-        share = min(1.0, self._num_steps / FLOOR_STEPS)
+        num_sinking = self._num_steps - FLOOR_HELD
+        share = min(1.0, max(0.0, num_sinking / (FLOOR_STEPS - FLOOR_HELD)))
         return FIRST_FLOOR + (FLOOR - FIRST_FLOOR) * share
 
     def _purse(self) -> float:
