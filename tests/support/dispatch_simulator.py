@@ -11,9 +11,9 @@ import itertools
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from coordinator.dispatch import HEDGE_BURST, HEDGE_SHARE, MAX_ATTEMPTS, Dispatcher
+from coordinator import dispatch
+from coordinator.dispatch import HEDGE_SHARE, MAX_ATTEMPTS, Dispatcher
 from coordinator.dispatch_events import (
     Accept,
     Cancel,
@@ -40,36 +40,18 @@ from coordinator.dispatch_events import (
     Ticked,
     TimeOut,
 )
+from coordinator.node_health import MIN_SAMPLES, SILENT_S
 from shoal import errors
+from support.simulated_node import SimNode
 
 TICK_S = 0.005
 PROGRESS_S = 0.025
 CALL_TIMEOUT_S = 10.0
-SHARD_WAIT_S = 30.0
+SHARD_WAIT_S = 10.0  # forty fan-outs may wait for it one after the other
 CREDIT_BYTES = 300
 END_S = 600.0  # of simulated time: far beyond every wait
+MAX_FANOUTS, MAX_CALLS = 3, 4  # at a time, of each
 FAULTS = ("kill", "freeze", "slow", "reset", "drain", "lossy", "busy")
-
-
-@dataclass
-class SimNode:
-    """One node. process: which of its lives. connection: None while it is lost."""
-
-    number: int
-    work_s: float
-    is_up: bool = True
-    is_frozen: bool = False
-    is_draining: bool = False
-    process: int = 0
-    connection: int | None = None
-    met_process: int = -1
-    slowness: float = 1.0
-    loss: float = 0.0
-    refusal: float = 0.0
-    free_s: float = 0.0
-    held: dict[int, int] = field(default_factory=dict)  # attempt -> call
-    backlog: list[Callable[[], None]] = field(default_factory=list)
-    is_progressing: bool = False
 
 
 class World:
@@ -99,7 +81,10 @@ class World:
         self.calls: dict[int, tuple[int, NewCall]] = {}
         self.attempts: dict[int, tuple[int, int, int]] = {}  # -> call, node, connection
         self.open_attempts: dict[int, None] = {}  # no terminal frame seen
-        self.num_attempts: dict[int, int] = {}
+        self.attempts_of: dict[int, list[int]] = {}  # by call
+        self.sent_s: dict[int, float] = {}  # of attempts
+        self.ended_in_vain: set[int] = set()  # attempts refused, or lost with their connection
+        self.hedged: list[int] = []  # calls that were sent again without such a reason
         self.unanswered: dict[int, set[int]] = {}  # fan-out -> its calls without an answer
         self.ended: dict[int, str] = {}
         self.retired: set[int] = set()
@@ -126,7 +111,10 @@ class World:
         """Play the whole story."""
         for node in self.nodes:
             self.meet(node)
-        for _ in range(self.random.randint(1, 3)):
+        if self.random.random() < 0.5:
+            for node in self.nodes:
+                self.teach(node)
+        for _ in range(self.random.randint(1, MAX_FANOUTS)):
             self.start()
         self.at(self.random.uniform(0.0, 0.2), self.fault)
         self.at(TICK_S, self.tick)
@@ -137,6 +125,16 @@ class World:
         self.core.check_integrity()
         assert self.is_done(), "the agenda is empty, and not all fan-outs have ended"
         self.check_load()
+
+    def teach(self, node: SimNode) -> None:
+        """Let the core see as many calls of a node as it takes to know it: then it hedges."""
+        for call_id in range(-2 * MIN_SAMPLES, 0):
+            work = self.random.uniform(1.0, 4.0)
+            call = NewCall(call_id, (node.number,), Lane.INTERACTIVE, 1, work)
+            self.core.on(FanoutStarted(call_id, (call,), self.now_s))
+            busy_s = work * node.work_s
+            self.now_s += 2 * self.latency_s * self.random.uniform(0.5, 1.5) + busy_s
+            self.core.on(Replied(call_id, node.number, self.now_s, busy_s))
 
     def is_done(self) -> bool:
         return self.num_left == 0 and len(self.ended) == len(self.unanswered)
@@ -151,6 +149,7 @@ class World:
         commands = self.core.on(event)
         if self.num_events % 8 == 0:
             self.core.check_integrity()
+            self.check_bounds()
         for command in commands:
             self.check(command, event)
 
@@ -160,7 +159,7 @@ class World:
         self.num_left -= 1
         fanout_id = next(self._fanout_ids)
         calls = []
-        for _ in range(self.random.randint(1, 4)):
+        for _ in range(self.random.randint(1, MAX_CALLS)):
             group = self.random.choice(self.groups)
             first = self.random.randrange(len(group))
             lane = self.random.choice(list(Lane))
@@ -225,7 +224,9 @@ class World:
         assert not used or sum(used) + call.num_bytes <= CREDIT_BYTES, "beyond the credit"
         self.attempts[attempt_id] = (command.call_id, node.number, node.connection)
         self.open_attempts[attempt_id] = None
-        self.num_attempts[command.call_id] = self.num_attempts.get(command.call_id, 0) + 1
+        self.sent_s[attempt_id] = self.now_s
+        self.check_reason(command.call_id)
+        self.attempts_of.setdefault(command.call_id, []).append(attempt_id)
         self.later(node, lambda: self.arrived(node, attempt_id))
 
     def end(self, fanout_id: int, how: str) -> None:
@@ -238,11 +239,31 @@ class World:
             raise AssertionError("who answered the query of death?")
         self.at(self.random.uniform(0.0, 0.002), self.start)
 
+    def check_reason(self, call_id: int) -> None:
+        """A call is sent again when its node refused, was lost or is silent: else it is a hedge."""
+        for attempt_id in self.attempts_of.get(call_id, ()):
+            is_silent = self.now_s - self.sent_s[attempt_id] >= SILENT_S
+            if attempt_id not in self.ended_in_vain and not is_silent:
+                self.hedged.append(call_id)
+        assert self.hedged.count(call_id) <= 1, "a call was hedged twice"
+
     def check_load(self) -> None:
-        assert max(self.num_attempts.values(), default=0) <= MAX_ATTEMPTS
+        """Whatever the faults: what is sent again without their reason is paid for."""
+        assert max(map(len, self.attempts_of.values()), default=0) <= MAX_ATTEMPTS
         assert len(self.poisoned) <= 2, "the query of death took a third node"
-        if self.gentle and not self.is_faulty:
-            assert len(self.attempts) <= len(self.calls) * (1 + HEDGE_SHARE) + HEDGE_BURST
+        allowed = len(self.calls) * HEDGE_SHARE + dispatch.HEDGE_BURST
+        assert len(self.hedged) <= allowed, "more hedges than tokens"
+
+    def check_bounds(self) -> None:
+        """What is kept is of fan-outs in flight, and they are few."""
+        calls = sum(len(left) for f, left in self.unanswered.items() if f not in self.ended)
+        assert calls <= MAX_FANOUTS * MAX_CALLS
+        assert len(self.core._calls) <= calls and len(self.core._waiting) <= calls
+        kept = list(self.core._attempts.values())
+        num_replicas = max(map(len, self.groups))
+        assert sum(not a.is_orphan for a in kept) <= calls * num_replicas
+        held = sum(a.call.new.num_bytes for a in kept if a.is_sent)
+        assert held <= CREDIT_BYTES * len(self.nodes) * len(Lane), "beyond all credits"
 
     # The network: what is sent over a connection is lost with it.
 
@@ -337,6 +358,7 @@ class World:
             self.refuse(node, attempt_id, errors.CallCancelled())
 
     def refuse(self, node: SimNode, attempt_id: int, error: errors.ShoalError) -> None:
+        self.ended_in_vain.add(attempt_id)
         self.answer(
             node,
             lambda: Failed(attempt_id, node.number, error, False, self.now_s),
@@ -364,6 +386,7 @@ class World:
         for attempt_id in list(self.open_attempts):
             if self.attempts[attempt_id][1] == node.number:
                 del self.open_attempts[attempt_id]
+                self.ended_in_vain.add(attempt_id)
         node.connection = None
         self.at(self.random.uniform(0.001, 0.1), lambda: self.meet(node))
 

@@ -15,6 +15,7 @@ from coordinator.attempt_watch import Verdict, judge
 from coordinator.calls_and_nodes import Attempt, Call, Fanout, Node, Stream
 from coordinator.dispatch import Dispatcher
 from coordinator.dispatch_events import Command
+from coordinator.replica_choice import choose
 from support.dispatch_simulator import CALL_TIMEOUT_S, SHARD_WAIT_S, play
 
 CHUNK = 100
@@ -116,7 +117,23 @@ class SendsToAnybody(Dispatcher):
         return super()._place(call, now_s, out)
 
 
+class AsksAll(Dispatcher):
+    """Floods the replicas when one has failed."""
+
+    def _help(self, call: Call, now_s: float, out: list[Command]) -> None:
+        super()._help(call, now_s, out)
+        while call.attempts and (node := choose(call, self._nodes, now_s)) is not None:
+            self._attempt(call, node, now_s, out)
+
+
+class HedgesForNothing(Dispatcher):
+    def _hedge(self, attempt: Attempt, now_s: float, out: list[Command]) -> None:
+        self._hedge_tokens = 1.0
+        super()._hedge(attempt, now_s, out)
+
+
 MUTANTS = [
+    AsksAll,
     LeaksCredit,
     BelievesAnybody,
     IgnoresCredit,
@@ -144,6 +161,16 @@ def is_caught(core: Callable[[float, float], Dispatcher], num_seeds: int = 150) 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_broken_core_is_caught(mutant: type[Dispatcher]) -> None:
     assert is_caught(mutant)
+
+
+def test_hedges_beyond_their_tokens_are_noticed_whatever_the_faults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bucket is small, or a world would be over before it is empty."""
+    monkeypatch.setattr(dispatch, "HEDGE_BURST", 2.0)
+    assert is_caught(HedgesForNothing, 300)
+    for seed in range(100):
+        play(seed)
 
 
 def blind_to(*verdicts: Verdict) -> Callable[..., Verdict]:
