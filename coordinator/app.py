@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coordinator.cancellation import Cancellation
@@ -27,6 +28,7 @@ from coordinator.kv_arrays import KvArrays
 from coordinator.map_reload import reload_on_hangup
 from coordinator.report import ModelLabel, Transcript
 from coordinator.request import Event, Finished, GenerationRequest, PromptRead, TokenGenerated
+from coordinator.routing_recorder import RoutingRecorder
 from coordinator.speculation.compose import Speculation, Target
 from coordinator.speculation.config import Speculate, SpeculationConfig
 from coordinator.speculation.speculator import Speculator
@@ -65,6 +67,7 @@ class CoordinatorConfig:
     model: a name or a path. moe_shards: None: every expert in this process.
     threads: of the kernels; None: as many as the machine has cores.
     max_context: None: the model's own. store, prefetch: of the experts of this process.
+    record_routing: a file that gets the routing of each request's tokens; None: nowhere.
     """
 
     model: str
@@ -80,6 +83,7 @@ class CoordinatorConfig:
     prefetch: Mode = Mode.AUTO
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     moe_dispatch: MoeDispatchConfig = field(default_factory=MoeDispatchConfig)
+    record_routing: Path | None = None
 
     def __post_init__(self) -> None:
         guesses = self.speculation.mode not in {Speculate.AUTO, Speculate.OFF}
@@ -87,6 +91,11 @@ class CoordinatorConfig:
         self.moe_dispatch.check(self.speculation.shadow, guesses)
         if self.moe_dispatch.is_exact:
             self.speculation.check_shadow_is_used()
+        if self.record_routing is not None and not self.moe_dispatch.is_exact:
+            raise UsageError(
+                "--record-routing with --moe-dispatch batch: its routing is not the model's: use "
+                "--moe-dispatch stream"
+            )
         if self.wire is not Wire.EXACT and self.moe_shards is None:
             raise UsageError(
                 f"--wire {self.wire} needs --moe-shards: without nodes there is no wire"
@@ -181,8 +190,10 @@ class Coordinator:
         engine: Engine,
         dispatch: ExpertDispatch,
         moe_dispatch: MoeDispatchFigures,
+        recorder: RoutingRecorder | None = None,
     ) -> None:
         self.model = model
+        self.recorder = recorder
         self.moe_dispatch = moe_dispatch
         self.engine = engine
         self._dispatch = dispatch
@@ -245,15 +256,22 @@ def start_engine(model: OpenedModel, feedback: Feedback) -> Iterator[Coordinator
         stack.callback(speculation.close)
         dispatch = open_dispatch(config, artifact, feedback)
         stack.callback(dispatch.close)
-        engine, moe_dispatch = _make_engine(model, dispatch, speculation, feedback)
+        recorder = None
+        if config.record_routing is not None:
+            recorder = RoutingRecorder(config.record_routing, artifact.spec, artifact.identity)
+        engine, moe_dispatch = _make_engine(model, dispatch, speculation, feedback, recorder)
         stack.callback(engine.close)
         if config.moe_shards is not None and config.moe_shards.startswith("@"):
             stack.enter_context(reload_on_hangup(_on_nodes(dispatch), feedback.tell))
-        yield Coordinator(model, engine, dispatch, moe_dispatch)
+        yield Coordinator(model, engine, dispatch, moe_dispatch, recorder)
 
 
 def _make_engine(
-    model: OpenedModel, dispatch: ExpertDispatch, speculation: Speculation, feedback: Feedback
+    model: OpenedModel,
+    dispatch: ExpertDispatch,
+    speculation: Speculation,
+    feedback: Feedback,
+    recorder: RoutingRecorder | None,
 ) -> tuple[Engine, MoeDispatchFigures]:
     artifact, config, asked = model.artifact, model.engine_config, model.config
     nodes = None if asked.moe_shards is None else _on_nodes(dispatch)
@@ -276,8 +294,9 @@ def _make_engine(
         target = Target(artifact, weights, watched, dispatch, kv, config.max_context, round_trips)
         return speculation.speculator(target, time.perf_counter)
 
+    make_transformer = Transformer if recorder is None else recorder.transformer
     engine = Engine(
-        Transformer(artifact.spec, weights, watched),
+        make_transformer(artifact.spec, weights, watched),
         model.tokenizer,
         lambda num_blocks: KvArrays(artifact.spec, artifact.kv_dtype, num_blocks),
         config,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coordinator.corrected.options import MoeDispatchOptions
+from coordinator.recording_options import RecordingOptions
 from coordinator.speculation.options import SpeculationOptions
 from shoal import limits
 from shoal.errors import UsageError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 LOAD_SILENCE_S = 0.5
 SPECULATION_DEFAULTS = SpeculationOptions()
 MOE_DISPATCH_DEFAULTS = MoeDispatchOptions()
+RECORDING_DEFAULTS = RecordingOptions()
 
 Model = Annotated[
     str | None,
@@ -135,6 +137,7 @@ class EngineOptions:
         model: str | None,
         speculation: SpeculationOptions = SPECULATION_DEFAULTS,
         moe: MoeDispatchOptions = MOE_DISPATCH_DEFAULTS,
+        recording: RecordingOptions = RECORDING_DEFAULTS,
     ) -> "CoordinatorConfig":
         """Return the configuration of a coordinator for that model. Raises UsageError."""
         from coordinator.app import CoordinatorConfig
@@ -160,6 +163,7 @@ class EngineOptions:
             prefetch=self.prefetch,
             speculation=speculation.config(),
             moe_dispatch=moe.config(),
+            record_routing=recording.path,
         )
 
 
@@ -195,6 +199,7 @@ def run(
     engine: EngineOptions = EngineOptions(),
     speculation: SpeculationOptions = SPECULATION_DEFAULTS,
     moe: MoeDispatchOptions = MOE_DISPATCH_DEFAULTS,
+    recording: RecordingOptions = RECORDING_DEFAULTS,
 ) -> None:
     """Complete one prompt, streaming the text; a line of figures follows on stderr.
 
@@ -208,7 +213,7 @@ def run(
         raise UsageError("--system needs --chat: a raw completion has no system prompt")
     model, prompt = _model_and_prompt(words or [], prompt_ids is not None)
     run_once(
-        engine.config(model, speculation, moe),
+        engine.config(model, speculation, moe, recording),
         RunRequest(
             prompt=prompt,
             prompt_ids=None if prompt_ids is None else _parse_ids(prompt_ids),

@@ -71,6 +71,9 @@ def run_once(
         assert finished is not None, "a request ends in a terminal event"
         if finished.error is not None:
             raise finished.error
+        if coordinator.recorder is not None:
+            said = [token.token_id for token in transcript.tokens]
+            feedback.tell(coordinator.recorder.write([*request.prompt_ids, *said]))
         if is_json:
             sys.stdout.buffer.write(json_report(transcript, coordinator.label))
         else:

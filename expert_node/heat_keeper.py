@@ -5,8 +5,6 @@ costs a warning and a count, never a call: the file that was there stays.
 """
 
 import asyncio
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from shoal.experts.heat import HeatMap, decode_heat, encode_heat
 from shoal.experts.recording import Geometry, Recorder
 from shoal.experts.routing_trace import encode_trace
 from shoal.log import get_logger
+from shoal.replaced_file import replace_file
 
 WRITE_INTERVAL_S = 60.0
 TRACE_SUFFIX = ".routing"
@@ -25,11 +24,15 @@ _log = get_logger("heat")
 
 @dataclass(frozen=True, slots=True)
 class HeatFigures:
-    """num_calls, num_rows: since the start. num_failures: writes that failed."""
+    """num_calls, num_rows: since the start. num_failures: writes that failed.
+
+    num_dropped: rows that the routing trace lacks: their calls did not fit together to passes.
+    """
 
     num_calls: int
     num_rows: int
     num_failures: int
+    num_dropped: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,8 @@ class HeatKeeper:
         self._recorder = Recorder(geometry, _before(path, geometry.identity))
         self._rows_written = self._recorder.num_rows
         self._num_calls = self._num_rows = self._num_failures = 0
+        self._dropped_before = 0  # by recorders that were replaced
+        self._say_what_is_recorded()
 
     @property
     def path(self) -> Path | None:
@@ -81,7 +86,8 @@ class HeatKeeper:
 
     def figures(self) -> HeatFigures:
         """Return what was counted since the start. From any thread."""
-        return HeatFigures(self._num_calls, self._num_rows, self._num_failures)
+        num_dropped = self._dropped_before + self._recorder.num_dropped
+        return HeatFigures(self._num_calls, self._num_rows, self._num_failures, num_dropped)
 
     def prepare(self, geometry: Geometry, path: Path | None, *, counts: bool = False) -> "Prepared":
         """Read what `rebind` needs, on any thread. Raises as `__init__` does."""
@@ -94,8 +100,18 @@ class HeatKeeper:
         if (prepared.geometry, prepared.path) == (self._recorder.geometry, self._path):
             return
         heat = self._recorder.heat() if prepared.path == self._path else prepared.before
+        self._dropped_before += self._recorder.num_dropped
         self._recorder, self._path = Recorder(prepared.geometry, heat), prepared.path
+        self._say_what_is_recorded()
         self._rows_written = self._recorder.num_rows
+
+    def _say_what_is_recorded(self) -> None:
+        if self._path is not None and self._recorder.geometry.top_k is None:
+            _log.info(
+                "heat alone is recorded, no routing trace: this node sees a part of each row, or "
+                "its layers differ; `shoal run --record-routing` sees them all",
+                path=str(self._path),
+            )
 
     async def write(self) -> None:
         """Write both files if something was counted since the last time."""
@@ -144,21 +160,6 @@ def read_heat(path: Path, identity: str, name: str) -> HeatMap:
             f"is {identity[:12]})"
         )
     return heat
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises OSError; what was there then still is."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
 
 
 def _before(path: Path | None, identity: str) -> HeatMap | None:

@@ -78,7 +78,9 @@ class NodeCollector(Collector):
         yield from _prefetch(store, self._sources.prefetch())
         yield from _pace(self._sources.pace())
         yield from _reloads(self._sources.reloads())
-        yield _one(metrics.HEAT_FAILURES, self._sources.heat().num_failures)
+        heat = self._sources.heat()
+        yield _one(metrics.TRACE_DROPPED, heat.num_dropped)
+        yield _one(metrics.HEAT_FAILURES, heat.num_failures)
 
 
 def make_registry(sources: Sources) -> CollectorRegistry:

@@ -152,3 +152,6 @@ ALL: tuple[Metric, ...] = tuple(
 )
 
 assert len({metric.name for metric in ALL}) == len(ALL), "two metrics of one name"
+TRACE_DROPPED = _counter(
+    "shoal_trace_dropped_rows", "rows that the routing trace lacks: calls that made no whole pass"
+)

@@ -58,10 +58,14 @@ def test_a_hot_drive_is_read_one_chunk_at_a_time_and_never_ahead(
     keeper = PaceKeeper(store, DriveSensors([model], drive.root), 70.0, None)
     keeper.sample()
     full = reader_of(store).queue_depth
-    assert full > 1 and keeper.view.pace.state is PacingState.FULL
+
+    def state() -> PacingState:
+        return keeper.view.pace.state
+
+    assert full > 1 and state() is PacingState.FULL
     drive.set_celsius(85.0)
     keeper.sample()
-    assert keeper.view.pace.state is PacingState.HOT
+    assert state() is PacingState.HOT
     assert keeper.view.temperatures[0].drive == "nvme0n1"
     assert reader_of(store).queue_depth == 1
     assert store.prefetch(LAYER, [9]) == 0
@@ -69,6 +73,6 @@ def test_a_hot_drive_is_read_one_chunk_at_a_time_and_never_ahead(
         assert sum(len(wave.positions) for wave in got) == 3, "what is demanded comes all the same"
     drive.set_celsius(40.0)
     keeper.sample()
-    assert keeper.view.pace.state is PacingState.FULL
+    assert state() is PacingState.FULL
     assert reader_of(store).queue_depth == full
     assert store.prefetch(LAYER, [9]) == 1

@@ -1,15 +1,19 @@
 """Heat maps and recorded routing: what calls leave behind, and that files are read strictly."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from expert_node.heat_keeper import HeatKeeper
+from shoal import log
 from shoal.errors import CorruptArtifact
 from shoal.experts.call import ExpertCall
 from shoal.experts.heat import HeatMap, decode_heat, encode_heat, ranked
 from shoal.experts.recording import Geometry, Recorder, geometry_of
 from shoal.experts.routing_trace import decode_trace, encode_trace
+from shoal.log_options import LogFormat, LogLevel
 from shoal.quant import Scheme
 from shoal.rows import Rows
 
@@ -184,3 +188,26 @@ def test_memory_is_bounded_however_many_streams_are_open() -> None:
         recorder.check_integrity()
     trace = recorder.trace()
     assert trace is not None and len(trace.segments) == 10
+
+
+def test_rows_that_a_trace_lacks_are_told_also_after_a_reload(tmp_path: Path) -> None:
+    keeper = HeatKeeper(GEOMETRY, tmp_path / "heat.json")
+    keeper.on_call(7, call(1, (2, 5), (2, 6)))
+    keeper.on_stream_end(7)
+    dropped = keeper.figures().num_dropped
+    assert dropped == 2, "a pass that stopped in the middle"
+    other = Geometry(IDENTITY, {1: 8}, top_k=2)
+    keeper.rebind(keeper.prepare(other, tmp_path / "heat.json"))
+    assert keeper.figures().num_dropped == dropped
+
+
+def test_who_records_heat_alone_is_told_and_where_traces_come_from(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(lambda: log.configure(LogFormat.CONSOLE, LogLevel.INFO))
+    stream = io.StringIO()
+    log.configure(LogFormat.JSON, LogLevel.INFO, stream)
+    HeatKeeper(GEOMETRY, tmp_path / "whole.json")
+    assert not stream.getvalue()
+    HeatKeeper(Geometry(IDENTITY, {1: 8}, top_k=None), tmp_path / "part.json")
+    assert "shoal run --record-routing" in stream.getvalue()
