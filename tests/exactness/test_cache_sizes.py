@@ -17,6 +17,7 @@ from support.tiny_model import make_tiny_artifact
 
 PROMPT = list(range(3, 27))  # in one pass: asks for more experts than most caches below hold
 NUM_TOKENS = 8
+MAX_TURNS, ENOUGH_READS = 24, 2
 NUM_EXPERTS = 48  # of each model: three layers of sixteen
 SIZES = {"2 experts": 2, "3 experts": 3, "10 %": 5, "25 %": 12, "50 %": 24, "100 %": 48}
 
@@ -67,14 +68,45 @@ def test_every_way_of_checking_says_the_same_bits(
     assert figures.num_verified <= NUM_EXPERTS or verify is not Verify.FIRST
 
 
-@pytest.mark.parametrize("slots", [5, 24])
-@pytest.mark.parametrize("mode", list(Mode))
-def test_reading_ahead_changes_no_bit(mode: Mode, slots: int, path: Path, expected: Said) -> None:
+@pytest.mark.parametrize(
+    ("backend", "slots"), [*((backend, 5) for backend in Backend), (Backend.IO_URING, 24)]
+)
+@pytest.mark.parametrize("mode", [mode for mode in Mode if mode is not Mode.OFF])
+def test_reading_ahead_changes_no_bit(
+    mode: Mode, backend: Backend, slots: int, path: Path, expected: Said
+) -> None:
+    """Again and again, until something was learned (in `auto`: is on trial) and was read ahead."""
     artifact = Artifact.open(path)
-    options = StoreOptions(cache_bytes=slots * expert_bytes(artifact))
+    options = StoreOptions(cache_bytes=slots * expert_bytes(artifact), backend=backend)
     ownership = Ownership(dict(artifact.owned_experts))
-    with closing(LocalExperts(artifact, ownership, options, mode)) as local:
+    try:
+        local = LocalExperts(artifact, ownership, options, mode)
+    except UsageError as error:
+        pytest.skip(str(error))
+    with closing(local):
+        for _ in range(MAX_TURNS):
+            assert continuation(path, local.executor, PROMPT, NUM_TOKENS) == expected
+            if local.store.figures().prefetch_issued >= ENOUGH_READS:
+                break
+        figures = local.store.figures()
+    assert figures.prefetch_issued >= ENOUGH_READS, "a blunt test: nothing was read ahead"
+    assert figures.reader is not None and figures.reader.backend is backend
+
+
+@pytest.mark.parametrize("backend", list(Backend))
+def test_without_reading_ahead_nothing_is_read_ahead_and_the_bits_are_the_same(
+    backend: Backend, path: Path, expected: Said
+) -> None:
+    artifact = Artifact.open(path)
+    options = StoreOptions(cache_bytes=5 * expert_bytes(artifact), backend=backend)
+    ownership = Ownership(dict(artifact.owned_experts))
+    try:
+        local = LocalExperts(artifact, ownership, options, Mode.OFF)
+    except UsageError as error:
+        pytest.skip(str(error))
+    with closing(local):
         assert continuation(path, local.executor, PROMPT, NUM_TOKENS) == expected
+        assert local.store.figures().prefetch_issued == 0
 
 
 def test_a_cache_that_shrinks_and_grows_while_serving_says_the_same_bits(
