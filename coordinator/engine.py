@@ -249,9 +249,13 @@ class Engine:
         assert reserved, "the pool holds max_context tokens, and no request is longer"
         batch = make_batch([Piece(sequence, num_rows, num_logits)])
         began_s = self._clock()
-        model = self._transformer if approximate is None else approximate
-        logits = model.forward(batch, self._kv, cancellation)
-        self._speculator.ran(num_rows, self._clock() - began_s)
+        hidden: F32 | None = None
+        if approximate is None:
+            hidden = self._transformer.run_layers(batch, self._kv, cancellation)
+            logits = self._transformer.logits(hidden, batch)
+        else:
+            logits = approximate.forward(batch, self._kv, cancellation)
+        self._speculator.ran(num_rows, self._clock() - began_s, hidden)
         sequence.advance(num_rows)
         return logits
 

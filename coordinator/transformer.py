@@ -59,7 +59,7 @@ class Transformer:
             NodeError: no node computed a layer's experts.
             Cancelled: some layers' caches hold rows of this pass; running them again is right.
         """
-        return self._logits(self.run_layers(batch, cache, cancellation), batch)
+        return self.logits(self.run_layers(batch, cache, cancellation), batch)
 
     def run_layers(self, batch: Batch, cache: KvArrays, cancellation: Cancellation) -> F32:
         """Do what `forward` does before the logits; return what they are made of, [R, D]."""
@@ -88,7 +88,11 @@ class Transformer:
             block_tables=batch.block_tables,
         )
 
-    def _logits(self, hidden: F32, batch: Batch) -> F32:
+    def logits(self, hidden: F32, batch: Batch) -> F32:
+        """Return the logits [R, V] of what `run_layers` returned for the batch, [R, D].
+
+        Raises NumericError, as `forward`.
+        """
         if not hidden.shape[0]:
             return np.empty((0, self._spec.vocab_size), np.float32)
         lm_head = self._weights.lm_head

@@ -4,6 +4,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from coordinator.array_types import F32
 from coordinator.cancellation import Cancellation
 from coordinator.request import GenerationRequest
 from coordinator.sequence import Sequence
@@ -72,4 +73,22 @@ class AskingDrafter(Drafter, Protocol):
     @property
     def num_round_trips(self) -> int:
         """Waits for nodes, one after the other, since it was made."""
+        ...
+
+
+@runtime_checkable
+class HiddenDrafter(Drafter, Protocol):
+    """A drafter that goes on from the target's own hidden rows, as EAGLE and MTP heads do."""
+
+    def verified(self, hidden: F32) -> None:
+        """Hear of rows that have become part of the text. Called before the next `draft`.
+
+        To be noted, not computed with: no time is measured here, and no failure is expected.
+
+        Args:
+            hidden: [N, D], N >= 1: the target's residuals behind its last layer, before the final
+                norm, of consecutive tokens. The first row of a request is that of the prompt's last
+                token, the last one is always that of the token before the sequence's last, whose
+                own row the next pass runs. The drafter may keep it; it is not to be changed.
+        """
         ...

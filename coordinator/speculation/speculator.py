@@ -19,13 +19,14 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from math import prod
 
+from coordinator.array_types import F32
 from coordinator.cancellation import Cancellation
 from coordinator.request import GenerationRequest
 from coordinator.sequence import Sequence
 from coordinator.speculation.candidate import Candidate, Draft
 from coordinator.speculation.config import Speculate
 from coordinator.speculation.figures import SpeculationFigures
-from coordinator.speculation.interface import Drafter, DraftToken
+from coordinator.speculation.interface import Drafter, DraftToken, HiddenDrafter
 from coordinator.speculation.lead import Lead
 from coordinator.speculation.pass_time import PassTime
 from coordinator.speculation.routing_watch import Routing
@@ -85,6 +86,7 @@ class Speculator:
         self._draft: Draft | None = None  # of the step under way
         self._lead_of: Draft | None = None  # the one before, all right, whose drafter went on
         self._pass_rows, self._pass_s = 0, 0.0
+        self._hidden: F32 | None = None  # of the pass that is being judged
         self._num_passes = 0
         self._num_in_vain = 0  # steps since the last guesses
         self._num_rests = 0  # steps in which nobody is asked, from now on
@@ -231,8 +233,12 @@ class Speculator:
             draft.close()
             raise
 
-    def ran(self, num_rows: int, seconds: float) -> None:
-        """Hear what a pass of the target took, of the prompt too."""
+    def ran(self, num_rows: int, seconds: float, hidden: F32 | None = None) -> None:
+        """Hear what a pass of the target took, of the prompt too.
+
+        Args: hidden: of its rows whose logits were wanted, see `HiddenDrafter`.
+        """
+        self._hidden = hidden
         if self._candidates and not self._is_resting:
             self._pass_time.observe(num_rows, seconds)
             self._pass_rows, self._pass_s = num_rows, seconds
@@ -240,6 +246,7 @@ class Speculator:
     def judged(self, num_right: int, num_judged: int) -> None:
         """Hear how many guesses of the last pass were right, of how many that were compared."""
         draft, self._draft = self._draft, None
+        self._tell_hidden(num_right + 1)
         if not self._num_passes or not self._candidates or self._is_resting:
             return
         if draft is None:
@@ -258,6 +265,14 @@ class Speculator:
         candidate.judge(draft, num_right, num_judged, self._verified_routing(self._pass_rows))
         for other in self._candidates:
             other.time_step(num_right + 1, self._pass_s + draft_s, is_own=other is candidate)
+
+    def _tell_hidden(self, num_rows: int) -> None:
+        hidden, self._hidden = self._hidden, None
+        if hidden is None:
+            return
+        for candidate in self._candidates:
+            if isinstance(candidate.drafter, HiddenDrafter):
+                candidate.drafter.verified(hidden[:num_rows])
 
     def _count_plain_step(self) -> None:
         began_s = self._clock()

@@ -16,19 +16,26 @@ from support.fables import NUM_LAYERS, PROMPT, fables
 pytestmark = pytest.mark.processes
 
 DELAY_S = 0.002  # each way: a pass of six layers takes 24 ms and more, a plain one in process 2
+FAR_S = 0.02  # each way: a pass takes 240 ms, one call for all layers 40
+HALVES = ("0-15", "16-31")
 WAYS = {"greedy": ("--temperature", "0"), "sampled": ("--temperature", "0.8", "--seed", "7")}
 
 
 @pytest.fixture(scope="module")
-def shards() -> Iterator[str]:
+def proxies() -> Iterator[list[ChaosProxy]]:
+    """One before each of two nodes, with half of the experts each."""
     with ExitStack() as stack:
         cluster = stack.enter_context(Cluster())
-        parts: list[str] = []
-        for experts in ("0-15", "16-31"):
-            node = cluster.node(fables(), experts=experts)
-            proxy = ChaosProxy(node.endpoint, steady(Weather(delay_s=DELAY_S)))
-            parts.append(f"{experts}={stack.enter_context(proxy).endpoint}")
-        yield ",".join(parts)
+        nodes = [cluster.node(fables(), experts=experts) for experts in HALVES]
+        near = steady(Weather(delay_s=DELAY_S))
+        yield [stack.enter_context(ChaosProxy(node.endpoint, near)) for node in nodes]
+
+
+@pytest.fixture(scope="module")
+def shards(proxies: list[ChaosProxy]) -> str:
+    return ",".join(
+        f"{experts}={proxy.endpoint}" for experts, proxy in zip(HALVES, proxies, strict=True)
+    )
 
 
 @pytest.fixture
@@ -73,6 +80,36 @@ def test_guesses_save_round_trips_and_change_no_bit(
     assert kept(draft) == kept(off)
     [(name, figures)] = draft["speculation"]["per_drafter"].items()
     assert name == "draft" and figures["accepted"] == figures["drafted"] > 10
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_corrected_pass_guesses_where_that_is_asked_for(
+    way: str,
+    proxies: list[ChaosProxy],
+    shards: str,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    off = run_json(capsys, *WAYS[way], "--speculate", "off")
+    forecasts = [proxy.forecast for proxy in proxies]
+    try:
+        for proxy in proxies:
+            proxy.forecast = steady(Weather(delay_s=FAR_S))
+        asked = ("--speculate", "batch", "--shadow", "q4")
+        batch = run_json(capsys, "--moe-shards", shards, *WAYS[way], *asked)
+    finally:
+        for proxy, forecast in zip(proxies, forecasts, strict=True):
+            proxy.forecast = forecast
+    assert kept(batch) == kept(off)
+    speculation = batch["speculation"]
+    [(name, figures)] = speculation["per_drafter"].items()
+    assert name == "batch" and figures["accepted"] > 10
+    assert figures["local_expert_bytes"] == speculation["local_expert_bytes"] > 0
+    assert 0 < figures["round_trips"] < NUM_LAYERS * speculation["passes"]
+    of_passes = NUM_LAYERS * speculation["passes"]
+    assert speculation["round_trips_per_token"] == pytest.approx(
+        (of_passes + figures["round_trips"]) / 39
+    )
 
 
 def test_what_was_once_said_is_looked_up_where_the_user_wants_it(

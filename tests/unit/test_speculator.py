@@ -7,10 +7,15 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from coordinator.batch import Piece, make_batch
 from coordinator.cancellation import Cancellation
 from coordinator.expert_dispatch import LocalDispatch, PendingSums
+from coordinator.kv_arrays import KvArrays
+from coordinator.kv_cache import KvBlockPool
 from coordinator.request import FinishReason, GenerationRequest
 from coordinator.sequence import Sequence
 from coordinator.speculation.interface import DraftToken
@@ -221,6 +226,52 @@ def test_a_drafter_whose_own_arithmetic_overflows_only_guesses_less(
         assert answer.told == expected.told
         assert drafter.num_asked > 1 and rig.told == []
         assert answer.of("scripted").drafted > 0
+
+
+class ListeningDrafter(ScriptedDrafter):
+    """Keeps the hidden rows that it hears of, and how long the text was at each draft."""
+
+    def __init__(self, next_id: Callable[[list[int]], int | None]) -> None:
+        super().__init__(next_id)
+        self.heard: list[NDArray[np.float32]] = []
+        self.at_drafts: list[tuple[int, int]] = []  # rows heard, tokens of the text
+
+    def verified(self, hidden: NDArray[np.float32]) -> None:
+        self.heard.append(hidden.copy())
+
+    def draft(
+        self, sequence: Sequence, cancellation: Cancellation
+    ) -> Generator[DraftToken, None, None]:
+        self.at_drafts.append((sum(map(len, self.heard)), sequence.num_tokens))
+        return super().draft(sequence, cancellation)
+
+
+def test_a_drafter_may_hear_the_hidden_row_of_every_token_of_the_text(
+    path: Path, expected: Answer
+) -> None:
+    """From the prompt's last token on, bit by bit what one pass over the whole text computes: rows
+    of guesses that were wrong are not among them.
+    """
+    drafter = ListeningDrafter(half_right(expected)._next_id)
+    with closing(make_rig(path, drafter)) as rig:
+        answer = rig.run(ASKED)
+        assert answer.told == expected.told
+        assert answer.of("scripted").accepted < answer.of("scripted").drafted, "none was wrong"
+        ids = [*PROMPT, *expected.token_ids]
+        sequence = Sequence(KvBlockPool(8))
+        sequence.extend(ids)
+        assert sequence.try_reserve(len(ids))
+        batch = make_batch([Piece(sequence, len(ids), len(ids))])
+        kv = KvArrays(rig.artifact.spec, rig.artifact.kv_dtype, 8)
+        whole = rig.engine._transformer.run_layers(batch, kv, Cancellation())
+        sequence.truncate(0)
+    heard = np.concatenate(drafter.heard)
+    start = len(PROMPT) - 1
+    assert heard.tobytes() == whole[start : start + len(heard)].tobytes()
+    assert len(heard) >= len(expected.token_ids) - 1
+    assert drafter.at_drafts and all(
+        num_heard == num_tokens - len(PROMPT) for num_heard, num_tokens in drafter.at_drafts
+    ), "the last token's own row is yet to come"
 
 
 def test_the_better_of_two_drafters_is_chosen(path: Path, expected: Answer) -> None:
