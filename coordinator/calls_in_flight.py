@@ -6,7 +6,7 @@ it on one thread at a time.
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,6 +62,15 @@ class OutgoingCall:
     rows: NDArray[np.int32]
     work: float
     shard: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """An encoded hint. candidates, work: of the call that it is about, see NewCall."""
+
+    candidates: tuple[int, ...]
+    frame: bytes
+    work: float
 
 
 @dataclass(slots=True)
@@ -155,6 +164,13 @@ class CallsInFlight:
                 NewCall(call.call_id, call.candidates, call.lane, num_bytes, call.work)
             )
         self._on(FanoutStarted(fanout.fanout_id, tuple(new_calls), now_s))
+
+    def hint(self, hints: Sequence[Hint], wanted_by: Container[int], now_s: float) -> None:
+        """Send each hint to the node that its call would go to, if that one wants any."""
+        for hint in hints:
+            node = self._dispatcher.preferred(hint.candidates, hint.work, now_s)
+            if node is not None and node in wanted_by:
+                self._wires.send(node, Lane.INTERACTIVE, hint.frame)
 
     def abandon(self, fanout: Fanout) -> None:
         """Take a fan-out's calls back, if it is still in flight."""

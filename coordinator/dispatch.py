@@ -40,6 +40,8 @@ from coordinator.dispatch_events import (
     FanoutStarted,
     Finish,
     GiveUpWaiting,
+    Lane,
+    NewCall,
     NodeAbsent,
     NodeDraining,
     NodeLost,
@@ -117,6 +119,12 @@ class Dispatcher(Attempts):
     def health(self, node: int) -> NodeHealth | None:
         """Return what is known of a node, for figures; None: it was never open."""
         return self._nodes[node].health if node in self._nodes else None
+
+    def preferred(self, candidates: tuple[int, ...], work: float, now_s: float) -> int | None:
+        """Return the node that a call of that work would go to now; None: it would wait."""
+        new = NewCall(0, candidates, Lane.INTERACTIVE, 0, work)
+        node = choose(Call(new, Fanout(0)), self._nodes, now_s)
+        return None if node is None else node.node_id
 
     # Calls.
 

@@ -16,9 +16,9 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from coordinator.calls_in_flight import CallsInFlight, Fanout, OutgoingCall, closed
+from coordinator.calls_in_flight import CallsInFlight, Fanout, Hint, OutgoingCall, closed
 from coordinator.dispatch_events import Lane, NodeAbsent, NodeLost, NodeOpened, NodeRetired
 from coordinator.fast_lane import RECEIVE_BYTES, FastLane
 from coordinator.grpc_loop import grpc_loop
@@ -98,11 +98,10 @@ class FastClient(KnownNodes):
             self._find_a_leader()
         return fanout
 
-    def hint(self, frames: Mapping[int, bytes]) -> None:
+    def hint(self, hints: Sequence[Hint]) -> None:
         """Send hints (see ExpertClient)."""
         with self._lock:
-            for node, frame in frames.items():
-                self.send(node, Lane.INTERACTIVE, frame)
+            self._in_flight.hint(hints, self._keeper.wants_hints, time.monotonic())
             self._flush_dirty()
 
     def wait(self, fanout: Fanout) -> None:

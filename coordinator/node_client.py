@@ -8,11 +8,11 @@ is ended; it decodes the replies itself. So the loop's thread does little more t
 import asyncio
 import concurrent.futures
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from coordinator.calls_in_flight import CallsInFlight, Fanout, OutgoingCall, closed
+from coordinator.calls_in_flight import CallsInFlight, Fanout, Hint, OutgoingCall, closed
 from coordinator.dispatch_events import Lane, NodeAbsent, NodeLost, NodeOpened, NodeRetired
 from coordinator.grpc_loop import grpc_loop
 from coordinator.handshake import NodeFacts
@@ -74,8 +74,8 @@ class ExpertClient(Protocol):
         """Return whether a node reads experts ahead."""
         ...
 
-    def hint(self, frames: Mapping[int, bytes]) -> None:
-        """Send each node a hint, if it is there. Any thread; nothing comes of it."""
+    def hint(self, hints: Sequence[Hint]) -> None:
+        """Send each hint to the node that its call would go to. Any thread; nothing comes of it."""
         ...
 
     def submit(self, calls: Sequence[OutgoingCall]) -> Fanout:
@@ -136,9 +136,9 @@ class NodeClient(KnownNodes):
         self._loop.call_soon_threadsafe(self._start, fanout)
         return fanout
 
-    def hint(self, frames: Mapping[int, bytes]) -> None:
+    def hint(self, hints: Sequence[Hint]) -> None:
         """Send hints (see ExpertClient)."""
-        self._loop.call_soon_threadsafe(self._hint, frames)
+        self._loop.call_soon_threadsafe(self._hint, hints)
 
     def wait(self, fanout: Fanout) -> None:
         """Wait for the end of a fan-out (see ExpertClient)."""
@@ -240,9 +240,8 @@ class NodeClient(KnownNodes):
         self._in_flight.start(fanout, time.monotonic())
         self._tick_later()
 
-    def _hint(self, frames: Mapping[int, bytes]) -> None:
-        for node, frame in frames.items():
-            self.send(node, Lane.INTERACTIVE, frame)
+    def _hint(self, hints: Sequence[Hint]) -> None:
+        self._in_flight.hint(hints, self._keeper.wants_hints, time.monotonic())
 
     def _tick_later(self) -> None:
         if not self._is_ticking:

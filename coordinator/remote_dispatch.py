@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from coordinator import call_split
 from coordinator.call_split import Part
-from coordinator.calls_in_flight import Fanout, OutgoingCall
+from coordinator.calls_in_flight import Fanout, Hint, OutgoingCall
 from coordinator.dispatch_events import Lane
 from coordinator.dispatch_stats import DispatchStats
 from coordinator.expert_dispatch import BULK_ROWS_PER_CALL, SHARD_WAIT_S, PendingSums
 from coordinator.fast_client import FastClient
 from coordinator.handshake import Expected, NodeFacts, check_node, check_rows
+from coordinator.hinted_experts import HintedExperts
 from coordinator.node_client import ExpertClient, NodeClient, Patience
 from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import Terms
@@ -217,7 +218,7 @@ class RemoteDispatch:
     ) -> None:
         self.stats = DispatchStats(replies)
         self._replies = replies
-        self._hinted: dict[int, set[int]] = {}  # by layer: since its last call
+        self._hinted = HintedExperts()
         self.route = route
         self._artifact = artifact
         self._moe_shards = moe_shards
@@ -242,7 +243,7 @@ class RemoteDispatch:
     def start(self, layer: int, rows: Rows, plan: RoutingPlan) -> PendingSums:
         """Send the rows to the nodes that own their experts; see PendingSums for what may fail."""
         started_s = time.perf_counter()
-        self._hinted.pop(layer, None)
+        self._hinted.forget(layer)
         route = self.route
         calls: list[OutgoingCall] = []
         local: Part | None = None
@@ -260,20 +261,21 @@ class RemoteDispatch:
     def hint(self, layer: int, plan: RoutingPlan) -> None:
         """Tell nodes that read experts ahead that a pass to come will likely be routed like this.
 
-        Each expert is told once between two calls of its layer.
+        Each expert is told once between two calls of its layer, to the replica that a call would
+        go to now. Any thread.
         """
-        route, hinted = self.route, self._hinted.setdefault(layer, set())
-        frames: dict[int, bytes] = {}
+        route, hints = self.route, list[Hint]()
         for part in call_split.by_owner(plan, route.placement.owners(layer)):
             candidates = route.candidates[part.slot]
-            if candidates is None or not self._client.wants_hints(candidates[0]):
+            if candidates is None or not any(map(self._client.wants_hints, candidates)):
                 continue
-            new = [e for e in dict.fromkeys(part.experts.tolist()) if e not in hinted]
+            new = self._hinted.take_new(layer, part.experts.tolist())
             if new:
-                hinted.update(new)
-                frames[candidates[0]] = wire.encode_hint(layer, new).SerializeToString()
-        if frames:
-            self._client.hint(frames)
+                frame = wire.encode_hint(layer, new).SerializeToString()
+                work = self._work(layer, part.experts.size, len(frame))
+                hints.append(Hint(candidates, frame, work))
+        if hints:
+            self._client.hint(hints)
 
     def reload(self) -> str:
         """Read a map file again and use it from the next layer on; return what it says.
@@ -328,12 +330,14 @@ class RemoteDispatch:
             and num_bytes <= limits.INTERACTIVE_MESSAGE_BYTES
         )
         lane = Lane.INTERACTIVE if is_small else Lane.BULK
+        work = self._work(layer, num_pairs, num_bytes)
+        return OutgoingCall(call_id, candidates, lane, frame, part.rows, work, shard)
+
+    def _work(self, layer: int, num_pairs: int, num_bytes: int) -> float:
         # Each expert is read once, whatever its rows; the wire carries them there and back.
         num_experts = min(num_pairs, MANY_EXPERTS)
-        work = (num_experts + 0.1 * num_pairs) * self._expert_us[
-            layer
-        ] + num_bytes / WIRE_BYTES_PER_US
-        return OutgoingCall(call_id, candidates, lane, frame, part.rows, work, shard)
+        compute_us = (num_experts + 0.1 * num_pairs) * self._expert_us[layer]
+        return compute_us + num_bytes / WIRE_BYTES_PER_US
 
     def compute_local(self, layer: int, rows: Rows, part: Part) -> NDArray[np.int64]:
         """Return [T, D]: the part's sums at its rows, zeros elsewhere."""
