@@ -38,13 +38,17 @@ class Cluster:
         """Of all experts of the model."""
         return expert_bytes(self.model.artifact.manifest)
 
-    def setup(self, speculation: Mapping[str, Any]) -> WorkerSetup:
+    def setup(self, speculation: Mapping[str, Any], home: str | None = None) -> WorkerSetup:
         """Return a coordinator's setup that reaches the nodes over the links."""
-        return WorkerSetup(str(self.model.artifact.path), self.shard_map, dict(speculation))
+        path = str(self.model.artifact.path)
+        return WorkerSetup(path, self.shard_map, dict(speculation), home)
 
-    def local_setup(self) -> WorkerSetup:
-        """Return that of a coordinator with all experts in its process, without speculation."""
-        return WorkerSetup(str(self.model.artifact.path))
+    def local_setup(
+        self, speculation: Mapping[str, Any] | None = None, home: str | None = None
+    ) -> WorkerSetup:
+        """Return that of one with all experts in its process. speculation: None: without any."""
+        given = {"mode": "off"} if speculation is None else dict(speculation)
+        return WorkerSetup(str(self.model.artifact.path), None, given, home)
 
 
 def make_model(quant: str = "bf16") -> Path:

@@ -14,6 +14,7 @@ STYLE = (
 )
 CLASSES = ("a", "b", "c")
 LEFT, TOP, WIDTH, HEIGHT, RIGHT = 50, 30, 460, 300, 190
+TITLE = "tokens a second, by round trip; 30 MoE layers on two nodes; in brackets local expert bytes"
 TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 
 
@@ -51,14 +52,13 @@ def draw_sweep(
         parts += [
             f'<circle class="{style}-dot" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in points
         ]
-        parts.append(_text(points[-1][0] + 8, points[-1][1] + 4, mode, "start"))
+        label = f"{mode} ({mine[0]['local_expert_bytes'] / 1e6:.0f} MB)"
+        parts.append(_text(points[-1][0] + 8, points[-1][1] + 4, label, "start"))
     for name, (rtt_s, rate) in references.items():
         px, py = x(rtt_s), y(rate)
         parts.append(f'<path class="line" d="M{px - 5:.1f} {py - 5:.1f}l10 10m0 -10l-10 10"/>')
         parts.append(_text(px - 8, py + 4, name, "end"))
-    parts.append(
-        _text(LEFT, 14, "tokens a second, by round trip; 30 MoE layers on two nodes", "start")
-    )
+    parts.append(_text(LEFT, 14, TITLE, "start"))
     width, height = LEFT + WIDTH + RIGHT, TOP + HEIGHT + 30
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">'

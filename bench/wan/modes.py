@@ -14,12 +14,15 @@ class Mode:
     same time needs few to tell.
     lanes: requests side by side, each with a coordinator of its own: a mode that only waits takes
     the others little; one that drafts with a model keeps a core busy.
+    remembers: looks up in a history that holds the greedy answer to every prompt: the user was here
+    before.
     """
 
     name: str
     speculation: Mapping[str, Any] = field(default_factory=dict)
     share: float = 1.0
     lanes: int = 1
+    remembers: bool = False
 
     @property
     def shadow(self) -> str | None:
@@ -34,12 +37,13 @@ class Mode:
         return given
 
 
-OFF = Mode("off", {"mode": "off"}, share=1 / 8, lanes=4)
+OFF = Mode("off", {"mode": "off"}, share=1 / 6, lanes=4)
 AUTO = Mode("auto, q4", {"mode": "auto", "shadow": "q4"})
 BARE = Mode("auto, no shadow", {"mode": "auto"})
 MODES = (
     OFF,
     Mode("lookup", {"mode": "lookup"}, lanes=5),
+    Mode("lookup, second visit", {"mode": "lookup", "history": True}, lanes=5, remembers=True),
     Mode("shadow q3", {"mode": "shadow", "shadow": "q3"}, lanes=3),
     Mode("shadow q4", {"mode": "shadow", "shadow": "q4"}, lanes=2),
     Mode("batch, q4", {"mode": "batch", "shadow": "q4"}),

@@ -102,9 +102,10 @@ def sweep(report: Report) -> str:
         ]
         held = ["yes" if row["holds"] else "**no**" for row in mine[1:]]
         lines.append([f"{rtt_s * 1e3:g} ms", *cells, *worst, ", ".join(held)])
-    slowest = [f"slowest prompt of {name}, ÷ off" for name in names[1:]]
+    heads = [_named(rows, name) for name in names]
+    worst_heads = [f"worst prompt of {name}, ÷ off: time, round trips" for name in names[1:]]
     drawn = "![tokens a second over the round trip](wan-sweep.svg)"
-    return f"{drawn}\n\n" + table(["round trip", *names, *slowest, "never slower"], lines)
+    return f"{drawn}\n\n" + table(["round trip", *heads, *worst_heads, "never slower"], lines)
 
 
 def wide(report: Report) -> str:
@@ -124,7 +125,15 @@ def wide(report: Report) -> str:
         for row in [*report["samples"], *report["rows"]]
     ]
     heads = ["mode", "replayed from", "tok/s", "decode tok/s", "tokens a pass", "accepted"]
-    return table([*heads, "round trips a token", "ms a pass", "local expert GB"], lines)
+    shares = " and ".join(
+        f"{share:.0%} of {kind}" for kind, share in report["shadow_shares"].items()
+    )
+    guess_s = report["rows"][-1]["guess_s"]
+    sentence = f"A guess takes {guess_s * 1e3:.0f} ms. The shadow's bytes are {shares} experts'."
+    return (
+        table([*heads, "round trips a token", "ms a pass", "local expert GB"], lines)
+        + f"\n\n{sentence}"
+    )
 
 
 def _rate(row: Row) -> str:

@@ -1,10 +1,10 @@
 """Record how far a shadow's guesses are right, from every position of real answers.
 
-python -m bench.wan.record [--tokens 64] [--longest 16]
+python -m bench.wan.record [--target q8_0] [--tokens 48] [--longest 16]
 
-Writes bench/traces/wan-shadow-q4.json: for each position of each answer the guesses' chances as the
-drafter gave them, and how many of them the target would have accepted. What another model of random
-weights would accept says nothing; this is replayed there (synthetic.py).
+Writes bench/traces/wan-shadow-q4-of-TARGET.json: for each position of each answer the guesses'
+chances as the drafter gave them, and how many of them the target would have accepted. What another
+model of random weights would accept says nothing; this is replayed there (synthetic.py).
 """
 
 import argparse
@@ -40,8 +40,13 @@ from shoal.experts.local import LocalExperts
 from shoal.experts.ownership import Ownership
 from shoal.ops import SamplingParams
 
-TRACE = ROOT / "bench" / "traces" / "wan-shadow-q4.json"
+TARGETS = ("q8_0", "bf16")  # experts that take rows as int8, and as float32
 DIGITS = 3
+
+
+def trace_of(target: str) -> Path:
+    """Return the file of the luck with a target of that format."""
+    return ROOT / "bench" / "traces" / f"wan-shadow-q4-of-{target}.json"
 
 
 class Recorder:
@@ -101,10 +106,11 @@ class Recorder:
 def main() -> None:
     """Record one prompt of each kind, greedily and at a temperature."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--target", choices=TARGETS, default=TARGETS[0])
+    parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--longest", type=int, default=16, help="guesses of a draft")
     chosen = parser.parse_args()
-    path = make_model()
+    path = make_model(chosen.target)
     model = OpenedModel(CoordinatorConfig(str(path)))
     cases = [Case(p, t) for t in (GREEDY, WARM) for p in one_of_each(read_prompts(model))]
     requests = [case.request(chosen.tokens + chosen.longest) for case in cases]
@@ -118,7 +124,7 @@ def main() -> None:
             print(f"{case.label}: {len(positions)} positions, runs of {mean:.1f} on average")
             recorded.append({"case": case.label, "positions": positions})
     trace = {"model": model.artifact.name, "identity": model.artifact.identity, "cases": recorded}
-    TRACE.write_text(json.dumps(trace) + "\n")
+    trace_of(chosen.target).write_text(json.dumps(trace) + "\n")
 
 
 if __name__ == "__main__":

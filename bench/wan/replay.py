@@ -5,9 +5,8 @@ setup, one line to stdout for each recorded case.
 
 The drafter knows what the target will say: it was run before, in one process. From a position of
 the answer it guesses right as often as was recorded there and wrong from then on, gives each guess
-the chance that was recorded, and takes as long for it as this model takes for a token of its own in
-this process: that is what a shadow of this geometry would take. Everything else is as it is
-anywhere: which lengths are drafted follows from what passes take on this link.
+the chance that was recorded, and takes as long for it as it is told (synthetic.py). Everything else
+is as it is anywhere: which lengths are drafted follows from what passes take on this link.
 """
 
 import json
@@ -37,7 +36,6 @@ from coordinator.speculation.speculator import Speculator
 from coordinator.transformer import Transformer
 from coordinator.weights import load_weights
 from shoal import limits
-from shoal.artifact.shadow import expert_bytes
 
 
 @dataclass(slots=True)
@@ -95,7 +93,7 @@ def main() -> None:
     assert setup.moe_shards is not None, "a map of nodes"
     model = OpenedModel(CoordinatorConfig(setup.model, setup.moe_shards))
     artifact, vocab = model.artifact, model.artifact.spec.vocab_size
-    drafter = ReplayDrafter(guess_s, expert_bytes(artifact.manifest), vocab)
+    drafter = ReplayDrafter(guess_s, int(given["local_expert_bytes"]), vocab)
     with ExitStack() as stack:
         dispatch = stack.enter_context(closing(open_remote_dispatch(artifact, setup.moe_shards)))
         is_off = setup.speculation["mode"] == Speculate.OFF

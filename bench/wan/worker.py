@@ -5,10 +5,11 @@
 
 `python -m bench.wan.worker` is that process. First line from stdin: the setup; each further one: a
 request, answered by a line. What a drafter has learned of passes and chances stays from request to
-request, as in any coordinator that serves; what was generated does not (no --history).
+request, as in any coordinator that serves; what was generated does not, without --history.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,12 +34,14 @@ MAX_CONTEXT = 2048
 class WorkerSetup:
     """What a coordinator is started with. moe_shards: None: every expert in its process.
 
-    speculation: of coordinator.speculation.SpeculationConfig.
+    speculation: of coordinator.speculation.SpeculationConfig. home: SHOAL_HOME, where a history
+    lies; None: as it is.
     """
 
     model: str
     moe_shards: str | None = None
     speculation: dict[str, Any] = field(default_factory=lambda: {"mode": "off"})
+    home: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env=os.environ if setup.home is None else {**os.environ, "SHOAL_HOME": setup.home},
         )
         self.ready: Result = self._exchange(asdict(setup))
 

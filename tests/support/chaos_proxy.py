@@ -16,7 +16,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -38,7 +38,7 @@ class Weather:
     """What happens to bytes of one direction of one connection.
 
     delay_s, jitter_s: each segment takes delay_s and up to jitter_s more.
-    bytes_per_s: None: as fast as it goes.
+    bytes_per_s: None: as fast as it goes. Of the connection, or of the `Link` that it shares.
     slow_start_rtt_s: after so long without a byte the window is small again, and doubles each RTT.
     late_share, late_s: this share of segments takes so much longer, and holds up what follows.
     slice_bytes: bytes arrive in pieces of at most so many.
@@ -68,13 +68,31 @@ def steady(up: Weather, down: Weather | None = None) -> Forecast:
     return lambda _connection, direction, _s: both[direction]
 
 
+class Link:
+    """What segments wait for in turn. Connections and proxies may share one: a bottleneck."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free_s = 0.0  # when it has sent what it was given
+
+    def send(self, now_s: float, takes_s: float) -> float:
+        """Return when a segment that is given now, and takes so long, has been sent."""
+        with self._lock:
+            self._free_s = max(now_s, self._free_s) + takes_s
+            return self._free_s
+
+
 @dataclass(slots=True)
 class Wire:
-    """When each segment of one direction of one connection arrives (no clock, no I/O)."""
+    """When each segment of one direction of one connection arrives (no clock, no I/O).
+
+    link: what the weather's bandwidth is of; others may send over it, too.
+    """
 
     random: random.Random
+    link: Link = field(default_factory=Link)
     _arrives_s: float = 0.0  # of the segment before: order is kept
-    _free_s: float = 0.0  # when the link has sent what it was given
+    _free_s: float = 0.0  # when all of this wire's has been sent
     _window: float = FIRST_WINDOW_BYTES
 
     def pieces(self, weather: Weather, now_s: float, num_bytes: int) -> list[tuple[float, int]]:
@@ -97,6 +115,7 @@ class Wire:
             self._window = FIRST_WINDOW_BYTES
         start_s = max(now_s, self._free_s)
         takes_s = num_bytes / weather.bytes_per_s if weather.bytes_per_s else 0.0
+        sent_s = self.link.send(now_s, takes_s)
         if rtt_s is not None:
             left: float = num_bytes
             rounds = 0
@@ -105,7 +124,7 @@ class Wire:
                 self._window *= 2
                 rounds += 1
             takes_s = max(takes_s, rounds * rtt_s)
-        self._free_s = start_s + takes_s
+        self._free_s = max(sent_s, start_s + takes_s)
         return self._free_s
 
 
@@ -137,13 +156,18 @@ class ChaosProxy:
         forecast: Forecast | None = None,
         seed: int = 0,
         poll_s: float = POLL_S,
+        links: Mapping[Direction, Link] | None = None,
     ) -> None:
-        """Args: poll_s: how late a change of weather may be noticed."""
+        """Args:
+        poll_s: how late a change of weather may be noticed.
+        links: that all connections share, with other proxies perhaps; None: each has its own.
+        """
         host, _, port = target.removeprefix("grpc://").rpartition(":")
         self._target = (host, int(port))
         self.forecast = forecast or steady(FAIR)
         self._seed = seed
         self._poll_s = poll_s
+        self._links = links
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"grpc://127.0.0.1:{self._listener.getsockname()[1]}"
         self.num_connections = 0
@@ -220,7 +244,8 @@ class ChaosProxy:
                 _break_off(half.writer)
 
     def _wire(self, number: int, direction: Direction) -> Wire:
-        return Wire(random.Random(f"{self._seed} {number} {direction}"))
+        link = Link() if self._links is None else self._links[direction]
+        return Wire(random.Random(f"{self._seed} {number} {direction}"), link)
 
     def _weather(self, number: int, direction: Direction) -> Weather:
         return self.forecast(number, direction, time.monotonic() - self._started_s)

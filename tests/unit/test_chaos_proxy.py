@@ -3,6 +3,7 @@
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from support.chaos_proxy import (
     FIRST_WINDOW_BYTES,
     ChaosProxy,
     Direction,
+    Link,
     Weather,
     Wire,
     steady,
@@ -43,6 +45,16 @@ def test_bandwidth_spreads_a_burst() -> None:
         1,
         5.1,
     ]
+
+
+def test_wires_that_share_a_link_share_its_bandwidth() -> None:
+    """Two nodes, or two lanes of one, behind one uplink: each waits for what the other sent."""
+    link, weather = Link(), Weather(bytes_per_s=1000)
+    one, other = Wire(random.Random(1), link), Wire(random.Random(2), link)
+    assert one.pieces(weather, 0.0, 500) == [(0.5, 500)]
+    assert other.pieces(weather, 0.0, 500) == [(1.0, 500)]
+    assert one.pieces(weather, 0.9, 100) == [(1.1, 100)]
+    assert other.pieces(weather, 5.0, 100) == [(5.1, 100)]
 
 
 def test_a_late_segment_holds_up_what_follows() -> None:
@@ -111,6 +123,22 @@ def ask(end: socket.socket, data: bytes) -> bytes:
         answer += end.recv(65536) or pytest.fail("the stream ended")
     sender.join()
     return answer
+
+
+def test_connections_of_proxies_that_share_links_do_too(echo: str) -> None:
+    """Both carry 12,000 bytes, and back. Asked is the link: a loaded machine may take longer."""
+    shared = {direction: Link() for direction in Direction}
+    forecast = steady(Weather(bytes_per_s=240_000))
+    with (
+        ChaosProxy(echo, forecast, links=shared) as one,
+        ChaosProxy(echo, forecast, links=shared) as other,
+    ):
+        began_s = time.monotonic()
+        for proxy in (one, other):
+            with connect(proxy) as end:
+                assert ask(end, bytes(12_000)) == bytes(12_000)
+    for link in shared.values():
+        assert link.send(began_s, 0.0) >= began_s + 0.1
 
 
 @pytest.mark.parametrize(
