@@ -46,8 +46,7 @@ def reading(folder: Path | None = None) -> Iterator[Finding]:
         fix = f"make {folder} writable to have it examined"
         yield Finding("expert reads", f"{folder}: {error.strerror}", State.WARNING, fix)
         return
-    reasons = [figures.why, *(f"no direct reads: {why}" for why in figures.fallbacks.values())]
-    reason = "; ".join(filter(None, reasons))
+    reason = figures.reasons
     value = f"{figures.backend} in {folder}"
     if not reason:
         yield Finding("expert reads", value)

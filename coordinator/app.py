@@ -345,6 +345,8 @@ def open_dispatch(
             )
     local = LocalExperts(artifact, Ownership(dict(wanted)), config.store, config.prefetch)
     try:
+        if local.how_read:
+            feedback.tell(local.how_read)
         local.warm_up(feedback.show_load)
     except BaseException:
         local.close()

@@ -107,6 +107,8 @@ def open_remote_dispatch(
     if EndpointKind.LOCAL in kinds:
         owned = _local_experts(artifact, placement, kinds.index(EndpointKind.LOCAL))
         local = LocalExperts(artifact, owned, store, prefetch)
+        if local.how_read:
+            notify(local.how_read)
     elif store not in (None, StoreOptions()):
         raise errors.UsageError(
             "--cache, --data-dir, --verify and --io are of experts in this process, and "

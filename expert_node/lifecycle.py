@@ -125,18 +125,27 @@ async def warm_up(store: ExpertStore, stop: StopSignal, order: Sequence[Key] | N
                 per_s=format_size(int(progress.num_bytes / max(progress.elapsed_s, 1e-9))),
             )
 
-    warming = asyncio.create_task(asyncio.to_thread(store.warm_up, report, order))
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait((warming, stopping), return_when=asyncio.FIRST_COMPLETED)
-        while not warming.done():  # it may wait for a drive that does not answer, or not yet
-            store.abandon_warm_up(WarmUpStopped())
-            await asyncio.wait((warming,), timeout=STOP_AGAIN_S)
-        await warming
-    finally:
-        stopping.cancel()
+    failure: Exception | None = None
+    async with asyncio.TaskGroup() as group:
+        watching = group.create_task(_abandon_when_told(store, stop))
+        try:
+            await asyncio.to_thread(store.warm_up, report, order)
+        except Exception as error:  # noqa: BLE001  a TaskGroup would wrap it
+            failure = error
+        finally:
+            watching.cancel()
+    if failure is not None:
+        raise failure
     for (layer, index), why in store.figures().unavailable:
         _log.warning("an expert could not be read", layer=layer, expert=index, why=why)
+
+
+async def _abandon_when_told(store: ExpertStore, stop: StopSignal) -> None:
+    # It may wait for a drive that does not answer; or it has not begun to wait.
+    await stop.wait()
+    while True:
+        store.abandon_warm_up(WarmUpStopped())
+        await asyncio.sleep(STOP_AGAIN_S)
 
 
 def drained_too_late(drain_timeout_s: float) -> NodeDraining:

@@ -153,6 +153,7 @@ def _cache(store: StoreFigures) -> Iterator[Metric]:
 
 def _reader(reader: ReaderFigures) -> Iterator[Metric]:
     yield _which(metrics.READ_BACKEND, Backend, reader.backend)
+    yield _family(metrics.READ_WHY, [((reader.backend, reader.reasons), 1)])
     yield _one(metrics.READ_READS, reader.num_reads)
     yield _one(metrics.READ_BYTES, reader.num_bytes)
     yield _one(metrics.READ_PREFETCH_BYTES, reader.prefetch_bytes)
@@ -161,11 +162,13 @@ def _reader(reader: ReaderFigures) -> Iterator[Metric]:
     yield _one(metrics.READ_CANCELLED, reader.num_cancelled)
     yield _one(metrics.READ_IN_FLIGHT, reader.in_flight)
     yield _one(metrics.READ_QUEUED, reader.queued)
-    yield _one(metrics.READ_DEPTH, reader.queue_depth)
+    yield _one(metrics.READ_DEPTH, reader.depth_now)
     yield _one(metrics.READ_LIMIT, reader.bytes_per_s or 0)
     yield _one(metrics.READ_BUFFERED, reader.num_buffered)
     yield _one(metrics.READ_BOUNCED, reader.num_bounced)
     yield _one(metrics.READ_BOUNCE_BUFFERS, reader.bounce_buffers)
+    yield _one(metrics.READ_BOUNCE_EXHAUSTED, reader.is_bounce_exhausted)
+    yield _one(metrics.READ_UNBOUNCED, reader.num_unbounced)
     yield _one(metrics.READ_FALLBACK_FILES, len(reader.fallbacks))
     yield _histogram(metrics.READ_CHUNK_SECONDS, reader.chunk_latency, reader.chunk_latency_sum_s)
     yield _histogram(metrics.READ_SECONDS, reader.read_latency, reader.read_latency_sum_s)

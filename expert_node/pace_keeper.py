@@ -61,6 +61,7 @@ class PaceKeeper:
         self._lock = threading.Lock()
         self._is_closed = False
         self._told: set[str] = set()  # files whose fallback the log has
+        self._has_told_bounce = False
         self._own_depth: int | None = None  # what the store reads with when nobody paces it
         self._applied: tuple[int | None, int | None, bool] | None = None
         full = Pace(PacingState.FULL, self._limits.max_queue_depth, max_bytes_per_s, True)
@@ -123,10 +124,19 @@ class PaceKeeper:
             )
 
     def _tell_fallbacks(self, reader: ReaderFigures | None) -> None:
-        for file, why in ({} if reader is None else reader.fallbacks).items():
+        if reader is None:
+            return
+        for file, why in reader.fallbacks.items():
             if file not in self._told:
                 self._told.add(file)
                 _log.warning("a file is read in a lesser way", file=file, why=why)
+        if reader.num_unbounced and not self._has_told_bounce:
+            self._has_told_bounce = True
+            _log.warning(
+                "all buffers for misaligned chunks are in use: more are read by the page cache",
+                buffers=reader.bounce_buffers,
+                chunks=reader.num_unbounced,
+            )
 
     def _sampled(
         self, temperatures: tuple[Temperature, ...], reader: ReaderFigures | None

@@ -77,6 +77,11 @@ CACHE_UNAVAILABLE = _gauge("shoal_cache_unavailable", "experts whose last read f
 
 # Reads from drives
 READ_BACKEND = _gauge("shoal_read_backend", "1 for the way in which files are read", "backend")
+READ_WHY = _gauge(
+    "shoal_read_backend_info",
+    "always 1; why it is no better way, of the backend and of single files",
+    *("backend", "why"),
+)
 READ_READS = _counter("shoal_read_reads", "experts read, demanded or not")
 READ_BYTES = _counter("shoal_read_bytes", "bytes read from drives")
 READ_PREFETCH_BYTES = _counter("shoal_read_prefetch_bytes", "the part of them nobody waited for")
@@ -85,13 +90,19 @@ READ_RETRIES = _counter("shoal_read_retries", "chunks that were tried again")
 READ_CANCELLED = _counter("shoal_read_cancelled", "reads given up before the drive began them")
 READ_IN_FLIGHT = _gauge("shoal_read_in_flight", "chunks at the drives")
 READ_QUEUED = _gauge("shoal_read_queued", "chunks that wait for a place there")
-READ_DEPTH = _gauge("shoal_read_queue_depth", "chunks that may be at the drives together")
+READ_DEPTH = _gauge("shoal_read_queue_depth", "chunks that may be at the drives together now")
 READ_LIMIT = _gauge("shoal_read_limit_bytes_per_second", "what reads are held to; 0: no limit")
 READ_BUFFERED = _counter(
     "shoal_read_buffered_chunks", "chunks read through the page cache for want of O_DIRECT"
 )
 READ_BOUNCED = _counter("shoal_read_bounced_chunks", "chunks copied for the sake of alignment")
 READ_BOUNCE_BUFFERS = _gauge("shoal_read_bounce_buffers", "buffers for such chunks")
+READ_BOUNCE_EXHAUSTED = _gauge(
+    "shoal_read_bounce_exhausted", "1 while there may be no more of them and all are in use"
+)
+READ_UNBOUNCED = _counter(
+    "shoal_read_unbounced_chunks", "chunks read through the page cache for want of such a buffer"
+)
 READ_FALLBACK_FILES = _gauge(
     "shoal_read_fallback_files", "files read in a lesser way than the backend's"
 )
@@ -143,6 +154,9 @@ RELOAD_OK = _gauge("shoal_config_reload_success", "0 if the last reload was refu
 RELOAD_TIME = _gauge(
     "shoal_config_reload_timestamp_seconds", "of the last one that succeeded; 0: none"
 )
+TRACE_DROPPED = _counter(
+    "shoal_trace_dropped_rows", "rows that the routing trace lacks: calls that made no whole pass"
+)
 HEAT_FAILURES = _counter(
     "shoal_heat_write_failures", "times that --record-heat could not be written"
 )
@@ -152,6 +166,3 @@ ALL: tuple[Metric, ...] = tuple(
 )
 
 assert len({metric.name for metric in ALL}) == len(ALL), "two metrics of one name"
-TRACE_DROPPED = _counter(
-    "shoal_trace_dropped_rows", "rows that the routing trace lacks: calls that made no whole pass"
-)

@@ -42,6 +42,15 @@ class LocalExperts:
         if self._fits:
             self.store.warm_up(report)
 
+    @property
+    def how_read(self) -> str:
+        """A sentence on how what is not in memory is read; "" where all of it fits."""
+        reader = self.store.figures().reader
+        if self._fits or reader is None:
+            return ""
+        reasons = f" ({reader.reasons})" if reader.reasons else ""
+        return f"experts that are not in memory are read by {reader.backend}{reasons}"
+
     def close(self) -> None:
         """Let go of everything. No call may be under way."""
         self.executor.close()

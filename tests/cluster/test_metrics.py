@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from shoal import metrics, wire
 from shoal.artifact import Artifact
 from shoal.experts.heat import decode_heat
+from shoal.experts.readers.read_queue import STEADY_DEPTH
 from shoal.experts.routing_trace import decode_trace
 from shoal.v1 import expert_pb2 as pb
 from support.expert_node import (
@@ -101,8 +102,13 @@ def test_figures_follow_what_is_called(node: RunningNode, artifact: Artifact) ->
     assert grew("shoal_cache_evictions_total") > 0
     assert after["shoal_cache_bytes"] <= after["shoal_cache_budget_bytes"]
     assert after["shoal_read_seconds_count"] == after["shoal_read_seconds_bucket{le=+Inf}"] > 0
-    backends = [name for name in after if name.startswith("shoal_read_backend")]
+    backends = [name for name in after if name.startswith("shoal_read_backend{")]
     assert len(backends) == 3 and sum(after[name] for name in backends) == 1
+    [chosen] = [name.partition("{")[2].rstrip("}") for name in backends if after[name] == 1]
+    [info] = [name for name in after if name.startswith("shoal_read_backend_info{")]
+    assert info.startswith(f"shoal_read_backend_info{{{chosen},why=")
+    assert after["shoal_read_queue_depth"] == STEADY_DEPTH, "nothing is queued"
+    assert after["shoal_read_bounce_exhausted"] == after["shoal_read_unbounced_chunks_total"] == 0
 
 
 def test_probes_are_answered(node: RunningNode) -> None:

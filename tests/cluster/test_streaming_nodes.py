@@ -106,6 +106,13 @@ def test_a_command_and_a_node_with_small_caches_say_the_same_bits(
     assert run_json(path, "--moe-shards", f"0-15={node.endpoint}") == whole
 
 
+def test_a_command_says_how_it_reads_what_does_not_fit(path: Path, artifact: Artifact) -> None:
+    few = ("--prompt-ids", "1", "--max-tokens", "1", "--ignore-eos", "--json")
+    small = shoal("run", path, *few, *cache(artifact, 2), "--io", Backend.BUFFERED)
+    assert "experts that are not in memory are read by buffered" in small.err, small
+    assert "not in memory" not in shoal("run", path, *few).err
+
+
 @pytest.mark.parametrize("verb", ["run", "node"])
 def test_a_cache_of_one_expert_is_refused_at_the_start(
     verb: str, path: Path, artifact: Artifact
@@ -196,10 +203,10 @@ def test_a_hint_begins_a_read_that_no_call_has_asked_for(
             plan = RoutingPlan(call.experts[None], call.weights[None])
             dispatch.hint(LAYER, plan)
             files.wait_held(1)
-            assert dispatch._hinted == {LAYER: {BROKEN}}, "and none for who reads nothing"
+            assert dispatch._hinted.told(LAYER) == {BROKEN}, "and none for who reads nothing"
             dispatch.hint(LAYER, plan)
             pending = start(dispatch, artifact, [BROKEN, 11])
-            assert not dispatch._hinted
+            assert not dispatch._hinted.told(LAYER)
             files.release()
             assert pending.wait().tobytes() == expected([BROKEN, 11])
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from expert_node.pace_keeper import PaceKeeper
 from shoal.experts.drive_sensors import Temperature
@@ -14,7 +15,8 @@ from shoal.experts.store import StoreFigures
 
 BUCKETS = len(LATENCY_BOUNDS_S) + 1
 READER = ReaderFigures(
-    Backend.PREAD, "", 0, 0, 0, 0, 0, 0, 0, 0, 16, None, 0, 0, 0, (0,) * BUCKETS, 0.0, (), 0.0, {}
+    *(Backend.PREAD, "", 0, 0, 0, 0, 0, 0, 0, 0, 16, 6, None, 0, 0, 0, False, 0),
+    *((0,) * BUCKETS, 0.0, (), 0.0, {}),
 )
 STORE = StoreFigures(0, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, (), READER)
 
@@ -131,3 +133,15 @@ def test_without_sensors_there_is_no_temperature(folder: Path) -> None:
     keeper = PaceKeeper(drive, DriveSensors([folder], folder), 70.0, None, lambda: drive.now_s)
     drive.after(keeper)
     assert keeper.view.temperatures == () and keeper.view.pace.state is PacingState.FULL
+
+
+def test_buffers_that_ran_out_are_warned_of_once() -> None:
+    drive = Drive()
+    keeper = drive.keeper()
+    with capture_logs() as told:
+        drive.after(keeper)
+        assert told == []
+        for _ in range(3):
+            drive.reader = replace(drive.reader, num_unbounced=drive.reader.num_unbounced + 1)
+            drive.after(keeper)
+    assert [(each["log_level"], each["chunks"]) for each in told] == [("warning", 1)]

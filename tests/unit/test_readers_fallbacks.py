@@ -5,6 +5,7 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,11 @@ import pytest
 from shoal.errors import UsageError
 from shoal.experts.readers import Backend, Read, Source, Tuning, open_reader
 from shoal.experts.readers.open_reader import explain
+from shoal.experts.readers.queue_reader import Operation
+from shoal.experts.readers.thread_reader import ThreadReader
 from shoal.ops.reads import Ring
-from support.readers import PAGE, collect, open_here, random_bytes, read_one, ring_problem
+from support.held_reader import until
+from support.readers import PAGE, aligned, collect, open_here, random_bytes, read_one, ring_problem
 
 FILE_PAGES = 512
 LINUX = sys.platform == "linux"
@@ -52,7 +56,55 @@ def test_a_file_system_of_large_blocks_is_read_through_buffers_of_ours(
         assert read_one(reader, file, 3 * PAGE, 33)[1] == content[3 * PAGE : 36 * PAGE]
         figures = reader.figures()
         assert (figures.num_bounced, figures.bounce_buffers) == (0, 0)
-        assert figures.num_buffered == 5
+        assert (figures.num_buffered, figures.num_unbounced) == (0, 5)
+
+
+def test_buffers_grow_to_their_bound_run_out_and_come_back(
+    tmp_path: Path, file: Path, content: bytes
+) -> None:
+    """Eight misaligned chunks and two buffers; reads end when the test says so."""
+    chunk = 8 * PAGE
+    tuning = Tuning(
+        chunk,
+        queue_depth=8,
+        bounce_limit_bytes=2 * (chunk + 2 * 16 * PAGE),
+        alignment_of=lambda _: (16 * PAGE, PAGE),
+    )
+    may_end = threading.Semaphore(0)
+    states: list[tuple[int, bool, int]] = []
+
+    class Held(ThreadReader):
+        def _take(self) -> Operation | None:
+            operation = super()._take()
+            bounce = self._bounce
+            states.append((bounce.num_buffers, bounce.is_exhausted, bounce.num_refused))
+            self._lock.release()
+            may_end.acquire()
+            self._lock.acquire()
+            return operation
+
+    with closing(Held(Backend.PREAD, "", [file], tuning)) as reader:
+        out = aligned(8 * 8)
+        reader.submit([Read(0, (Source(file, 3 * PAGE),), out)])
+        until(lambda: len(states) == 8)
+        assert states == [(1, False, 0), (2, False, 0), *((2, True, n) for n in range(1, 7))]
+        assert reader.figures().is_bounce_exhausted
+        for _ in range(32):
+            may_end.release()
+        assert collect(reader, 1)[0].error is None
+        assert out.tobytes() == content[3 * PAGE : 67 * PAGE]
+        figures = reader.figures()
+        assert (figures.bounce_buffers, figures.num_bounced, figures.num_unbounced) == (2, 2, 6)
+        assert figures.num_buffered == 0 and not figures.is_bounce_exhausted
+        assert read_one(reader, file, 3 * PAGE, 8)[0].error is None
+        assert reader.figures().num_bounced == 3, "buffers that came back are used again"
+
+
+def test_few_reads_get_fewer_places_at_the_drive_which_the_figures_say(file: Path) -> None:
+    with closing(open_reader(Backend.BUFFERED, None, [file])) as reader:
+        assert (reader.figures().queue_depth, reader.figures().depth_now) == (32, 6)
+        reader.set_queue_depth(16)
+        assert (reader.figures().queue_depth, reader.figures().depth_now) == (16, 3)
 
 
 @pytest.mark.skipif(not LINUX, reason="O_DIRECT")

@@ -198,6 +198,8 @@ class BouncePool:
     def __init__(self, limit_bytes: int, chunk_bytes: int) -> None:
         """limit_bytes: of all buffers; chunk_bytes: the largest chunk."""
         self.num_buffers = 0
+        self.num_refused = 0
+        self.is_exhausted = False  # one was refused, and none has come back since
         self._free: dict[int, list[U8]] = {}  # by alignment
         self._limit_bytes = limit_bytes
         self._chunk_bytes = chunk_bytes
@@ -206,11 +208,13 @@ class BouncePool:
     def take(self, alignment: int) -> U8 | None:
         """Return a buffer for a chunk and for what alignment adds at both its ends, or None."""
         free = self._free.setdefault(alignment, [])
+        size = self._chunk_bytes + 2 * alignment
+        self.is_exhausted = not free and self._num_bytes + size > self._limit_bytes
+        if self.is_exhausted:
+            self.num_refused += 1
+            return None
         if free:
             return free.pop()
-        size = self._chunk_bytes + 2 * alignment
-        if self._num_bytes + size > self._limit_bytes:
-            return None
         self.num_buffers += 1
         self._num_bytes += size
         memory = np.empty(size + alignment, np.uint8)
@@ -219,6 +223,7 @@ class BouncePool:
 
     def give_back(self, buffer: U8, alignment: int) -> None:
         self._free[alignment].append(buffer)
+        self.is_exhausted = False
 
 
 def _refused(error: OSError) -> str:

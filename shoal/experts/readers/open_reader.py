@@ -39,7 +39,7 @@ def open_reader(
         OSError: a file cannot be opened; names it.
     """
     tuning = tuning or Tuning()
-    why = ""
+    why = "read once, kept there for the next start" if tuning.keeps_page_cache else ""
     if wanted in (None, Backend.IO_URING):
         try:
             ring = open_ring(MAX_READ_QUEUE_DEPTH)

@@ -174,10 +174,13 @@ class QueueReader(ABC):
                 in_flight=queue.in_flight,
                 queued=queue.num_queued,
                 queue_depth=queue.queue_depth,
+                depth_now=queue.depth_now,
                 bytes_per_s=queue.bucket.per_s,
                 num_buffered=self._num_buffered,
                 num_bounced=self._num_bounced,
                 bounce_buffers=self._bounce.num_buffers,
+                is_bounce_exhausted=self._bounce.is_exhausted,
+                num_unbounced=self._bounce.num_refused,
                 chunk_latency=tuple(counts.chunk_latency),
                 chunk_latency_sum_s=counts.chunk_latency_sum_s,
                 read_latency=tuple(counts.read_latency),
@@ -217,7 +220,6 @@ class QueueReader(ABC):
         alignment = max(step, file.memory_alignment)
         buffer = self._bounce.take(alignment)
         if buffer is None:
-            self._num_buffered += 1
             return Operation(chunk, file, False, file.buffered(), offset, out, start, size)
         self._num_bounced += 1
         skip = offset % step

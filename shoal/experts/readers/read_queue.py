@@ -202,7 +202,7 @@ class ReadQueue:
     def next_chunks(self, now_s: float, limit: int = MAX_READ_QUEUE_DEPTH) -> list[Chunk]:
         """Return the chunks to start now, in order; each must be given back to `finish`."""
         chunks: list[Chunk] = []
-        while len(chunks) < limit and self.in_flight < self._limit:
+        while len(chunks) < limit and self.in_flight < self.depth_now:
             if self.bucket.delay_s(now_s) > 0.0:
                 break
             chunk = self._pick(now_s)
@@ -218,7 +218,7 @@ class ReadQueue:
 
     def delay_s(self, now_s: float) -> float | None:
         """Return after how long `next_chunks` has something if nothing finishes; None: never."""
-        if self.in_flight >= self._limit:
+        if self.in_flight >= self.depth_now:
             return None
         if self._demand or (self._prefetch and self._may_prefetch):
             return self.bucket.delay_s(now_s)
@@ -287,7 +287,8 @@ class ReadQueue:
         return len(self._again) + sum(-(-size // self.chunk_bytes) for size in uncut)
 
     @property
-    def _limit(self) -> int:
+    def depth_now(self) -> int:
+        """Chunks that may be at the device, by how many reads are queued now."""
         return self._steady_depth if len(self._demand) <= MANY_READS else self._depth
 
     @property

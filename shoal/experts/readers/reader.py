@@ -80,9 +80,14 @@ class ReaderFigures:
 
     num_bytes: read without error; prefetch_bytes: the part of them that nobody demanded.
     in_flight, queued: chunks at the device, and chunks that wait for a place there.
-    num_buffered: chunks that went through the page cache although O_DIRECT was wanted.
+    queue_depth: chunks that may be at the device together; depth_now: fewer while few reads are
+        queued.
+    num_buffered: chunks that went through the page cache although O_DIRECT was wanted, because
+        their file has none.
     num_bounced: chunks read into a buffer of their own and copied, for the sake of alignment.
-    bounce_buffers: how many there are now.
+    bounce_buffers: how many there are now. is_bounce_exhausted: a chunk wanted one more than there
+        may be, and none is free since. num_unbounced: chunks that went through the page cache for
+        that reason.
     chunk_latency, read_latency: completions by LATENCY_BOUNDS_S, one more for what is beyond.
     fallbacks: file -> why it is read in a lesser way than `backend`.
     pinned_bytes: of registered memory that the kernel has pinned.
@@ -99,16 +104,25 @@ class ReaderFigures:
     in_flight: int
     queued: int
     queue_depth: int
+    depth_now: int
     bytes_per_s: float | None
     num_buffered: int
     num_bounced: int
     bounce_buffers: int
+    is_bounce_exhausted: bool
+    num_unbounced: int
     chunk_latency: tuple[int, ...]
     chunk_latency_sum_s: float
     read_latency: tuple[int, ...]
     read_latency_sum_s: float
     fallbacks: Mapping[str, str]
     pinned_bytes: int = 0
+
+    @property
+    def reasons(self) -> str:
+        """Why reads are not made in a better way, of the backend and of single files; or ""."""
+        of_files = dict.fromkeys(self.fallbacks.values())
+        return "; ".join(filter(None, (self.why, *(f"no direct reads: {why}" for why in of_files))))
 
 
 class Reader(Protocol):
