@@ -6,6 +6,7 @@ and in whatever order the parts came, the bits are the same.
 """
 
 import time
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -85,11 +86,13 @@ class _LocalSums:
 
 def call_of_plan(layer: int, rows: Rows, plan: RoutingPlan) -> ExpertCall:
     """Return the call of a layer whose rows all go to one owner."""
-    num_rows, per_row = plan.experts.shape
-    return ExpertCall(
-        layer,
-        rows,
-        np.arange(0, num_rows * per_row + 1, per_row, dtype=np.int32),
-        plan.experts.reshape(-1),
-        plan.weights.reshape(-1),
-    )
+    offsets = _even_offsets(*plan.experts.shape)
+    return ExpertCall(layer, rows, offsets, plan.experts.reshape(-1), plan.weights.reshape(-1))
+
+
+@lru_cache(64)
+def _even_offsets(num_rows: int, per_row: int) -> NDArray[np.int32]:
+    """Return the row offsets of rows with equally many experts; to be read only."""
+    offsets = np.arange(0, num_rows * per_row + 1, per_row, dtype=np.int32)
+    offsets.setflags(write=False)
+    return offsets

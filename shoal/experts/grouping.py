@@ -7,6 +7,7 @@ that this file gives the pairs never shows in a result.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from shoal.experts.call import ExpertCall
 class GroupedPairs:
     """The P pairs of a call, grouped by expert.
 
-    experts: the distinct experts, ascending.
+    experts: the distinct experts; ascending, but those of a single row as its router has them.
     pair_offsets: [len(experts) + 1] int32; expert i has pairs [pair_offsets[i], pair_offsets[i+1]).
     pair_rows: [P] int32, the row of each pair, ascending within an expert.
     pair_weights: [P] float32, its routing weight.
@@ -49,15 +50,24 @@ class GroupedPairs:
 
 def group_pairs(call: ExpertCall) -> GroupedPairs:
     """Return the call's pairs grouped by expert."""
+    if call.row_offsets.size == 2:  # decode: a row's experts are distinct, each pair is a group
+        offsets, rows = _one_row(call.experts.size)
+        return GroupedPairs(call.experts.tolist(), offsets, rows, call.weights)
     order = np.argsort(call.experts, kind="stable")
     experts = call.experts[order]
-    weights = call.weights[order]
     num_rows = call.row_offsets.size - 1
-    if num_rows == 1:  # decode: experts of a row are distinct, so every pair is its own group
-        rows = np.zeros(experts.size, np.int32)
-        offsets = np.arange(experts.size + 1, dtype=np.int32)
-        return GroupedPairs(experts.tolist(), offsets, rows, weights)
     row_of_pair = np.repeat(np.arange(num_rows, dtype=np.int32), np.diff(call.row_offsets))
     starts = np.flatnonzero(experts[1:] != experts[:-1]) + 1
     offsets = np.concatenate(([0], starts, [experts.size])).astype(np.int32)
-    return GroupedPairs(experts[offsets[:-1]].tolist(), offsets, row_of_pair[order], weights)
+    return GroupedPairs(
+        experts[offsets[:-1]].tolist(), offsets, row_of_pair[order], call.weights[order]
+    )
+
+
+@cache
+def _one_row(num_pairs: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the pair offsets and rows of one row with that many experts; to be read only."""
+    arrays = np.arange(num_pairs + 1, dtype=np.int32), np.zeros(num_pairs, np.int32)
+    for array in arrays:
+        array.setflags(write=False)
+    return arrays
