@@ -4,8 +4,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
+from expert_node import pace_keeper
 from expert_node.pace_keeper import PaceKeeper
 from shoal.experts.drive_sensors import Temperature
 from shoal.experts.options import Backend
@@ -135,10 +137,11 @@ def test_without_sensors_there_is_no_temperature(folder: Path) -> None:
     assert keeper.view.temperatures == () and keeper.view.pace.state is PacingState.FULL
 
 
-def test_buffers_that_ran_out_are_warned_of_once() -> None:
+def test_buffers_that_ran_out_are_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     drive = Drive()
     keeper = drive.keeper()
     with capture_logs() as told:
+        monkeypatch.setattr(pace_keeper, "_log", structlog.get_logger())
         drive.after(keeper)
         assert told == []
         for _ in range(3):
