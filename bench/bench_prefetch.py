@@ -13,6 +13,10 @@ O_DIRECT through a cache of a share of them. Demand-only (A) and prefetching (B)
 and read the same text, in short windows that take turns: A B, B A, A B, ... A pair is measured
 within two seconds, so what else the machine does meanwhile falls on both. The first windows, which
 fill the caches, are not counted.
+
+What is to be shown: `auto`, learning and trials included, loses at most MAX_LOSS to demand-only: it
+passes if the upper end of the 95 % interval of its loss is within. An interval that is wider shows
+neither, and the last lines say so.
 """
 
 import argparse
@@ -52,6 +56,7 @@ from shoal.rows import Rows
 F64 = NDArray[np.float64]
 WINDOW_TOKENS = 20
 FIRST_WINDOWS = 2  # not counted
+MAX_LOSS = 0.02  # of the tokens a second
 PROMPT_ROWS = (4, 17, 32, 64, 128)
 FORMS = ((Format.BF16, 1), (Format.Q8_0, 1), (Format.Q4_K, 1), (Format.Q4_K, 2))
 
@@ -304,7 +309,7 @@ def _compare(
         total: float = sum(getattr(of(pair), what) for pair in pairs)
         return total / (len(pairs) * WINDOW_TOKENS)
 
-    row: dict[str, object] = {"subject": subject, "residency": percent, "windows": len(pairs)}
+    row: dict[str, Any] = {"subject": subject, "residency": percent, "windows": len(pairs)}
     for label, of in (("a", lambda pair: pair[0]), ("b", lambda pair: pair[1])):
         row[f"{label}_tok_s"] = 1 / rate(of, "seconds")
         row[f"{label}_stall_ms"] = 1e3 * rate(of, "stall_s")
@@ -313,7 +318,18 @@ def _compare(
     row["speedup"] = float(np.exp(-logs.mean()))
     row["speedup_low"] = float(np.exp(-logs.mean() - 2 * error))
     row["speedup_high"] = float(np.exp(-logs.mean() + 2 * error))
+    row["most_lost"] = max(0.0, 1 - row["speedup_low"])
     return row
+
+
+def verdict(row: Row) -> str:
+    """Say what a subject's figures show of its loss."""
+    most = f"loses at most {row['most_lost']:.1%} (95 %)"
+    if row["speedup_high"] < 1 - MAX_LOSS:
+        return f"{most}: it LOSES more than {MAX_LOSS:.0%}"
+    if row["most_lost"] <= MAX_LOSS:
+        return f"{most}: within {MAX_LOSS:.0%}"
+    return f"{most}: neither within {MAX_LOSS:.0%} nor beyond is shown: too noisy or too short"
 
 
 def print_offline(rows: Sequence[Row]) -> None:
@@ -414,6 +430,9 @@ def main() -> None:
         for percent in chosen.residency:
             found["online"] += online(wide, texts, percent, chosen.subjects)
         print_online(found["online"])
+        for row in found["online"]:
+            if row["subject"] == Mode.AUTO.value:
+                print(f"auto at {row['residency']:g} %: {verdict(row)}")
     rows = found.pop("online")
     save(chosen.name, rows, model=artifact.name, identity=artifact.identity, **found)
 

@@ -2,6 +2,9 @@
 
 python bench/bench_streaming.py MODEL.shoal [--residency 25 50] [--tokens 288] [--peer-tokens 32]
     [--prefetch off auto] [--routing own trace uniform] [--repeats 3] [--peer-repeats 1]
+    [--node-threads 2]
+
+python -m bench.streaming_page puts the newest results into docs/streaming.md.
 
 Each measurement is a process of its own in a memory cgroup whose limit counts page cache: dense
 weights, the share of the experts' bytes that is asked for, and OVERHEAD_BYTES. shoal's cache has
@@ -41,7 +44,7 @@ from shoal.experts.routing_trace import decode_trace
 OVERHEAD_BYTES = 500_000_000  # DESIGN.md: coordinator 300 MB, node 200 MB beyond what they hold
 PROBE_S = 2.0
 COLD_TOKENS = 8
-WARM_TOKENS = 96  # by then the prefetcher has made up its mind: 8 to 16 windows of 8 tokens
+WARM_TOKENS = 96  # by then the prefetcher has made up its mind: some 28 windows of 4 tokens
 TIMEOUT_S = 1800
 ROUTINGS = ("own", "trace", "uniform")
 
@@ -92,7 +95,8 @@ def subjects(chosen: argparse.Namespace, turn: int) -> Iterator[Subject]:
             name = f"shoal, prefetch {prefetch}"
             yield Subject(name, routing, (*shared, prefetch), chosen.tokens)
         if not chosen.without_node:
-            flags = ("--node", *shared, chosen.prefetch[-1])
+            threads = ("--node-threads", str(chosen.node_threads))
+            flags = ("--node", *threads, *shared, chosen.prefetch[-1])
             yield Subject(f"shoal node, prefetch {flags[-1]}", routing, flags, chosen.tokens)
         if turn < chosen.peer_repeats:
             for kib in chosen.peer_read_ahead:
@@ -267,8 +271,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=ROUTINGS)
     parser.add_argument("--trace", type=Path, default=ROOT / "bench" / "traces" / "fables.trace")
     parser.add_argument("--without-node", action="store_true")
+    parser.add_argument("--node-threads", type=int, default=2, help="its coordinator has as many")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--name", default="streaming", help="of the result file")
+    parser.add_argument("--name", help="of the result file; default: streaming-RESIDENCY")
     return parser.parse_args()
 
 
@@ -295,9 +300,10 @@ def main() -> None:
                     )
     check_answers(rows)
     summary = summarise(rows)
+    shares = "-".join(f"{percent:g}" for percent in chosen.residency)
     print_table(summary, chosen.model.stem)
     save(
-        f"{chosen.name}-{chosen.model.stem}",
+        f"{chosen.name or f'streaming-{shares}'}-{chosen.model.stem}",
         summary,
         peer=f"llama-cpp-python {VERSION}",
         samples=[{k: v for k, v in row.items() if k != "answer"} for row in rows],

@@ -1,13 +1,14 @@
 """One decode with experts that stream, in a process of its own (bench/bench_streaming.py).
 
 python bench/stream_decode.py MODEL IDS [--cache BYTES] [--node] [--prefetch off] [--io auto]
-    [--verify first] [--threads 2] [--trace FILE.npy]
+    [--verify first] [--threads 2] [--node-threads 2] [--trace FILE.npy]
 
 Every token is given, so that each engine reads the same text: a model with random weights soon
 repeats itself. Prints one JSON object: seconds of every token, the best next tokens, a digest of
 all logits, and, before the first token and after each, this process's CPU seconds and what the
-store had read, hit and waited. --node: the experts are on a node with that cache, one thread, in
-this process's memory cgroup. --trace: experts [tokens, layers, k] in place of the router's.
+store had read, hit and waited. --node: the experts are on a node with that cache, in this process's
+memory cgroup; it computes while its coordinator waits, so each of them may use all cores. --trace:
+experts [tokens, layers, k] in place of the router's.
 """
 
 import argparse
@@ -86,7 +87,8 @@ def open_node(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         metrics = f"127.0.0.1:{probe.getsockname()[1]}"
-    flags = [str(artifact.path), "--listen", "127.0.0.1:0", "--threads", "1", "--io", chosen.io]
+    flags = [str(artifact.path), "--listen", "127.0.0.1:0", "--io", chosen.io]
+    flags += ["--threads", str(chosen.node_threads)]
     flags += ["--cache", str(chosen.cache), "--verify", chosen.verify]
     flags += ["--prefetch", chosen.prefetch, "--metrics-listen", metrics]
     node = NodeProcess("node", flags, folder / "node.log")
@@ -154,6 +156,7 @@ def main() -> None:
     parser.add_argument("--io", default=Io.AUTO.value)
     parser.add_argument("--verify", default=Verify.FIRST.value)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--node-threads", type=int, default=2)
     parser.add_argument("--trace", type=Path)
     chosen = parser.parse_args()
     ops.set_threads(chosen.threads)
