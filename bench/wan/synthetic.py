@@ -102,7 +102,7 @@ def shadow_bytes() -> int:
 def shadow_shares() -> dict[str, float]:
     """Return that, of the experts' own bytes, by the format of the target."""
     params = expert_params(REAL, REAL.experts)
-    return {str(target): shadow_bytes() / bytes_of(params, target) for target in TARGETS}
+    return {target.name: shadow_bytes() / bytes_of(params, target) for target in TARGETS}
 
 
 def make_wide_model() -> Path:
@@ -116,7 +116,7 @@ def make_wide_model() -> Path:
 
 def luck_of(target: Format) -> list[dict[str, Any]]:
     """Return the recorded cases: greedily, then at a temperature, one of each kind."""
-    cases: list[dict[str, Any]] = json.loads(trace_of(str(target)).read_text())["cases"]
+    cases: list[dict[str, Any]] = json.loads(trace_of(target.name.lower()).read_text())["cases"]
     return cases
 
 
