@@ -92,7 +92,7 @@ class Node:
         self._heat = heat
         self._pace = PaceKeeper(
             served.store,
-            _sensors(config, served.artifact),
+            _sensors(config),
             config.thermal_limit_c,
             config.max_read_bandwidth,
         )
@@ -248,14 +248,16 @@ class Node:
 
     async def _apply(self, old: NodeConfig, new: NodeConfig) -> list[str]:
         """Go from one configuration to another (see `Reloader`)."""
+        sensors = await asyncio.to_thread(_sensors, new)
         async with self._changing:
             changed = await self._serve_anew(new)
+        # Nothing below can fail: what is served is the new configuration's.
         if (new.log_format, new.log_level) != (old.log_format, old.log_level):
             log.configure(new.log_format, new.log_level)
         self.worker.configure(max_waiting=new.max_queued_calls, log_calls=new.log_calls)
 
         def pace() -> None:
-            self._pace.use_sensors(_sensors(new, self._served.artifact))
+            self._pace.use_sensors(sensors)
             self._pace.configure(new.thermal_limit_c, new.max_read_bandwidth)
 
         await asyncio.to_thread(pace)
@@ -411,8 +413,8 @@ def _geometry(config: NodeConfig, artifact: Artifact, ownership: Ownership) -> G
     )
 
 
-def _sensors(config: NodeConfig, artifact: Artifact) -> DriveSensors:
-    return DriveSensors([artifact.path / "experts", *config.data_dirs], config.sysfs)
+def _sensors(config: NodeConfig) -> DriveSensors:
+    return DriveSensors([config.model / "experts", *config.data_dirs], config.sysfs)
 
 
 def _refuse_live_socket(path: Path) -> None:

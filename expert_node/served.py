@@ -24,6 +24,7 @@ from shoal import numerics, ops, wire
 from shoal.artifact import Artifact
 from shoal.artifact.reader import ExpertLocation
 from shoal.errors import NotOwned, UsageError
+from shoal.experts.cache.budget import check_size
 from shoal.experts.catalogue import Catalogue
 from shoal.experts.executor import ExpertExecutor
 from shoal.experts.heat import HeatMap
@@ -73,9 +74,8 @@ class Served:
         """Open the store; reads nothing yet. Raises UsageError, OSError."""
         self.artifact, self.ownership = artifact, ownership
         self.memory = check_memory(artifact, ownership, config.cache_bytes)
-        check_cache(artifact, ownership, config.cache_bytes)
         self._config = config
-        self._signature = signature_of(artifact, ownership, config)
+        self._signature = _checked_files(artifact, ownership, config)
         self._epoch = secrets.token_hex(8)
         self._lingering: dict[int, tuple[Former, ...]] = {}  # by open stream
         self._lock = threading.Lock()  # of what lingers: streams come and go on the event loop
@@ -104,7 +104,9 @@ class Served:
     @property
     def facts(self) -> NodeFacts:
         """Who this node is, with what it owns now."""
-        artifact, ownership = self.artifact, self.ownership
+        return self._facts(self.artifact, self.ownership)
+
+    def _facts(self, artifact: Artifact, ownership: Ownership) -> NodeFacts:
         formats = {artifact.expert_layout(layer).gate_up.label for layer in ownership.layers}
         return NodeFacts(
             model_name=artifact.name,
@@ -146,8 +148,8 @@ class Served:
             )
         ownership = owned_by(artifact, config)
         check_memory(artifact, ownership, config.cache_bytes)
-        check_cache(artifact, ownership, config.cache_bytes)
-        signature = signature_of(artifact, ownership, config)
+        self._facts(artifact, ownership)
+        signature = _checked_files(artifact, ownership, config)
         is_same = ownership.ranges == self.ownership.ranges and signature == self._signature
         before = self._config
         keeps = is_same and (config.prefetch, config.cache_bytes) == (
@@ -184,7 +186,10 @@ class Served:
         except BaseException:
             plan.close()
             self.artifact, self.ownership, self._signature = old
-            self._serve_all(self._config)
+            try:
+                self._serve_all(self._config)
+            except Exception:  # noqa: BLE001  the first error is the one to tell
+                _log.exception("what was served before could not be put in force again whole")
             raise
         self.store.set_verify(plan.config.verify)
         self.store.pin(plan.pins)
@@ -378,26 +383,19 @@ def check_memory(
     )
 
 
-def check_cache(artifact: Artifact, ownership: Ownership, cache_bytes: int | None) -> None:
-    """Refuse a cache below two experts. Raises UsageError naming both numbers."""
-    largest = _largest(artifact, ownership)
-    if cache_bytes is not None and cache_bytes < 2 * largest:
-        raise UsageError(
-            f"--cache {format_size(cache_bytes)}: two experts take {format_size(2 * largest)}, and "
-            "less cannot serve"
-        )
-
-
-def signature_of(artifact: Artifact, ownership: Ownership, config: NodeConfig) -> Signature:
+def _checked_files(artifact: Artifact, ownership: Ownership, config: NodeConfig) -> Signature:
     """Return what tells whether a file that is served was written or replaced.
 
     Files of the artifact, and the copies in data directories that experts are read from.
 
-    Raises: OSError. As `Catalogue`, too: a copy is too short, a directory has none.
+    Raises: OSError. UsageError: the cache is too small for them; a data directory has none.
+        CorruptArtifact: a copy is too short.
     """
-    copies = Catalogue(artifact, ownership, config.data_dirs).paths
+    catalogue = Catalogue(artifact, ownership, config.data_dirs)
+    if config.cache_bytes is not None:
+        check_size(config.cache_bytes, catalogue.sizes)
     own = [artifact.path / name for name in ("manifest.json", *artifact.file_sizes())]
-    stats = [(str(path), path.stat()) for path in dict.fromkeys((*own, *copies))]
+    stats = [(str(path), path.stat()) for path in dict.fromkeys((*own, *catalogue.paths))]
     found = [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return ((str(artifact.path), 0, 0, 0), *found)
 

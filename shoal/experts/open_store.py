@@ -3,7 +3,7 @@
 from functools import partial
 
 from shoal.errors import UsageError
-from shoal.experts.cache import DEFAULT_POLICY, POLICIES
+from shoal.experts.cache import POLICIES
 from shoal.experts.catalogue import Catalogue
 from shoal.experts.checks import Checker
 from shoal.experts.options import Backend
@@ -26,9 +26,8 @@ def open_store(
         OSError: a file cannot be opened.
     """
     options = options or StoreOptions()
-    policy = options.policy or DEFAULT_POLICY
-    if policy not in POLICIES:
-        raise UsageError(f"cache policy {policy!r}: there are {', '.join(POLICIES)}")
+    if options.policy not in POLICIES:
+        raise UsageError(f"cache policy {options.policy!r}: there are {', '.join(POLICIES)}")
     backend, tuning = options.backend, Tuning()
     if backend is None and options.cache_bytes is None:
         # Everything is read once: what the page cache keeps makes the next start quick.
@@ -37,7 +36,7 @@ def open_store(
         files,
         ownership,
         partial(_catalogue, options=options),
-        POLICIES[policy](1),
+        POLICIES[options.policy](1),
         lambda paths: open_reader(backend, None, paths, tuning=tuning),
         cache_bytes=options.cache_bytes,
         checker=Checker(options.verify),

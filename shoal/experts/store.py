@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from shoal import ops
 from shoal.artifact.reader import ExpertLocation
+from shoal.experts.cache import DEFAULT_POLICY
 from shoal.experts.options import Verify as Verify
 from shoal.experts.ownership import Ownership
 from shoal.experts.readers import Backend, ReaderFigures
@@ -40,7 +41,7 @@ class StoreOptions:
     verify: Verify = Verify.FIRST
     backend: Backend | None = None
     data_dirs: tuple[Path, ...] = ()
-    policy: str = ""
+    policy: str = DEFAULT_POLICY
     pins: tuple[Key, ...] = ()
 
 

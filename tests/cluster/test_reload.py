@@ -142,7 +142,7 @@ def test_sighup_is_a_reload(configured: Configured) -> None:
 
 WRONG: list[tuple[dict[str, object], str]] = [
     ({"cash": "1GiB"}, "did you mean cache?"),
-    ({"cache": "3"}, "two experts take"),
+    ({"cache": "3"}, "two of the largest expert"),
     ({"experts": "0-999"}, "out of range"),
     ({"verify": "perhaps"}, "first, always, never"),
     ({"pin_experts": "/nowhere"}, "/nowhere"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -133,6 +133,34 @@ def test_a_change_that_fails_midway_is_undone(
     assert str(served.ownership) == "experts 0-3 of layers 0-2"
     assert serves(served, 0)
     assert change(served, config, experts="1") != []
+
+
+def test_the_first_error_of_a_change_is_told_also_where_undoing_it_fails(
+    served: Served, config: NodeConfig, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: Exception) -> Callable[..., None]:
+        def failing(*_: object) -> None:
+            raise error
+
+        return failing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.store, "resize", fail(MemoryError("no room")))
+        patch.setattr(served.store, "rebind", fail(OSError("gone")))
+        with pytest.raises(MemoryError):
+            change(served, config, cache_bytes=3 * expert_bytes(artifact))
+    assert serves(served, 0)
+    assert change(served, config, experts="1") != []
+
+
+def test_a_node_of_one_expert_needs_no_cache_of_two(artifact: Artifact, config: NodeConfig) -> None:
+    one = expert_bytes(artifact)
+    config = dataclasses.replace(config, experts="0", layers="1", cache_bytes=one)
+    with closing(Served(config, artifact, owned_by(artifact, config), None)) as served:
+        with served.store.acquire(1, [0]) as got:
+            assert [len(wave.weights) for wave in got] == [1]
+        with pytest.raises(UsageError, match=r"two of the largest expert.*--cache"):
+            served.plan(dataclasses.replace(config, experts="0-1"), None)
 
 
 def test_a_file_that_was_written_anew_is_read_anew(

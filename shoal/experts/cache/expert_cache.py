@@ -278,10 +278,6 @@ class ExpertCache:
         """Return those that are neither in memory nor wanted, in that order."""
         return [index for index in experts if (layer, index) not in self._entries]
 
-    def has_room_free(self, num_bytes: int) -> bool:
-        """Whether that many bytes are free in all (they may not be in one piece)."""
-        return self.resident_bytes + num_bytes <= self.budget_bytes
-
     @property
     def num_ready(self) -> int:
         return sum(map(len, self._ready.values()))
