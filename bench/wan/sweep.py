@@ -42,11 +42,11 @@ def sweep(
         for mode in modes:
             mine = measure_mode(cluster, mode, shadows, cases, expected, num_tokens, lanes=1)
             off = off or mine
-            rows.append(_row(rtt_s, mode, mine, off))
+            rows.append(compared(rtt_s, mode, mine, off))
     return rows
 
 
-def _row(rtt_s: float, mode: Mode, mine: Sequence[Row], off: Sequence[Row]) -> Row:
+def compared(rtt_s: float, mode: Mode, mine: Sequence[Row], off: Sequence[Row]) -> Row:
     """Return the totals, and how the worst case compares with off."""
     slowest = max(
         that["decode_tokens_per_s"] / this["decode_tokens_per_s"]
