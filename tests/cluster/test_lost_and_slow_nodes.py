@@ -7,6 +7,7 @@ tests/unit/test_busy_nodes.py, where no other process disturbs; here it must end
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -26,7 +27,11 @@ pytestmark = pytest.mark.processes
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 120.0  # a busy machine
 ROWS = 128  # some milliseconds of work
-MANY = 2000  # calls: a node that is never demoted gets them all
+MANY = 2000  # calls, until nodes are known
+# Calls until a throttled node is demoted, and its answers among them. Simulated nodes need ten
+# calls, twenty in noise. Real ones were seen to need 24 to 81, 4 to 7 of them answered by it, on a
+# machine four times overbooked: its replica stalls there as well, and it is compared with that.
+SOON, SOON_ANSWERED = 400, 40
 both_transports = pytest.mark.parametrize("transport", [Transport.FAST, Transport.GRPCIO])
 
 
@@ -85,8 +90,8 @@ def asker(
 
 @both_transports
 def test_a_throttled_node_is_demoted(path: Path, artifact: Artifact, transport: Transport) -> None:
-    """1. Two replicas are known. 2. One is throttled: a call needs more than it gets in a period.
-    3. It is demoted.
+    """1. Two replicas are known, in good standing. 2. One is throttled: a call needs more than it
+    gets in a period. 3. It is demoted, soon.
     """
     wanted = digests_here(artifact, ROWS)
     with Cluster(transport) as cluster:
@@ -96,12 +101,15 @@ def test_a_throttled_node_is_demoted(path: Path, artifact: Artifact, transport: 
             asking.until_known(a, b)
             health = dispatch.health(a)
             assert health is not None
+            while health.rank(time.monotonic()):  # of noise: it passes
+                asking.ask()
+            asked, answered = asking.count, health.num_replies
+            before = health.demoted_until_s
             with throttled(nodes[0]):
-                asked = asking.count
-                before = health.demoted_until_s
                 while health.demoted_until_s == before:
                     asking.ask()
-                    assert asking.count - asked < MANY, "it is never demoted"
+                    assert asking.count - asked < SOON, "it is not demoted"
+                    assert health.num_replies - answered < SOON_ANSWERED, "it is asked too often"
 
 
 @both_transports
