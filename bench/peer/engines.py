@@ -52,13 +52,10 @@ class Engine(AbstractContextManager["Engine"]):
         return answer
 
 
-def shoal_engine(
-    model: Path, max_context: int, moe_shards: str | None = None, name: str = SHOAL
-) -> Engine:
+def shoal_engine(model: Path, max_context: int, *flags: str, name: str = SHOAL) -> Engine:
     """Start shoal on an artifact."""
     command = [sys.executable, "-m", "bench.peer.run_shoal", str(model)]
-    command += ["--max-context", str(max_context)]
-    return Engine(name, command + (["--moe-shards", moe_shards] if moe_shards else []))
+    return Engine(name, [*command, "--max-context", str(max_context), *flags])
 
 
 def llama_engine(model: Path, max_context: int, *, repack: bool) -> Engine:

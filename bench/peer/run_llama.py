@@ -77,7 +77,7 @@ class Engine:
                 sys.exit("llama.cpp cannot load a sequence")
             lib.llama_memory_seq_cp(self._memory, OTHER, SEQUENCE, -1, -1)
             lib.llama_memory_seq_rm(self._memory, OTHER, -1, -1)
-        return FILL_ROWS
+        return int(FILL_ROWS)
 
     def _forget(self, position: int) -> None:
         if not lib.llama_memory_seq_rm(self._memory, SEQUENCE, position, -1):

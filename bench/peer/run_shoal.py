@@ -1,10 +1,13 @@
 """shoal as an engine of bench/peer: forward passes of any shape, in process or over nodes.
 
 python -m bench.peer.run_shoal MODEL.shoal --max-context N [--moe-shards MAP]
+    [--experts-per-token K]
 """
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +16,33 @@ from bench.peer.phases import FILL_ROWS, Phase, serve
 from coordinator.app import CoordinatorConfig, Feedback, open_dispatch
 from coordinator.batch import Batch
 from coordinator.cancellation import Cancellation
+from coordinator.expert_branch import DispatchedExperts
 from coordinator.kv_arrays import KvArrays
-from coordinator.transformer import exact_transformer
+from coordinator.transformer import Transformer
+from coordinator.weights import load_weights
 from shoal import limits, ops
 from shoal.artifact import Artifact
+from shoal.model_spec import ModelSpec
 
 
 class Engine:
     """One sequence in a KV cache of our own making."""
 
-    def __init__(self, model: Path, max_context: int, moe_shards: str | None) -> None:
-        self._artifact = Artifact.open(model)
-        quiet = Feedback(lambda _: None, lambda _: None, lambda *_: None)
-        config = CoordinatorConfig(str(model), moe_shards)
-        self._transformer = exact_transformer(
-            self._artifact, open_dispatch(config, self._artifact, quiet)
-        )
+    def __init__(
+        self,
+        model: Path,
+        max_context: int,
+        moe_shards: str | None = None,
+        experts_per_token: int | None = None,
+    ) -> None:
+        artifact = Artifact.open(model)
+        quiet = Feedback(lambda _: None, lambda _: None, lambda *_: nullcontext(lambda _: None))
+        dispatch = open_dispatch(CoordinatorConfig(str(model), moe_shards), artifact, quiet)
+        self._spec = visiting(artifact.spec, experts_per_token)
+        experts = DispatchedExperts(artifact, dispatch)
+        self._transformer = Transformer(self._spec, load_weights(artifact), experts)
         self._num_blocks = -(-max_context // limits.KV_BLOCK_TOKENS)
-        spec = self._artifact.spec
-        self._cache = KvArrays(spec, self._artifact.kv_dtype, self._num_blocks)
+        self._cache = KvArrays(self._spec, artifact.kv_dtype, self._num_blocks)
         self._forward(FILL_ROWS, 0)
         filled = FILL_ROWS // limits.KV_BLOCK_TOKENS
         for block in range(filled, self._num_blocks):
@@ -48,7 +59,7 @@ class Engine:
 
     def _forward(self, num_rows: int, context: int, num_logits: int = 1) -> None:
         positions = np.arange(context, context + num_rows, dtype=np.int32)
-        ids = np.random.default_rng(context).integers(self._artifact.spec.vocab_size, size=num_rows)
+        ids = np.random.default_rng(context).integers(self._spec.vocab_size, size=num_rows)
         batch = Batch(
             token_ids=ids.astype(np.int32),
             positions=positions,
@@ -60,14 +71,29 @@ class Engine:
         self._transformer.forward(batch, self._cache, Cancellation())
 
 
+def visiting(spec: ModelSpec, experts_per_token: int | None) -> ModelSpec:
+    """Return the model with another number of experts a token; None: as it is."""
+    if experts_per_token is None:
+        return spec
+    layers = tuple(
+        replace(layer, router=replace(layer.router, experts_per_token=experts_per_token))
+        if layer.router is not None
+        else layer
+        for layer in spec.layers
+    )
+    return replace(spec, layers=layers)
+
+
 def main() -> None:
     """Load, then serve phases until stdin ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--max-context", type=int, required=True)
     parser.add_argument("--moe-shards")
+    parser.add_argument("--experts-per-token", type=int)
     chosen = parser.parse_args()
-    serve(Engine(chosen.model, chosen.max_context, chosen.moe_shards).run)
+    engine = Engine(chosen.model, chosen.max_context, chosen.moe_shards, chosen.experts_per_token)
+    serve(engine.run)
 
 
 if __name__ == "__main__":

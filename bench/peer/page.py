@@ -1,0 +1,152 @@
+"""Put the newest figures into docs/speed.md, between its markers, and draw its pictures.
+
+python -m bench.peer.page
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.measure import RESULTS, ROOT, Row
+from bench.peer.drawing import Line, Panel, draw_bars, draw_panels
+from bench.peer.engines import LLAMA, LLAMA_REPACKED, SHOAL
+from bench.peer.scaling import IN_PROCESS, Cost, Shape
+from bench.wan.page import put, table
+
+DOCS = ROOT / "docs"
+PAGE = DOCS / "speed.md"
+STEM = "qwen3-30b-a3b-12-layers-{}-seed-0"
+FORMATS = ("q4_k", "q4_0")
+Report = dict[str, Any]
+
+
+def newest(name: str) -> tuple[Report, Path] | None:
+    """Return the newest result of that name."""
+    paths = sorted(RESULTS.glob(f"????-??-??-{name}.json"))
+    return (json.loads(paths[-1].read_text()), paths[-1]) if paths else None
+
+
+def source(report: Report, path: Path) -> str:
+    """Return where figures are from."""
+    commit = str(report["commit"])[:8] + (" and changes" if report["uncommitted_changes"] else "")
+    link = f"[{path.name}](../bench/results/{path.name})"
+    return f"{link}: {report['cpu']}, {report['num_cpus']} cores, {report['isa']}, commit {commit}."
+
+
+def _rate(row: Row, engine: str) -> str:
+    rate = row["tokens_per_s"][engine]
+    return f"{rate['median']:.1f} ({rate['min']:.1f}-{rate['max']:.1f})"
+
+
+def _ratio(ratio: Row) -> str:
+    return f"**{ratio['median']:.2f}** ({ratio['min']:.2f}-{ratio['max']:.2f})"
+
+
+def peer(report: Report, path: Path) -> str:
+    """Return the table of one format."""
+    lines = [
+        [
+            row["phase"],
+            str(row["threads"]),
+            _rate(row, SHOAL),
+            _rate(row, LLAMA),
+            _rate(row, LLAMA_REPACKED),
+            _ratio(row["ratio"]),
+            _of_bound(row),
+            f"{row['probe_gb_per_s']['median']:.1f}",
+        ]
+        for row in report["rows"]
+    ]
+    heads = ["", "threads", SHOAL, LLAMA, LLAMA_REPACKED, "to the better one"]
+    heads += ["of the weights' bound", "probe GB/s"]
+    return f"{table(heads, lines)}\n\n{source(report, path)}"
+
+
+def _of_bound(row: Row) -> str:
+    if row["weight_bound_tokens_per_s"] is None:
+        return ""
+    return f"{row['tokens_per_s'][SHOAL]['median'] / row['weight_bound_tokens_per_s']:.0%}"
+
+
+def draw_peer(report: Report, path: Path, fmt: str) -> None:
+    """Draw what two threads reach."""
+    most = max(row["threads"] for row in report["rows"])
+    rows = [row for row in report["rows"] if row["threads"] == most]
+    engines = (SHOAL, LLAMA, LLAMA_REPACKED)
+    bars = [(row["phase"], [row["tokens_per_s"][e]["median"] for e in engines]) for row in rows]
+    draw_bars(
+        path, f"tokens a second, {most} threads, {fmt}; each row on its own scale", bars, engines
+    )
+
+
+def draw_scaling(report: Report, path: Path) -> None:
+    """Draw measured points and what the cost says."""
+    rows: list[Row] = report["rows"]
+    shape, cost = Shape(**report["shape"]), Cost(**report["cost"])
+    own = shape.experts_per_token
+    inside = [row for row in rows if row["setup"] == IN_PROCESS]
+    one = [row for row in inside if row["rows"] == 1 and row["experts_per_token"] == own]
+    behind = next(row["context"] for row in inside if row["rows"] > 1)
+    verify = [row for row in inside if row["context"] == behind and row["experts_per_token"] == own]
+    experts = [row for row in inside if row["rows"] == 1 and row["context"] == behind]
+    nodes = [row for row in rows if row["setup"] != IN_PROCESS]
+
+    def panel(title: str, label: str, mine: Sequence[Row], key: str, *, log: bool) -> Panel:
+        measured = [(row[key], row["tokens_per_s"]) for row in mine]
+        model = [
+            (
+                row[key],
+                row["rows"]
+                / cost.seconds(shape, row["rows"], row["context"], row["experts_per_token"]),
+            )
+            for row in mine
+        ]
+        return Panel(title, label, [Line("measured", measured), Line("cost", model, False)], log)
+
+    spread = [(int(row["setup"].split()[0]), row["tokens_per_s"]) for row in nodes]
+    draw_panels(
+        path,
+        [
+            panel("tok/s over context", "tokens in the cache", one, "context", log=False),
+            panel(f"tok/s over rows a pass, behind {behind}", "rows", verify, "rows", log=True),
+            panel("tok/s over experts a token", "experts", experts, "experts_per_token", log=True),
+            Panel(
+                f"tok/s over nodes on this machine ({report['num_cpus']} cores)",
+                "nodes",
+                [Line("measured", spread)],
+                logarithmic=True,
+            ),
+        ],
+    )
+
+
+def scaling(report: Report, path: Path) -> str:
+    """Return the sentence on the cost, and where it is from."""
+    cost = Cost(**report["cost"])
+    rows = [row for row in report["rows"] if row["setup"] == IN_PROCESS]
+    worst = max(abs(row["predicted_s"] / row["pass_s"]["median"] - 1) for row in rows)
+    return (
+        f"A pass takes {cost.fixed_s * 1e3:.1f} ms + the weights that it reads at "
+        f"{cost.bytes_per_s / 1e9:.1f} GB/s (the probe: {max(report['probe_gb_per_s']):.1f}) + "
+        f"{cost.row_s * 1e3:.2f} ms a row + {cost.pair_s * 1e6:.0f} µs an expert of a row + "
+        f"{cost.key_s * 1e6:.2f} µs for each earlier token that a row attends to; no point of one "
+        f"process is further than {worst:.0%} from that. {source(report, path)}"
+    )
+
+
+def main() -> None:
+    """Write the page and its pictures."""
+    text = PAGE.read_text()
+    for fmt in FORMATS:
+        if (found := newest("peer-" + STEM.format(fmt))) is not None:
+            text = put(text, f"peer-{fmt}", peer(*found))
+            draw_peer(found[0], DOCS / f"speed-{fmt}.svg", fmt)
+    if (found := newest("scaling-" + STEM.format("q4_k"))) is not None:
+        text = put(text, "scaling", scaling(*found))
+        draw_scaling(found[0], DOCS / "speed-scaling.svg")
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
