@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git knows what is ours")
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+GENERATED = re.compile(r"^<!-- (\w+) -->\n(.*?)^<!-- end -->", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 
 
@@ -64,3 +65,12 @@ def test_a_result_file_that_a_document_links_is_committed() -> None:
 def test_the_page_of_the_home_link_shows_the_newest_figures() -> None:
     text = page.PAGE.read_text("utf-8")
     assert page.filled(text, "wan") == text, "run: python -m bench.wan.page"
+
+
+def test_a_page_of_generated_blocks_has_all_of_them_or_was_not_measured_yet() -> None:
+    forgotten = []
+    for document in documents():
+        blocks = GENERATED.findall(document.read_text("utf-8"))
+        if any(body.strip() for _, body in blocks):
+            forgotten += [f"{document.name}: {name}" for name, body in blocks if not body.strip()]
+    assert not forgotten, f"measure what is missing (docs/wan.md says how): {forgotten}"
