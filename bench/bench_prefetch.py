@@ -300,7 +300,7 @@ def online(
 
 def _compare(
     subject: str, percent: float, pairs: Sequence[tuple[Window, Window]]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     ratios = np.array([b.seconds / a.seconds for a, b in pairs])
     logs = np.log(ratios)
     error = float(logs.std(ddof=1) / len(logs) ** 0.5)

@@ -141,6 +141,46 @@ class TestGovernor:
         assert governor.state is State.OFF
 
 
+class TestLoss:
+    """The default never loses: where reading ahead does not win, finding that out costs under 2 %.
+
+    A call is a token; learning costs 3 % of it; what else the machine does wanders (drift) and
+    trembles (noise). Losses are against the same calls without any of it.
+    """
+
+    @staticmethod
+    def losses(effect: float, noise: float, drift: float, tokens: int, seeds: int) -> list[float]:
+        found: list[float] = []
+        for seed in range(seeds):
+            rng = np.random.default_rng(seed)
+            steps = np.cumsum(drift * rng.standard_normal(tokens)) / (1 + np.arange(tokens) ** 0.5)
+            costs = np.exp(steps + noise * rng.standard_normal(tokens)).tolist()
+            governor = Governor(4, 1)
+            spent = 0.0
+            for cost in costs:
+                taken = cost * (1 + 0.03 * governor.is_learning - effect * governor.may_issue)
+                spent += taken
+                governor.on_done(taken, 1)
+            found.append(spent / sum(costs) - 1)
+        return found
+
+    @pytest.mark.parametrize(("noise", "drift"), [(0.1, 0.02), (0.2, 0.05), (0.4, 0.1)])
+    @pytest.mark.parametrize("effect", [-0.3, -0.05, -0.01, 0.0])
+    def test_what_does_not_win_costs_less_than_two_per_cent(
+        self, effect: float, noise: float, drift: float
+    ) -> None:
+        short = self.losses(effect, noise, drift, tokens=225, seeds=40)
+        assert sum(short) / len(short) < 0.02, "a short answer: learning and the first trial"
+        long = self.losses(effect, noise, drift, tokens=1000, seeds=30)
+        assert sum(long) / len(long) < 0.01
+        assert max(long) < (0.02 if noise <= 0.2 else 0.05), "in no world"
+
+    def test_what_wins_is_kept(self) -> None:
+        for noise, least in ((0.1, 0.14), (0.2, 0.10)):
+            gains = self.losses(0.2, noise, 0.02, tokens=1000, seeds=20)
+            assert sum(gains) / len(gains) < -least
+
+
 class TestAdmission:
     def test_a_sure_guess_that_fits_is_read_and_a_doubtful_one_is_not(self) -> None:
         least = min_probability()

@@ -1,6 +1,6 @@
 """Governor: does prefetching win here? A-B-A, online, for as long as the process lives (core).
 
-    learn -> trial: off on off on off ... -> on, for some windows -> trial -> ...
+    learn -> trial: off on off on off ... -> on, longer each time -> trial -> ...
                                           -> off, longer each time -> learn -> trial -> ...
 
 Windows are counted in calls. A trial compares each window with prefetching (B) with the mean of the
@@ -24,9 +24,10 @@ MAX_PAIRS = 12  # after which what is not sure is one
 CLEAR_GAIN = 0.08  # of a call's cost, in each of the first pairs
 CLEAR_LOSS = 0.05  # likewise, on the mean of two pairs or more: ends the trial
 MIN_GAIN = 0.015  # of a call's cost: less is not worth the reads
-SURE = 2.0  # standard errors of the mean that a gain must exceed
-ON_WINDOWS = 96  # until the verdict is tried again
-OFF_WINDOWS = 96  # likewise, at first
+SURE = 2.5  # standard errors of the mean that a gain must exceed: it is looked at several times
+ON_WINDOWS = 24  # until the verdict is tried again, at first: a wrong one is found out soon
+MAX_ON_WINDOWS = 96  # doubled at each trial won, up to this
+OFF_WINDOWS = 96  # until the verdict is tried again, at first
 MAX_OFF_WINDOWS = 96 * 64  # doubled at each trial lost, up to this
 
 
@@ -77,7 +78,7 @@ class Governor:
         self._window = _Window()
         self._trial = _Trial()
         self._windows_left = learn_windows
-        self._off_windows = OFF_WINDOWS
+        self._on_windows, self._off_windows = ON_WINDOWS, OFF_WINDOWS
         self._is_b = False
         self._verdict: State | None = None
         self._gain_s = 0.0  # an expert, by the last trial that was won
@@ -131,16 +132,19 @@ class Governor:
         count = len(gains)
         mean = sum(gains) / count
         squares = sum((gain - mean) ** 2 for gain in gains) / max(1, count - 1)
-        is_clear = count == CLEAR_PAIRS and min(gains) > CLEAR_GAIN
-        is_gain = count >= MIN_PAIRS and mean > max(MIN_GAIN, SURE * (squares / count) ** 0.5)
+        is_sure = mean > max(MIN_GAIN, SURE * (squares / count) ** 0.5)
+        is_clear = count == CLEAR_PAIRS and min(gains) > CLEAR_GAIN and is_sure
+        is_gain = count >= MIN_PAIRS and is_sure
         is_draw = count == MAX_PAIRS or (count >= DRAW_PAIRS and mean < MIN_GAIN)
         self.saved_s += gains[-1] * self._trial.off[-1] * last.experts
         if is_clear or is_gain:
             self._gain_s = mean * sum(self._trial.off) / len(self._trial.off)
-            self._settle(State.ON, ON_WINDOWS)
+            self._settle(State.ON, self._on_windows)
+            self._on_windows = min(2 * self._on_windows, MAX_ON_WINDOWS)
             self._off_windows = OFF_WINDOWS
         elif is_draw or (count > 1 and mean < -CLEAR_LOSS):
             self._settle(State.OFF, self._off_windows)
+            self._on_windows = ON_WINDOWS
             self._off_windows = min(2 * self._off_windows, MAX_OFF_WINDOWS)
 
     def _settle(self, verdict: State, windows: int) -> None:
