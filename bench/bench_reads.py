@@ -1,15 +1,20 @@
 """How fast experts are read from this disk, beside fio's random O_DIRECT reads of the same file.
 
-python bench/bench_reads.py [FILE] [--rounds 5] [--seconds 1.5]
+python bench/bench_reads.py [FILE] [--rounds 5] [--seconds 1.5] [--bursts]
 
 fio and our readers take turns in each round, as the bandwidth of a shared disk drifts; medians are
 printed, and of every round the ratio to fio's reads of the same size and queue depth. Ours are
 whole experts at random places, cut into chunks of that size, into an arena that is already touched.
+
+Bursts: a call asks for a few experts at once and computes each as it comes. When does the first
+one come, and when the last, with so many chunks of 1 MiB at the drive?
 """
 
 import argparse
+import itertools
 import resource
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +30,7 @@ from shoal.limits import KIB
 MODELS = ROOT / "build" / "bench" / "models"
 EXPERT_BYTES = 2_654_208  # Qwen3-30B-A3B's, of four bits and a scale in 32 weights
 EXPERTS_AT_ONCE = 24
+BURSTS, BURST_DEPTHS, BURST_ROUNDS = (1, 3, 6), (2, 4, 6, 32), 25
 PAGE = 4096
 # (block or chunk bytes, queue depth)
 SHAPES = [(256 * KIB, 16), (512 * KIB, 16), (1024 * KIB, 16), (1024 * KIB, 32)]
@@ -85,6 +91,49 @@ def measure(
     }
 
 
+def bursts(path: Path, arena: Any) -> list[Row]:
+    """Return when the experts of a call come, by queue depth; depths take turns."""
+    rng = np.random.default_rng(1)
+    last_page = (path.stat().st_size - EXPERT_BYTES) // PAGE
+    times: dict[tuple[int, int], list[list[float]]] = {}
+    with ExitStack() as stack:
+        readers: dict[int, Reader] = {}
+        for depth in BURST_DEPTHS:
+            tuning = Tuning(queue_depth=depth)
+            readers[depth] = open_reader(None, arena, [path], tuning=tuning)
+            stack.callback(readers[depth].close)
+        for _ in range(BURST_ROUNDS):
+            for (depth, reader), count in itertools.product(readers.items(), BURSTS):
+                places = [(tag, int(rng.integers(last_page)) * PAGE) for tag in range(count)]
+                came = burst(reader, path, arena, places)
+                times.setdefault((depth, count), []).append(came)
+    return [
+        {
+            "queue_depth": depth,
+            "experts": count,
+            "came_ms": [1e3 * median(each) for each in zip(*came, strict=True)],
+        }
+        for (depth, count), came in times.items()
+    ]
+
+
+def burst(reader: Reader, path: Path, arena: Any, places: list[tuple[int, int]]) -> list[float]:
+    """Read experts (tag, offset) at once; return the seconds after which each was there."""
+    reads = [
+        Read(tag, (Source(path, at),), arena[tag * EXPERT_BYTES : (tag + 1) * EXPERT_BYTES])
+        for tag, at in places
+    ]
+    began_s = time.perf_counter()
+    reader.submit(reads)
+    came: list[float] = []
+    while len(came) < len(reads):
+        for done in reader.wait(30.0):
+            if done.error is not None:
+                raise done.error
+            came.append(time.perf_counter() - began_s)
+    return came
+
+
 def summary(rounds: list[dict[str, Row]], key: str) -> Row:
     """Return the medians of one contender, and its ratio to fio in the same round."""
     rows = [results[key] for results in rounds]
@@ -120,20 +169,8 @@ def one_round(path: Path, arena: Any, seconds: float, seed: int) -> dict[str, Ro
     return results
 
 
-def main() -> None:
-    """Take turns, print, save."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "file", nargs="?", type=Path, help="default: the largest in build/bench/models"
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.5)
-    chosen = parser.parse_args()
-    path = chosen.file or max(files_of(MODELS), key=lambda file: file.stat().st_size)
-    arena = ops.aligned_empty(EXPERTS_AT_ONCE * EXPERT_BYTES, huge=True)
-    arena[:] = 1
-    rounds = [one_round(path, arena, chosen.seconds, seed) for seed in range(chosen.rounds)]
-    rows = [summary(rounds, key) for key in rounds[0]]
+def show_readers(path: Path, rows: list[Row]) -> None:
+    """Print a table of the readers, and the best of ours beside fio's best."""
     show(
         f"Random reads of {path.name}, {EXPERT_BYTES} bytes an expert",
         rows,
@@ -151,7 +188,43 @@ def main() -> None:
     best_fio = max(r["gb_per_s"]["median"] for r in rows if "fio" in str(r["reader"]))
     ours = max(r["gb_per_s"]["median"] for r in rows if r["reader"] in list(Backend))
     print(f"best of ours {ours:.2f} GB/s, {ours / best_fio:.0%} of fio's best, {best_fio:.2f}")
-    save("reads", rows, file=path.name, expert_bytes=EXPERT_BYTES, rounds=chosen.rounds)
+
+
+def show_bursts(rows: list[Row]) -> None:
+    """Print when the experts of a call are there."""
+    show(
+        "Experts of one call: when each is there, ms (medians)",
+        rows,
+        {
+            "chunks at the drive": lambda r: str(r["queue_depth"]),
+            "experts": lambda r: str(r["experts"]),
+            "there after": lambda r: " ".join(f"{ms:.2f}" for ms in r["came_ms"]),
+        },
+    )
+
+
+def main() -> None:
+    """Take turns, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "file", nargs="?", type=Path, help="default: the largest in build/bench/models"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--bursts", action="store_true", help="bursts alone; nothing is saved")
+    chosen = parser.parse_args()
+    path = chosen.file or max(files_of(MODELS), key=lambda file: file.stat().st_size)
+    arena = ops.aligned_empty(EXPERTS_AT_ONCE * EXPERT_BYTES, huge=True)
+    arena[:] = 1
+    found = bursts(path, arena)
+    show_bursts(found)
+    if chosen.bursts:
+        return
+    rounds = [one_round(path, arena, chosen.seconds, seed) for seed in range(chosen.rounds)]
+    rows = [summary(rounds, key) for key in rounds[0]]
+    show_readers(path, rows)
+    more = {"file": path.name, "expert_bytes": EXPERT_BYTES, "rounds": chosen.rounds}
+    save("reads", rows, bursts=found, **more)
 
 
 if __name__ == "__main__":
