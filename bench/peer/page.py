@@ -12,6 +12,7 @@ from bench.measure import RESULTS, ROOT, Row
 from bench.peer.drawing import Line, Panel, draw_bars, draw_panels
 from bench.peer.engines import LLAMA, LLAMA_REPACKED, SHOAL
 from bench.peer.scaling import IN_PROCESS, Cost, Shape
+from bench.peer.where import GAPS, rate
 from bench.wan.page import put, table
 
 DOCS = ROOT / "docs"
@@ -135,6 +136,27 @@ def scaling(report: Report, path: Path) -> str:
     )
 
 
+def where(report: Report, path: Path) -> str:
+    """Return the table of what a token's time goes to; small parts in one line."""
+    parts = [row for row in report["rows"] if row["weight_bytes"] or row["what"] == GAPS]
+    rest = sum(row["ms"] for row in report["rows"]) - sum(row["ms"] for row in parts)
+    lines = [
+        [
+            {"expert_sums": "experts"}.get(row["what"], row["what"]),
+            f"{row['ms']:.2f}",
+            f"{row['weight_bytes'] / 1e6:.0f}" if row["weight_bytes"] else "",
+            f"{rate(row):.1f}" if row["weight_bytes"] else "",
+        ]
+        for row in parts
+    ]
+    lines.append(["all other native calls", f"{rest:.2f}", "", ""])
+    return (
+        f"{table(['', 'ms', 'MB of weights', 'GB/s'], lines)}\n\n"
+        f"A token: {report['token_ms']:.1f} ms with nothing timed, {report['threads']} threads; "
+        f"the probe: {report['probe_gb_per_s']:.1f} GB/s. {source(report, path)}"
+    )
+
+
 def main() -> None:
     """Write the page and its pictures."""
     text = PAGE.read_text()
@@ -145,6 +167,8 @@ def main() -> None:
     if (found := newest("scaling-" + STEM.format("q4_k"))) is not None:
         text = put(text, "scaling", scaling(*found))
         draw_scaling(found[0], DOCS / "speed-scaling.svg")
+    if (found := newest("where-" + STEM.format("q4_k"))) is not None:
+        text = put(text, "where", where(*found))
     PAGE.write_text(text)
 
 
