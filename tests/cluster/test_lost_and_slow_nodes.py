@@ -28,10 +28,10 @@ ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 120.0  # a busy machine
 ROWS = 128  # some milliseconds of work
 MANY = 2000  # calls, until nodes are known
-# Calls until a throttled node is demoted, and its answers among them. Simulated nodes need ten
-# calls, twenty in noise. Real ones were seen to need 24 to 81, 4 to 7 of them answered by it, on a
-# machine four times overbooked: its replica stalls there as well, and it is compared with that.
-SOON, SOON_ANSWERED = 400, 40
+# Answers of a throttled node until it is demoted: ten in a simulated world, twenty in noise; 3 to 7
+# were seen of real ones on a machine five times overbooked. Calls are not what counts: while it is
+# silent its replica gets them all, some hundreds in the time of one of its answers.
+SOON_ANSWERED = 20
 both_transports = pytest.mark.parametrize("transport", [Transport.FAST, Transport.GRPCIO])
 
 
@@ -108,7 +108,7 @@ def test_a_throttled_node_is_demoted(path: Path, artifact: Artifact, transport: 
             with throttled(nodes[0]):
                 while health.demoted_until_s == before:
                     asking.ask()
-                    assert asking.count - asked < SOON, "it is not demoted"
+                    assert asking.count - asked < 100 * MANY, "it is not demoted"
                     assert health.num_replies - answered < SOON_ANSWERED, "it is asked too often"
 
 
