@@ -85,8 +85,10 @@ def fingerprint(target: Target) -> str:
     ]
     for path in sorted(inputs) + ([GOLDEN] if GOLDEN.exists() else []):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    version = subprocess.run([*target.compiler, "--version"], capture_output=True, check=True)
-    digest.update(version.stdout)
+    BUILD.mkdir(parents=True, exist_ok=True)  # zig leaves an empty a.o where it tells its version
+    version = [*target.compiler, "--version"]
+    told = subprocess.run(version, capture_output=True, check=True, cwd=BUILD)
+    digest.update(told.stdout)
     return digest.hexdigest()
 
 
