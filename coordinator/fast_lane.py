@@ -51,6 +51,7 @@ class FastLane:
         self._connection = Connection(is_client=True)
         self._socket: socket.socket | None = None
         self._is_opening = self._is_closed = False
+        self.open_s = 0.0  # the first round trip, without connecting: a tunnel answers that itself
         self._stream_id = 0
         self._unwritten = memoryview(b"")
         self._heard_s = 0.0
@@ -83,11 +84,13 @@ class FastLane:
             authority = "localhost" if is_unix else self._endpoint.address
             self._stream_id = self._connection.open(grpc_headers.request(EXECUTE, authority))
             self.send(greeting.open_frame(self.lane, stream_epoch))
+            asked_s = time.monotonic()
             self._socket.sendall(self._connection.take_output())
             buffer = memoryview(bytearray(RECEIVE_BYTES))
             while True:
                 self._socket.settimeout(max(0.001, give_up_s - time.monotonic()))
                 for frame, _ in self.receive(buffer):
+                    self.open_s = time.monotonic() - asked_s
                     self._socket.setblocking(False)
                     self.flush()
                     return opened_of(self.node, frame)

@@ -126,6 +126,17 @@ def fanout_of(pending: PendingSums) -> Fanout:
 
 
 @both_transports
+def test_a_tunnel_that_takes_the_connection_itself_hides_no_distance(
+    nodes: dict[Transport, str], artifact: Artifact, transport: Transport
+) -> None:
+    delay_s = 0.03  # each way; connecting to the proxy takes none of it
+    with ChaosProxy(nodes[transport], steady(Weather(delay_s=delay_s))) as proxy:
+        shards = f"0-15={proxy.endpoint}"
+        with closing(open_remote_dispatch(artifact, shards, transport=transport)) as dispatch:
+            assert dispatch.farthest_s is not None and dispatch.farthest_s >= 2 * delay_s
+
+
+@both_transports
 def test_an_idle_node_that_is_cut_off_is_noticed_and_met_again(
     nodes: dict[Transport, str], artifact: Artifact, transport: Transport
 ) -> None:
