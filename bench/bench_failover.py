@@ -252,11 +252,13 @@ def slowed(setup: Setup) -> Row:
     """Return how soon a slow node is avoided, and what tokens cost then."""
     before = setup.usual()
     health = setup.health(0)
-    replied, fanouts = health.num_replies, 0
+    replied, fanouts, avoided = health.num_replies, 0, None
     with closing(Duty(setup.nodes[0])):
         while health.demoted_until_s < time.monotonic() and fanouts < 100 * LAYERS:
             setup.fanout()
             fanouts += 1
+            if avoided is None and health.rests_until_s > time.monotonic():
+                avoided = health.num_replies - replied
         replies = health.num_replies - replied
         after = [setup.token() for _ in range(AFTER)]
     if not fanouts:
@@ -265,6 +267,7 @@ def slowed(setup: Setup) -> Row:
         "token_before_ms": median(before) * 1e3,
         "p99_before_ms": percentile(before, 99) * 1e3,
         "fanouts_until_demoted": fanouts,
+        "replies_until_avoided": replies if avoided is None else avoided,
         "replies_until_demoted": replies,
         "token_after_ms": median(after) * 1e3,
         "p99_after_ms": percentile(after, 99) * 1e3,
@@ -326,7 +329,8 @@ def main() -> None:
             "token after ms": cell("token_after_ms"),
             "p99 before ms": cell("p99_before_ms"),
             "p99 after ms": cell("p99_after_ms"),
-            "fan-outs until demoted": cell("fanouts_until_demoted"),
+            "its answers until avoided": cell("replies_until_avoided"),
+            "until demoted": cell("replies_until_demoted"),
             "dead after s, worst": cell("worst_dead_after_s"),
             "used again s, worst": cell("worst_used_again_s"),
             "repeated, most": cell("worst_repeated"),

@@ -6,14 +6,17 @@ usual spread from trouble. What a call waits behind other calls of ours is no fa
 is expected (`wait_s`), and left out of the latency.
 
     ok --(2 stalls in 30 replies, and lately 3x as slow on average as the median node)--> demoted
+    ok --(one stall of 32 times its prediction)--> resting, a quarter of a second
     ok --(5 failures in a row, or 3 missed deadlines in 10 s)--> broken off
     demoted, broken off --(a pause, twice as long each time)--> on probation --> ok
 
 A *stall* is a slow reply, or several of calls that were in flight together: they had one cause. An
 average, because it is time lost that counts: a busy machine holds up one call in twenty of a
 healthy node tenfold, a throttled node all of them, or one in ten a hundredfold. A hedge that is
-lost says the same thing by its late answer. Demoted and broken off are ranks, not exclusions: the
-last replica is used whatever its rank.
+lost says the same thing by its late answer. One long stall is no verdict, healthy nodes have some;
+but who has just had one is likelier than others to have the next, and a rest costs next to nothing.
+Resting, demoted and broken off are ranks, not exclusions: the last replica is used whatever its
+rank.
 """
 
 from collections import deque
@@ -42,6 +45,7 @@ PROBATION_RESIDUAL = 2.0  # the average that a demoted node comes back with
 FAILURES_IN_A_ROW = 5
 MISSES, MISSES_S = 3, 10.0
 FIRST_DEMOTION_S, MAX_DEMOTION_S = 5.0, 60.0
+REST_S = 0.25  # longer than CPU quotas' periods: what comes after it tells of the next one
 FIRST_BREAK_S, MAX_BREAK_S = 1.0, 30.0
 STALE_S = 10.0  # without a reply: what we know of it may be out of date
 
@@ -132,6 +136,7 @@ class NodeHealth:
         "pace_s",
         "replied_s",
         "residual",
+        "rests_until_s",
         "rtt_s",
         "usual",
     )
@@ -146,7 +151,7 @@ class NodeHealth:
         self.num_replies = 0
         self.replied_s = 0.0
         self.num_failures = 0  # in a row
-        self.demoted_until_s = self.broken_until_s = 0.0
+        self.demoted_until_s = self.broken_until_s = self.rests_until_s = 0.0
         self._demotion_s, self._break_s = FIRST_DEMOTION_S, FIRST_BREAK_S
         self._stalls: deque[int] = deque(maxlen=STALLS)  # at which reply
         self._stalled_s = 0.0  # when the last one was noticed
@@ -155,7 +160,8 @@ class NodeHealth:
 
     def rank(self, now_s: float) -> int:
         """Return 0 for a node in good standing; of two nodes the lower rank is asked first."""
-        if not self.is_suspect and now_s >= self.demoted_until_s and now_s >= self.broken_until_s:
+        judged_until_s = max(self.demoted_until_s, self.broken_until_s, self.rests_until_s)
+        if not self.is_suspect and now_s >= judged_until_s:
             return 0
         # Silent right now is worst: a slow node answers at least.
         ranks = ((4, self.is_suspect), (2, now_s < self.broken_until_s))
@@ -256,6 +262,8 @@ class NodeHealth:
         self.residual += (shown - self.residual) * LATE_SHARE
         self.usual += (shown - self.usual) * USUAL_SHARE
         self._stalls.append(self.num_replies)
+        if residual >= MAX_RESIDUAL:
+            self.rests_until_s = now_s + REST_S
         return len(self._stalls) == STALLS and self.num_replies - self._stalls[0] < STALL_REPLIES
 
     def demote(self, now_s: float) -> None:

@@ -102,6 +102,12 @@ class BusyWorld:
         assert health is not None
         return self._now_s < health.demoted_until_s
 
+    def rests(self, node: int) -> bool:
+        """Whether it is asked last for a while, for one long stall."""
+        health = self.core.health(node)
+        assert health is not None
+        return self._now_s < health.rests_until_s
+
     def call(self, at_once: int = 1) -> None:
         """Make so many calls at the same time, each a fan-out of its own; wait for their ends."""
         count = len(self.nodes)

@@ -18,6 +18,24 @@ def test_a_busy_machine_demotes_nobody(num_nodes: int) -> None:
         assert world.num_hedges > 5, "nothing happened"
 
 
+@pytest.mark.parametrize("duty", [(0.01, 0.1), (0.005, 0.05)])
+def test_one_long_stall_is_enough_to_be_asked_last_for_a_while(duty: tuple[float, float]) -> None:
+    for seed in range(4):
+        world = BusyWorld(seed)
+        for _ in range(WARM_UP):
+            world.call()
+        slow = world.nodes[0]
+        slow.duty = duty
+        before = slow.num_calls
+        while not world.rests(0):
+            world.call()
+            assert slow.num_calls - before <= 10
+        asked = slow.num_calls
+        while world.rests(0):
+            world.call()
+        assert slow.num_calls - asked <= 1, "asked while it rested"
+
+
 def test_a_quiet_machine_hedges_next_to_nothing() -> None:
     world = BusyWorld(1)
     for _ in range(2000):
