@@ -164,6 +164,8 @@ def main() -> None:
         if (found := newest("peer-" + STEM.format(fmt))) is not None:
             text = put(text, f"peer-{fmt}", peer(*found))
             draw_peer(found[0], DOCS / f"speed-{fmt}.svg", fmt)
+    if (found := newest("peer-1-thread-" + STEM.format("q4_k"))) is not None:
+        text = put(text, "peer-1-thread", peer(*found))
     if (found := newest("scaling-" + STEM.format("q4_k"))) is not None:
         text = put(text, "scaling", scaling(*found))
         draw_scaling(found[0], DOCS / "speed-scaling.svg")
