@@ -46,7 +46,8 @@ def bytes_per_token(artifact: Artifact) -> int:
 def run(model: Path, setup: Setup, chosen: argparse.Namespace, ids: Sequence[int]) -> Row:
     """Run one prompt in a process of its own; return its JSON report with its peak memory."""
     arguments = ["run", str(model), "--prompt-ids", ",".join(map(str, ids)), "--json"]
-    arguments += ["--max-tokens", str(chosen.decode), "--ignore-eos"]
+    # Random weights repeat themselves: guesses would be right more often than of any real text.
+    arguments += ["--max-tokens", str(chosen.decode), "--ignore-eos", "--speculate", "off"]
     arguments += ["--threads", str(chosen.threads)]
     if setup.shard_map is not None:
         arguments += ["--moe-shards", setup.shard_map]
