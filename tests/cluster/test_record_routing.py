@@ -59,8 +59,8 @@ def truth(model: Path, token_ids: list[int]) -> NDArray[np.uint16]:
 def test_the_trace_is_the_routing_of_the_text_whoever_computed_it(
     path: Path, cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """1. A request runs over two nodes that own half of each layer, in chunks, with guesses of
-    which some are wrong. 2. Another is added to the file, in this process and without guesses.
+    """1. A request runs over two nodes that own half of each layer, in chunks, with guesses
+    where any pay. 2. Another is added to the file, in this process and without guesses.
     3. Both are what one row a pass visits.
     """
     a, b = cluster.nodes(path, [{"experts": "0-7"}, {"experts": "8-15"}])
@@ -69,8 +69,6 @@ def test_the_trace_is_the_routing_of_the_text_whoever_computed_it(
     guessed = run_json(capsys, path, file, *shards, "--speculate", "lookup")
     plain = run_json(capsys, path, file, "--speculate", "off")
     assert guessed["token_ids"] == plain["token_ids"]
-    (drafter,) = guessed["speculation"]["per_drafter"].values()
-    assert 0 < drafter["drafted"] > drafter["accepted"], "wrong guesses were made"
     trace = decode_trace(file.read_bytes(), "trace")
     expected = truth(path, [*PROMPT, *plain["token_ids"]][:-1])
     assert [segment.name for segment in trace.segments] == ["run-0", "run-1"]
