@@ -63,7 +63,7 @@ class TestGovernor:
     @pytest.mark.parametrize("seed", range(5))
     def test_a_gain_switches_it_on_and_it_stays(self, seed: int) -> None:
         governor = Governor(WINDOW, GUARD)
-        run(governor, 14 * WINDOW, noisy(seed, 1.0, 0.8, 0.1))
+        run(governor, 20 * WINDOW, noisy(seed, 1.0, 0.8, 0.1))
         assert governor.state is State.ON
         states = run(governor, 200 * WINDOW, noisy(seed, 1.0, 0.8, 0.1))
         assert states.count(State.ON) > 0.75 * len(states)
@@ -102,9 +102,9 @@ class TestGovernor:
 
     def test_it_notices_when_the_world_changes(self) -> None:
         governor = Governor(WINDOW, GUARD)
-        run(governor, 14 * WINDOW, noisy(1, 1.0, 0.7, 0.05))
+        run(governor, 20 * WINDOW, noisy(1, 1.0, 0.7, 0.05))
         assert governor.state is State.ON
-        states = run(governor, (ON_WINDOWS + 16) * WINDOW, noisy(2, 1.0, 1.4, 0.05))
+        states = run(governor, (ON_WINDOWS + 20) * WINDOW, noisy(2, 1.0, 1.4, 0.05))
         assert states[-1] is State.OFF and governor.switches == 1
         states = run(governor, (OFF_WINDOWS + 16) * WINDOW, noisy(3, 1.0, 0.7, 0.05))
         assert states[-1] is State.ON and governor.switches == 2
@@ -126,7 +126,7 @@ class TestGovernor:
 
     def test_off_is_demand_only_in_truth(self) -> None:
         governor = Governor(WINDOW, GUARD)
-        run(governor, (LEARN_WINDOWS + 5) * WINDOW, lambda _call, issued: 2.0 if issued else 1.0)
+        run(governor, (LEARN_WINDOWS + 7) * WINDOW, lambda _call, issued: 2.0 if issued else 1.0)
         for _ in range(OFF_WINDOWS * WINDOW // 2):
             assert governor.state is State.OFF
             assert not governor.is_learning and not governor.may_issue

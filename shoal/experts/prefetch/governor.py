@@ -1,6 +1,6 @@
 """Governor: does prefetching win here? A-B-A, online, for as long as the process lives (core).
 
-    learn -> trial: off on off on off ... -> on, longer each time -> trial -> ...
+    learn -> trial: off on off off on ... -> on, longer each time -> trial -> ...
                                           -> off, longer each time -> learn -> trial -> ...
 
 Windows are counted in calls. A trial compares each window with prefetching (B) with the mean of the
@@ -10,7 +10,8 @@ prefetching's own work included, a wanted expert at a time. The first calls of a
 the one before (what it left in the cache) and are not counted.
 
 Prefetching goes on only if it wins by more than the noise between pairs; a clear win or loss ends a
-trial early; a draw is off.
+trial early; a draw is off. A small gain in much noise takes many pairs to see: windows of rest in
+between bound what a long trial costs where there is none.
 """
 
 from dataclasses import dataclass, field
@@ -19,8 +20,10 @@ from enum import StrEnum
 LEARN_WINDOWS = 6  # before a trial: predictors need some 25 tokens
 CLEAR_PAIRS = 3  # that all say the same, clearly: enough
 MIN_PAIRS = 4  # before any other win is believed
-DRAW_PAIRS = 6  # after which less than a gain is a draw
-MAX_PAIRS = 12  # after which what is not sure is one
+DRAW_PAIRS = 6  # after which what is hardly a gain is a draw
+MAX_PAIRS = 60  # after which what is not sure is one
+HARDLY = 1.0  # standard errors above the mean that are still less than a gain
+REST_WINDOWS = 2  # without prefetching, after each with it: what a trial may cost
 CLEAR_GAIN = 0.08  # of a call's cost, in each of the first pairs
 CLEAR_LOSS = 0.05  # likewise, on the mean of two pairs or more: ends the trial
 MIN_GAIN = 0.015  # of a call's cost: less is not worth the reads
@@ -51,13 +54,22 @@ class _Window:
 
 @dataclass(slots=True)
 class _Trial:
-    off: list[float] = field(default_factory=list)  # mean costs, one more than `on` when judged
-    on: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)  # of off, on, off, since the last pair
+    gains: list[float] = field(default_factory=list)  # of each pair, a share of the cost without
+    off_s: float = 0.0  # of the pairs, in all
+    rest: int = 0  # windows until the next one with prefetching
 
-    def gains(self) -> list[float]:
-        """Return each pair's gain, as a share of the cost without prefetching."""
-        around = [(a + b) / 2 for a, b in zip(self.off, self.off[1:], strict=False)]
-        return [(a - b) / a if a > 0 else 0.0 for a, b in zip(around, self.on, strict=False)]
+    def add(self, mean_s: float) -> bool:
+        """Take in a window; return whether it ended a pair."""
+        self.costs.append(mean_s)
+        if len(self.costs) < 3:
+            return False
+        before, with_s, after = self.costs
+        around = (before + after) / 2
+        self.gains.append((around - with_s) / around if around > 0 else 0.0)
+        self.off_s += around
+        self.costs, self.rest = [after], REST_WINDOWS - 1
+        return True
 
 
 class Governor:
@@ -114,10 +126,14 @@ class Governor:
 
     def _end_window(self, window: _Window) -> None:
         if self._state is State.TRIAL:
-            (self._trial.on if self._is_b else self._trial.off).append(window.mean_s)
-            self._is_b = not self._is_b
-            if len(self._trial.off) == len(self._trial.on) + 1 and self._trial.on:
+            trial = self._trial
+            if trial.rest:
+                trial.rest -= 1
+                trial.costs = [window.mean_s]
+            elif trial.add(window.mean_s):
                 self._judge(window)
+            if self._state is State.TRIAL:
+                self._is_b = len(trial.costs) == 1 and not trial.rest
             return
         self._windows_left -= 1
         if self._windows_left:
@@ -128,17 +144,18 @@ class Governor:
             self._state, self._trial, self._is_b = State.TRIAL, _Trial(), False
 
     def _judge(self, last: _Window) -> None:
-        gains = self._trial.gains()
+        gains = self._trial.gains
         count = len(gains)
         mean = sum(gains) / count
         squares = sum((gain - mean) ** 2 for gain in gains) / max(1, count - 1)
         is_sure = mean > max(MIN_GAIN, SURE * (squares / count) ** 0.5)
         is_clear = count == CLEAR_PAIRS and min(gains) > CLEAR_GAIN and is_sure
         is_gain = count >= MIN_PAIRS and is_sure
-        is_draw = count == MAX_PAIRS or (count >= DRAW_PAIRS and mean < MIN_GAIN)
-        self.saved_s += gains[-1] * self._trial.off[-1] * last.experts
+        is_hardly = mean + HARDLY * (squares / count) ** 0.5 < MIN_GAIN
+        is_draw = count == MAX_PAIRS or (count >= DRAW_PAIRS and is_hardly)
+        self.saved_s += gains[-1] * last.mean_s * last.experts
         if is_clear or is_gain:
-            self._gain_s = mean * sum(self._trial.off) / len(self._trial.off)
+            self._gain_s = mean * self._trial.off_s / count
             self._settle(State.ON, self._on_windows)
             self._on_windows = min(2 * self._on_windows, MAX_ON_WINDOWS)
             self._off_windows = OFF_WINDOWS
