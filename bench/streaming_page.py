@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import RESULTS, ROOT, Row
-from bench.wan.page import put, table
+from bench.page import commit, link, put, table
 
 PAGE = ROOT / "docs" / "streaming.md"
 MODEL = "qwen3-30b-a3b-12-layers-q4_k-seed-0"
@@ -63,9 +63,8 @@ def sources(found: Mapping[Key, Measured]) -> str:
     """Return where the figures are from."""
     reports = {each.path: each.report for each in found.values()}
     return "\n".join(
-        f"- [{path.name}](../bench/results/{path.name}): {report['cpu']}, {report['num_cpus']} "
-        f"cores, {report['peer']}, commit {str(report['commit'])[:8]}"
-        f"{' and changes' if report['uncommitted_changes'] else ''}, `{report['command']}`"
+        f"- {link(path)}: {report['cpu']}, {report['num_cpus']} cores, {report['peer']}, "
+        f"{commit(report)}, `{report['command']}`"
         for path, report in sorted(reports.items())
     )
 

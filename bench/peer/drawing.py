@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.svg import save, text
+
 COLOURS = ("#2f6fb0", "#c0392b", "#e08e2b", "#777")
 FONT = "text{font:12px sans-serif;fill:#333}.grid{stroke:#ddd}"
 GAP, HEAD, FOOT = 50, 46, 30
@@ -37,7 +39,7 @@ def draw_panels(path: Path, panels: Sequence[Panel], width: int = 330, height: i
         top = HEAD + index // 2 * (height + HEAD + FOOT)
         parts += _panel(panel, left, top, width, height)
     rows = -(-len(panels) // 2)
-    _save(path, parts, 2 * (width + GAP) + 20, rows * (height + HEAD + FOOT) + 10)
+    save(path, FONT, parts, 2 * (width + GAP) + 20, rows * (height + HEAD + FOOT) + 10)
 
 
 def _panel(panel: Panel, left: float, top: float, width: float, height: float) -> list[str]:
@@ -53,13 +55,13 @@ def _panel(panel: Panel, left: float, top: float, width: float, height: float) -
     def up(y: float) -> float:
         return top + height * (1 - y / highest)
 
-    parts = [_text(left, top - 26, panel.title, "start")]
+    parts = [text(left, top - 26, panel.title, "start")]
     for step in range(round(highest / tick) + 1):
         parts.append(f'<path class="grid" d="M{left} {up(step * tick):.1f}h{width}"/>')
-        parts.append(_text(left - 6, up(step * tick) + 4, f"{step * tick:g}", "end"))
+        parts.append(text(left - 6, up(step * tick) + 4, f"{step * tick:g}", "end"))
     for x in xs:
-        parts.append(_text(along(x), top + height + 16, f"{x:g}", "middle"))
-    parts.append(_text(left + width, top + height + 30, panel.x_label, "end"))
+        parts.append(text(along(x), top + height + 16, f"{x:g}", "middle"))
+    parts.append(text(left + width, top + height + 30, panel.x_label, "end"))
     name_at = left
     for colour, line in zip(COLOURS, panel.lines, strict=False):
         joined = " ".join(f"{along(x):.1f},{up(y):.1f}" for x, y in sorted(line.points))
@@ -75,7 +77,7 @@ def _panel(panel: Panel, left: float, top: float, width: float, height: float) -
         parts.append(
             f'<path stroke="{colour}" stroke-width="2"{dashes} d="M{name_at} {top - 12}h18"/>'
         )
-        parts.append(_text(name_at + 23, top - 8, line.name, "start"))
+        parts.append(text(name_at + 23, top - 8, line.name, "start"))
         name_at += 40 + 7 * len(line.name)
     return parts
 
@@ -85,39 +87,27 @@ def draw_bars(
 ) -> None:
     """Draw a group of bars a row, each beside its number, on a scale of its own row."""
     left, bar, width = 190, 13, 420
-    parts = [_text(10, 18, title, "start")]
+    parts = [text(10, 18, title, "start")]
     at = 10
     for colour, name in zip(COLOURS, names, strict=False):
         parts.append(f'<rect fill="{colour}" x="{at}" y="28" width="10" height="10"/>')
-        parts.append(_text(at + 15, 37, name, "start"))
+        parts.append(text(at + 15, 37, name, "start"))
         at += 40 + 7 * len(name)
     top = 52
     for name, values in bars:
-        parts.append(_text(left - 8, top + bar * len(values) / 2 + 4, name, "end"))
+        parts.append(text(left - 8, top + bar * len(values) / 2 + 4, name, "end"))
         for colour, value in zip(COLOURS, values, strict=False):
             length = width * value / max(values)
             parts.append(
                 f'<rect fill="{colour}" x="{left}" y="{top}" width="{length:.1f}" '
                 f'height="{bar - 2}"/>'
             )
-            parts.append(_text(left + length + 5, top + bar - 3, f"{value:.1f}", "start"))
+            parts.append(text(left + length + 5, top + bar - 3, f"{value:.1f}", "start"))
             top += bar
         top += 9
-    _save(path, parts, left + width + 70, top)
+    save(path, FONT, parts, left + width + 70, top)
 
 
 def _nice(step: float) -> float:
     power: float = 10.0 ** math.floor(math.log10(step))
     return power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= step)
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
-
-
-def _save(path: Path, parts: Sequence[str], width: float, height: float) -> None:
-    box = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box}><style>{FONT}</style>'
-    background = f'<rect width="{width:g}" height="{height:g}" fill="#fff"/>'
-    body = "\n".join(parts)
-    path.write_text(f"{head}{background}\n{body}\n</svg>\n")

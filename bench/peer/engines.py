@@ -1,12 +1,11 @@
 """Engines to compare, each in a process of its own that stays for all phases."""
 
-import json
-import subprocess
 import sys
-from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
+from bench.line_process import LineProcess
 from bench.measure import ROOT
 from bench.peer.phases import Phase
 from bench.peer_llama import peer_python
@@ -14,42 +13,17 @@ from bench.peer_llama import peer_python
 SHOAL, LLAMA, LLAMA_REPACKED = "shoal", "llama.cpp", "llama.cpp, repacked"
 
 
-class Engine(AbstractContextManager["Engine"]):
+class Engine(LineProcess):
     """A process that does phases; all but one wait while that one works."""
 
-    def __init__(self, name: str, command: list[str]) -> None:
-        self.name = name
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-
     def wait_ready(self) -> Self:
-        self._answer()
+        self.answer()
         return self
 
     def run(self, phase: Phase) -> list[float]:
         """Return the seconds of each step."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(phase.line() + "\n")
-        self._process.stdin.flush()
-        steps: list[float] = self._answer()["step_s"]
+        steps: list[float] = self.exchange(asdict(phase))["step_s"]
         return steps
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with status {self._process.wait()}: see above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 def shoal_engine(model: Path, max_context: int, *flags: str, name: str = SHOAL) -> Engine:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import RESULTS, ROOT, Row
+from bench.page import commit, link, put, table
 from bench.peer.drawing import Line, Panel, draw_bars, draw_panels
 from bench.peer.engines import LLAMA, LLAMA_REPACKED, SHOAL
 from bench.peer.scaling import IN_PROCESS, Cost, Shape
 from bench.peer.where import GAPS, rate
-from bench.wan.page import put, table
 
 DOCS = ROOT / "docs"
 PAGE = DOCS / "speed.md"
@@ -30,9 +30,8 @@ def newest(name: str) -> tuple[Report, Path] | None:
 
 def source(report: Report, path: Path) -> str:
     """Return where figures are from."""
-    commit = str(report["commit"])[:8] + (" and changes" if report["uncommitted_changes"] else "")
-    link = f"[{path.name}](../bench/results/{path.name})"
-    return f"{link}: {report['cpu']}, {report['num_cpus']} cores, {report['isa']}, commit {commit}."
+    machine = f"{report['cpu']}, {report['num_cpus']} cores, {report['isa']}"
+    return f"{link(path)}: {machine}, {commit(report)}."
 
 
 def _rate(row: Row, engine: str) -> str:

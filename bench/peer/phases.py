@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 MAX_ROWS_WITH_LOGITS = 32  # of speculation and batches; a prompt needs those of its last row
 FILL_ROWS = 512  # the context that is really computed; more of it is copies
@@ -31,9 +31,6 @@ class Phase:
     @property
     def num_logits(self) -> int:
         return self.rows if self.rows <= MAX_ROWS_WITH_LOGITS else 1
-
-    def line(self) -> str:
-        return json.dumps(asdict(self))
 
 
 def serve(run: Callable[[Phase, Callable[[], float]], None]) -> None:

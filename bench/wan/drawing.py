@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.measure import Row
+from bench.svg import save, text
 
 STYLE = (
     "text{font:12px sans-serif;fill:#333}.grid{stroke:#ddd}"
@@ -40,10 +41,10 @@ def draw_sweep(
     for tick in TICKS:
         if low <= tick <= high:
             parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}h{WIDTH}"/>')
-            parts.append(_text(LEFT - 8, y(tick) + 4, f"{tick:g}", "end"))
+            parts.append(text(LEFT - 8, y(tick) + 4, f"{tick:g}", "end"))
     for rtt_s in rtts:
         parts.append(f'<path class="grid" d="M{x(rtt_s):.1f} {TOP}v{HEIGHT}"/>')
-        parts.append(_text(x(rtt_s), TOP + HEIGHT + 18, f"{rtt_s * 1e3:g} ms", "middle"))
+        parts.append(text(x(rtt_s), TOP + HEIGHT + 18, f"{rtt_s * 1e3:g} ms", "middle"))
     for style, mode in zip(CLASSES, dict.fromkeys(row["mode"] for row in rows), strict=False):
         mine = [row for row in rows if row["mode"] == mode]
         points = [(x(row["rtt_s"]), y(row["decode_tokens_per_s"])) for row in mine]
@@ -53,20 +54,11 @@ def draw_sweep(
             f'<circle class="{style}-dot" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in points
         ]
         label = f"{mode} ({mine[0]['local_expert_bytes'] / 1e6:.0f} MB)"
-        parts.append(_text(points[-1][0] + 8, points[-1][1] + 4, label, "start"))
+        parts.append(text(points[-1][0] + 8, points[-1][1] + 4, label, "start"))
     for name, (rtt_s, rate) in references.items():
         px, py = x(rtt_s), y(rate)
         parts.append(f'<path class="line" d="M{px - 5:.1f} {py - 5:.1f}l10 10m0 -10l-10 10"/>')
-        parts.append(_text(px - 8, py + 4, name, "end"))
-    parts.append(_text(LEFT, 14, TITLE, "start"))
+        parts.append(text(px - 8, py + 4, name, "end"))
+    parts.append(text(LEFT, 14, TITLE, "start"))
     width, height = LEFT + WIDTH + RIGHT, TOP + HEIGHT + 30
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">'
-    )
-    background = f'<rect width="{width}" height="{height}" fill="#fff"/>'
-    body = "\n".join(parts)
-    path.write_text(f"{head}<style>{STYLE}</style>{background}\n{body}\n</svg>\n")
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
+    save(path, STYLE, parts, width, height)

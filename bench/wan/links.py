@@ -10,14 +10,12 @@ weather a line from stdin, each answered by a line. It uses the proxy of the tes
 
 import json
 import os
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Self
 
+from bench.line_process import LineProcess
 from bench.measure import ROOT
 
 POLL_S = 0.2  # weather changes between measurements only, and a poll costs CPU
@@ -38,48 +36,18 @@ class LinkSpeed:
     down_mbit: float | None = None
 
 
-class Links:
+class Links(LineProcess):
     """The process of the proxies."""
 
     def __init__(self, targets: list[str]) -> None:
         path = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "bench.wan.links", *targets],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        self.endpoints: list[str] = self._answer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        command = [sys.executable, "-P", "-m", "bench.wan.links", *targets]
+        super().__init__("the proxies", command, {**os.environ, "PYTHONPATH": path})
+        self.endpoints: list[str] = self.answer()
 
     def set(self, speed: LinkSpeed) -> None:
         """Change the weather; it holds when this returns."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asdict(speed)) + "\n")
-        self._process.stdin.flush()
-        self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the proxies ended with {self._process.wait()}")
-        return json.loads(line)
+        self.exchange(asdict(speed))
 
 
 def main() -> None:

@@ -10,23 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import RESULTS, ROOT, Row
+from bench.page import commit, link, put, table
 
 PAGE = ROOT / "docs" / "wan.md"
 Report = dict[str, Any]
 
 
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def source(report: Report, path: Path) -> str:
     """Return where the figures are from."""
-    commit = str(report["commit"])[:8] + (" and changes" if report["uncommitted_changes"] else "")
     return (
-        f"[{path.name}](../bench/results/{path.name}): {report['cpu']}, {report['num_cpus']} "
-        f"cores, load {report['load_1_min']:.1f}, commit {commit}, `{report['command']}`."
+        f"{link(path)}: {report['cpu']}, {report['num_cpus']} cores, load "
+        f"{report['load_1_min']:.1f}, {commit(report)}, `{report['command']}`."
     )
 
 
@@ -152,14 +146,6 @@ BLOCKS: dict[str, tuple[str, Callable[[Report], str]]] = {
     "sweep": ("-sweep", sweep),
     "wide": ("-wide", wide),
 }
-
-
-def put(text: str, block: str, body: str) -> str:
-    """Return the page with that body in a block."""
-    begin, end = f"<!-- {block} -->\n", "<!-- end -->"
-    before, found, rest = text.partition(begin)
-    assert found, f"docs/wan.md has no block {block}"
-    return f"{before}{begin}{body}\n{end}{rest.partition(end)[2]}"
 
 
 def filled(text: str, name: str) -> str:

@@ -10,15 +10,13 @@ request, as in any coordinator that serves; what was generated does not, without
 
 import json
 import os
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from bench.measure import ROOT
+from bench.line_process import LineProcess
 from bench.wan.figures import Result
 from coordinator.app import Coordinator, CoordinatorConfig, Feedback, OpenedModel, start_engine
 from coordinator.cancellation import Cancellation
@@ -54,49 +52,20 @@ class Request:
     seed: int = 0
 
 
-class Worker:
+class Worker(LineProcess):
     """The process; one request at a time."""
 
     def __init__(self, setup: WorkerSetup) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "bench.wan.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=os.environ if setup.home is None else {**os.environ, "SHOAL_HOME": setup.home},
-        )
-        self.ready: Result = self._exchange(asdict(setup))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        environment = None if setup.home is None else {**os.environ, "SHOAL_HOME": setup.home}
+        command = [sys.executable, "-P", "-m", "bench.wan.worker"]
+        super().__init__("a coordinator", command, environment)
+        self.ready: Result = self.exchange(asdict(setup))
 
     def ask(self, request: Request) -> Result:
         """Return what came of it. Raises RuntimeError if it failed."""
-        result = self._exchange(asdict(request))
+        result: Result = self.exchange(asdict(request))
         if result["error"] is not None:
             raise RuntimeError(f"the request failed: {result['error']}")
-        return result
-
-    def _exchange(self, line: dict[str, Any]) -> Result:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(line) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"a coordinator ended with {self._process.wait()}")
-        result: Result = json.loads(answer)
         return result
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from bench.page import put
 from bench.wan.drawing import draw_sweep
 from bench.wan.figures import repetition, totals
 from bench.wan.measure_modes import stretched
 from bench.wan.modes import BARE
-from bench.wan.page import BLOCKS, PAGE, put
+from bench.wan.page import BLOCKS, PAGE
 from bench.wan.prompts import FOLDER, KINDS
 from bench.wan.replay import Replay, ReplayDrafter
 from bench.wan.sweep import compared
