@@ -160,8 +160,8 @@ class NodeHealth:
 
     def rank(self, now_s: float) -> int:
         """Return 0 for a node in good standing; of two nodes the lower rank is asked first."""
-        judged_until_s = max(self.demoted_until_s, self.broken_until_s, self.rests_until_s)
-        if not self.is_suspect and now_s >= judged_until_s:
+        is_judged = now_s < self.demoted_until_s or now_s < self.broken_until_s
+        if not (self.is_suspect or is_judged or now_s < self.rests_until_s):
             return 0
         # Silent right now is worst: a slow node answers at least.
         ranks = ((4, self.is_suspect), (2, now_s < self.broken_until_s))
