@@ -60,8 +60,9 @@ class RoutingRecorder:
         nothing = RoutingTrace(identity, num_experts, self._top_k, tuple(routers), ())
         self._trace = _read(path, nothing)
         self._max_rows = MAX_RECORDED_BYTES // (2 * len(routers) * self._top_k)
-        self._tokens = np.empty(0, np.int32)
+        self._tokens = np.empty(0, np.int32)  # with room behind the first _num_rows, as the next
         self._rows = self._empty(0)
+        self._num_rows = 0
         self._pass: NDArray[np.uint16] | None = None
 
     def transformer(
@@ -84,9 +85,11 @@ class RoutingRecorder:
         """The pass is done: its rows stand, and none after them."""
         assert self._pass is not None, "a pass ends that did not begin"
         first = int(batch.positions[0])
-        assert first <= len(self._tokens), "rows before these were not run"
-        self._tokens = np.concatenate([self._tokens[:first], batch.token_ids])
-        self._rows = np.concatenate([self._rows[:first], self._pass])
+        assert first <= self._num_rows, "rows before these were not run"
+        self._num_rows = first + batch.num_rows
+        self._reserve()
+        self._tokens[first : self._num_rows] = batch.token_ids
+        self._rows[first : self._num_rows] = self._pass
         self._pass = None
 
     def write(self, token_ids: Sequence[int]) -> str:
@@ -97,7 +100,7 @@ class RoutingRecorder:
 
         Raises: OSError: the file cannot be written; what was there still is.
         """
-        said = np.array(token_ids[: len(self._tokens)], np.int32)
+        said = np.array(token_ids[: self._num_rows], np.int32)
         differ = np.flatnonzero(said != self._tokens[: said.size])
         num_rows = int(differ[0]) if differ.size else said.size
         segments = list(self._trace.segments)
@@ -115,6 +118,13 @@ class RoutingRecorder:
             f"routing of {num_rows} tokens added to {self._path} "
             f"({total} tokens of {len(trace.segments)} texts)"
         )
+
+    def _reserve(self) -> None:
+        """Make room for all rows, twice what was there: a long text is not copied every token."""
+        if self._num_rows > len(self._tokens):
+            more = max(self._num_rows, 2 * len(self._tokens)) - len(self._tokens)
+            self._tokens = np.concatenate([self._tokens, np.empty(more, np.int32)])
+            self._rows = np.concatenate([self._rows, self._empty(more)])
 
     def _empty(self, num_rows: int) -> NDArray[np.uint16]:
         return np.zeros((num_rows, len(self._column), self._top_k), np.uint16)
