@@ -159,7 +159,7 @@ def test_bytes_arrive_whole_and_in_order_in_any_weather(echo: str, weather: Weat
 
 def test_a_reset_breaks_the_connection_and_the_next_one_works(echo: str) -> None:
     with ChaosProxy(echo, lambda number, _, __: Weather(resets=number == 0)) as proxy:
-        with connect(proxy) as first, pytest.raises(ConnectionResetError):
+        with pytest.raises(ConnectionResetError), connect(proxy) as first:
             first.sendall(b"hello")
             if first.recv(100) == b"":
                 raise AssertionError("ended politely")
