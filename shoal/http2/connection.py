@@ -8,9 +8,8 @@ for the peer) makes sense; what it does to one stream is an event. Windows are g
 messages are read, but not to a peer that leaves more than MAX_UNREAD_BYTES of answers unread.
 """
 
-from collections import deque
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 import hpack
@@ -22,7 +21,6 @@ from shoal.http2.events import (
     GoneAway,
     HeadersReceived,
     MessageReceived,
-    MessageRefused,
     PingAnswered,
     RemoteEnded,
     StreamReset,
@@ -30,25 +28,12 @@ from shoal.http2.events import (
 from shoal.http2.flood import FloodGuard
 from shoal.http2.frames import Code, Http2Error, Kind, Setting
 from shoal.http2.header_blocks import HeaderBlock, HeaderBlocks
+from shoal.http2.stream import PREFIX_BYTES, Stream
 
-PREFIX_BYTES: Final = 5  # of a gRPC message: compressed or not, length
 MAX_UNREAD_BYTES: Final = limits.MIB
+_MESSAGE_HEAD: Final = struct.Struct(">BHBBIBI")  # a DATA frame's header and the gRPC prefix
 _GRANT_BYTES: Final = limits.H2_WINDOW_BYTES // 4
 Headers = Sequence[tuple[str, str]]
-
-
-@dataclass(slots=True)
-class _Stream:
-    send_window: int
-    receive_window: int = limits.H2_WINDOW_BYTES
-    consumed: int = 0
-    partial: bytearray = field(default_factory=bytearray)
-    outbox: deque[memoryview] = field(default_factory=deque)  # messages that wait for window
-    ending: bytes | None = None  # the frames that end our half, once the outbox is empty
-    has_headers: bool = False
-    is_refused: bool = False  # what it still sends is thrown away
-    is_local_open: bool = True
-    is_remote_open: bool = True
 
 
 class Connection:
@@ -57,10 +42,11 @@ class Connection:
     def __init__(self, *, is_client: bool, max_message_bytes: int = limits.MAX_MESSAGE_BYTES):
         self._is_client = is_client
         self._max_message_bytes = max_message_bytes
+        self._max_whole_bytes = min(max_message_bytes + PREFIX_BYTES, limits.H2_FRAME_BYTES)
         self._blocks = HeaderBlocks()
         self._encoder = hpack.Encoder()
         self._encoder.header_table_size = 0  # stateless: legal whatever the peer's table is
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, Stream] = {}
         self._next_stream_id = 1
         self._last_remote_id = 0
         self._send_window = frames.DEFAULT_WINDOW
@@ -94,7 +80,7 @@ class Connection:
         """Start a stream; returns its id."""
         assert self._is_client
         stream_id, self._next_stream_id = self._next_stream_id, self._next_stream_id + 2
-        self._streams[stream_id] = _Stream(self._peer_window)
+        self._streams[stream_id] = Stream(self._peer_window)
         self._write_headers(stream_id, headers, 0)
         return stream_id
 
@@ -175,6 +161,36 @@ class Connection:
 
     # What the peer does.
 
+    def take_message(self, data: bytes | memoryview) -> tuple[int, memoryview] | None:
+        """Take data that is one whole frame with one whole message, as almost all of it is.
+
+        Returns:
+            (stream id, payload, a view of the data); None: it is anything else, or more has to be
+            done about it, and nothing has changed: `receive` it.
+        """
+        num_bytes = len(data)
+        if num_bytes < _MESSAGE_HEAD.size or self._buffer or self._preface:
+            return None
+        high, low, kind, flags, stream_id, is_compressed, length = _MESSAGE_HEAD.unpack_from(data)
+        size = length + PREFIX_BYTES
+        if kind or flags or is_compressed or (high << 16) | low != size:
+            return None
+        stream = self._streams.get(stream_id)
+        if stream is None or stream.partial or not (stream.has_headers and stream.is_remote_open):
+            return None
+        if self._blocks.stream_id is not None or stream.is_refused:
+            return None
+        if num_bytes != frames.HEADER_BYTES + size or size > self._max_whole_bytes:
+            return None
+        if stream.consumed + size >= _GRANT_BYTES or self._consumed + size >= _GRANT_BYTES:
+            return None  # windows are to be given back, or run out
+        stream.receive_window -= size
+        stream.consumed += size
+        self._receive_window -= size
+        self._consumed += size
+        self._flood.on_message(length)
+        return stream_id, memoryview(data)[_MESSAGE_HEAD.size :]
+
     def receive(self, data: bytes | memoryview, now_s: float) -> list[Event]:
         """Take what arrived; return what it means, in order.
 
@@ -252,42 +268,16 @@ class Connection:
         if not size and not flags & frames.END_STREAM:
             self._flood.on_control("empty DATA")
         if not stream.is_refused:
-            self._assemble(stream_id, stream, frames.without_padding(body, flags), events)
+            content = frames.without_padding(body, flags)
+            for event in stream.assemble(stream_id, content, self._max_message_bytes):
+                if isinstance(event, MessageReceived):
+                    self._flood.on_message(len(event.payload))
+                events.append(event)
         if flags & frames.END_STREAM:
             self._end_remote(stream_id, stream, events)
         self._grant(stream_id, stream)
 
-    def _assemble(
-        self, stream_id: int, stream: _Stream, body: memoryview, events: list[Event]
-    ) -> None:
-        partial = stream.partial
-        if not partial and len(body) >= PREFIX_BYTES and body[0] == 0:
-            length = int.from_bytes(body[1:PREFIX_BYTES], "big")
-            if len(body) == PREFIX_BYTES + length <= self._max_message_bytes:
-                self._flood.on_message(length)
-                events.append(MessageReceived(stream_id, bytes(body[PREFIX_BYTES:])))
-                return
-        partial += body
-        start = 0
-        while len(partial) - start >= PREFIX_BYTES:
-            length = int.from_bytes(partial[start + 1 : start + PREFIX_BYTES], "big")
-            if partial[start] or length > self._max_message_bytes:
-                is_compressed = partial[start] != 0
-                events.append(MessageRefused(stream_id, is_compressed, length))
-                stream.is_refused = True
-                start = len(partial)
-                break
-            end = start + PREFIX_BYTES + length
-            if len(partial) < end:
-                break
-            with memoryview(partial) as view:
-                payload = bytes(view[start + PREFIX_BYTES : end])
-            self._flood.on_message(length)
-            events.append(MessageReceived(stream_id, payload))
-            start = end
-        del partial[:start]
-
-    def _end_remote(self, stream_id: int, stream: _Stream, events: list[Event]) -> None:
+    def _end_remote(self, stream_id: int, stream: Stream, events: list[Event]) -> None:
         stream.is_remote_open = False
         is_torn = bool(stream.partial)  # the stream ends in the middle of a message
         if not stream.is_local_open:
@@ -402,7 +392,7 @@ class Connection:
         if ends:
             self._end_remote(stream_id, stream, events)
 
-    def _accept(self, stream_id: int) -> _Stream | None:
+    def _accept(self, stream_id: int) -> Stream | None:
         if self._is_client or stream_id <= self._last_remote_id:
             self._check_was_open(stream_id, "HEADERS")
             return None
@@ -413,7 +403,7 @@ class Connection:
             body = int(Code.REFUSED_STREAM).to_bytes(4, "big")
             self._output.append(frames.pack(Kind.RST_STREAM, 0, stream_id, body))
             return None
-        stream = self._streams[stream_id] = _Stream(self._peer_window)
+        stream = self._streams[stream_id] = Stream(self._peer_window)
         return stream
 
     def _check_was_open(self, stream_id: int, what: str) -> None:
@@ -440,7 +430,7 @@ class Connection:
         for stream_id, stream in list(self._streams.items()):
             self._drain_outbox(stream_id, stream)
 
-    def _drain_outbox(self, stream_id: int, stream: _Stream) -> None:
+    def _drain_outbox(self, stream_id: int, stream: Stream) -> None:
         while stream.outbox:
             message = stream.outbox[0]
             room = min(self._send_window, stream.send_window, self._peer_frame_bytes)
@@ -465,7 +455,7 @@ class Connection:
         if stream.is_remote_open:
             self._grant(stream_id, stream)
 
-    def _grant(self, stream_id: int, stream: _Stream | None) -> None:
+    def _grant(self, stream_id: int, stream: Stream | None) -> None:
         if self._unread_bytes > MAX_UNREAD_BYTES and not self._is_client:
             return  # a client must read before it asks for more; both waiting would be for ever
         if self._consumed >= _GRANT_BYTES:

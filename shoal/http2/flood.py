@@ -25,7 +25,8 @@ class FloodGuard:
 
     def on_message(self, num_bytes: int) -> None:
         """A message was received or sent."""
-        self._earn(EARNED_PER_MESSAGE + num_bytes // BYTES_THAT_EARN_ONE)
+        if self._tokens < limits.MAX_H2_CONTROL_FRAMES:
+            self._earn(EARNED_PER_MESSAGE + num_bytes // BYTES_THAT_EARN_ONE)
 
     def on_control(self, what: str) -> None:
         """A frame that carries nothing arrived. Raises Http2Error when there are too many."""

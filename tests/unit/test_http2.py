@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable
+from functools import partial
 
 import hpack
 import pytest
@@ -50,6 +51,15 @@ def exchange(client: Connection, server: Connection) -> tuple[list[Event], list[
             end.check_integrity()
 
 
+def taken(end: Connection, data: bytes) -> list[Event]:
+    """Take data as a shell does: whole messages the quick way, all else the long one."""
+    message = end.take_message(data)
+    if message is None:
+        return end.receive(data, 0.0)
+    stream_id, payload = message
+    return [MessageReceived(stream_id, bytes(payload))]
+
+
 def opened_server(headers: bool = True) -> Connection:
     """A server that has read a client's start, and a request on stream 1."""
     client, server = Connection(is_client=True), Connection(is_client=False)
@@ -57,6 +67,64 @@ def opened_server(headers: bool = True) -> Connection:
         client.open(REQUEST)
     server.receive(client.take_output(), 0.0)
     return server
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 60), min_size=1, max_size=6),
+    cuts=st.lists(st.integers(1, 90), min_size=1, max_size=6),
+    flips=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 7)), max_size=2),
+)
+def test_the_quick_way_in_sees_and_leaves_what_the_long_one_does(
+    sizes: list[int], cuts: list[int], flips: list[tuple[int, int]]
+) -> None:
+    """Two servers are given the same bytes, whole, cut or damaged: one may take the quick way."""
+    client, quick, stream_id = pair()
+    other_client, long, _ = pair()
+    for size in sizes:
+        for end in (client, other_client):
+            end.send_message(stream_id, bytes(size))
+    data = bytearray(client.take_output())
+    for place, bit in flips:
+        data[place % len(data)] ^= 1 << bit
+    turn = 0
+    while data:
+        piece = bytes(data[: cuts[turn % len(cuts)]])
+        del data[: len(piece)]
+        turn += 1
+        seen, errors = [], []
+        for take in (partial(taken, quick, piece), partial(long.receive, piece, 0.0)):
+            try:
+                seen.append(take())
+                errors.append("")
+            except Http2Error as error:
+                errors.append(str(error))
+        assert errors[0] == errors[1]
+        if errors[0]:
+            break
+        assert seen[0] == seen[1]
+        quick.check_integrity()
+    assert quick.take_output() == long.take_output()
+
+
+@pytest.mark.parametrize("size", [0, 1, 16_379])
+def test_a_whole_message_is_taken_the_quick_way_until_windows_are_to_be_given_back(
+    size: int,
+) -> None:
+    client, server, stream_id = pair()
+    num_quick = 0
+    for _ in range(2 * limits.H2_WINDOW_BYTES // 16_384):
+        client.send_message(stream_id, bytes(size))
+        data = client.take_output()
+        message = server.take_message(data)
+        if message is None:
+            assert payloads(server.receive(data, 0.0)) == [bytes(size)]
+            client.receive(server.take_output(), 0.0)
+        else:
+            assert (message[0], bytes(message[1])) == (stream_id, bytes(size))
+            num_quick += 1
+        server.check_integrity()
+    assert num_quick > limits.H2_WINDOW_BYTES // 16_384
 
 
 def payloads(events: list[Event]) -> list[bytes]:

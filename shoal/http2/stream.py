@@ -1,0 +1,62 @@
+"""One stream of a connection: its windows, and frames' content put together to messages (core)."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from shoal import limits
+from shoal.http2.events import MessageReceived, MessageRefused
+
+PREFIX_BYTES: Final = 5  # of a gRPC message: compressed or not, length
+
+
+@dataclass(slots=True)
+class Stream:
+    """partial: of a message that is not whole yet. outbox: messages that wait for window.
+
+    ending: the frames that end our half, once the outbox is empty.
+    is_refused: what it still sends is thrown away.
+    """
+
+    send_window: int
+    receive_window: int = limits.H2_WINDOW_BYTES
+    consumed: int = 0
+    partial: bytearray = field(default_factory=bytearray)
+    outbox: deque[memoryview] = field(default_factory=deque)
+    ending: bytes | None = None
+    has_headers: bool = False
+    is_refused: bool = False
+    is_local_open: bool = True
+    is_remote_open: bool = True
+
+    def assemble(
+        self, stream_id: int, body: memoryview, max_message_bytes: int
+    ) -> Iterator[MessageReceived | MessageRefused]:
+        """Take the content of a DATA frame; yield the messages that end in it.
+
+        One that is compressed or too long is refused, and all that follows it.
+        """
+        partial = self.partial
+        if not partial and len(body) >= PREFIX_BYTES and body[0] == 0:
+            length = int.from_bytes(body[1:PREFIX_BYTES], "big")
+            if len(body) == PREFIX_BYTES + length <= max_message_bytes:
+                yield MessageReceived(stream_id, bytes(body[PREFIX_BYTES:]))
+                return
+        partial += body
+        start = 0
+        while len(partial) - start >= PREFIX_BYTES:
+            length = int.from_bytes(partial[start + 1 : start + PREFIX_BYTES], "big")
+            if partial[start] or length > max_message_bytes:
+                yield MessageRefused(stream_id, partial[start] != 0, length)
+                self.is_refused = True
+                start = len(partial)
+                break
+            end = start + PREFIX_BYTES + length
+            if len(partial) < end:
+                break
+            with memoryview(partial) as view:
+                payload = bytes(view[start + PREFIX_BYTES : end])
+            yield MessageReceived(stream_id, payload)
+            start = end
+        del partial[:start]
