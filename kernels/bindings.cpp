@@ -7,4 +7,5 @@ NB_MODULE(_kernels, m) {
   shoal::bind_floats(m);
   shoal::bind_store(m);
   shoal::bind_guess(m);
+  shoal::bind_wire(m);
 }

@@ -8,5 +8,6 @@ void bind_matrices(nanobind::module_& m);  // packing, matrix products, expert F
 void bind_floats(nanobind::module_& m);    // norms, rope, attention, routing, combine, sampling
 void bind_store(nanobind::module_& m);     // io_uring
 void bind_guess(nanobind::module_& m);     // which experts to read ahead
+void bind_wire(nanobind::module_& m);      // frames of calls and replies
 
 }  // namespace shoal

@@ -191,3 +191,59 @@ def rank_experts(first: Annotated[NDArray[numpy.int64], dict(shape=(None,), orde
 
 def learn_experts(first: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')], squares: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')], bias: float, z_width: float, num_z: int, features: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], truth: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order='C', device='cpu', writable=False)], step: float, forget: float, z_bins: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None:
     """Move the weights towards what was wanted."""
+
+def call_frame(call_id: int, layer: int, deadline_ms: int, scheme: int, dim: int, reply_format: int, values: Annotated[NDArray, dict(shape=(None, None), order='C', device='cpu', writable=False)], scales: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], row_offsets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], experts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> bytes:
+    """The bytes of the ClientFrame of a call."""
+
+def read_call(frame: bytes | memoryview) -> tuple[int, int, int, int, int, int, int, int, bytes, bool, int] | None:
+    """
+    (call_id, deadline_ms, layer, scheme, T, dim, P, reply_format, numbers, is_copied, values_at) of a ClientFrame with a call that is legal, else None.
+    """
+
+def reply_frame(call_id: int, sums: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], grid: int, is_bf16: bool, queue_us: int, compute_us: int, load_us: int) -> bytes:
+    """The bytes of the NodeFrame of a reply."""
+
+class ReplyView:
+    """A reply in the frame that it came in."""
+
+    @property
+    def call_id(self) -> int: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def grid(self) -> int: ...
+
+    @property
+    def widths(self) -> bytes:
+        """A copy."""
+
+    @property
+    def sums(self) -> bytes:
+        """A copy."""
+
+    @property
+    def queue_us(self) -> int: ...
+
+    @property
+    def compute_us(self) -> int: ...
+
+    @property
+    def load_us(self) -> int: ...
+
+    @property
+    def format(self) -> int: ...
+
+def read_reply(frame: bytes | memoryview) -> ReplyView | None:
+    """
+    The reply of a NodeFrame, or None: it is something else, or in an unusual form.
+    """
+
+def add_reply(reply: ReplyView, rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], grid: int, into: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')], takes_bf16: bool) -> bool:
+    """
+    Add a reply's rows to rows of `into`; False: it is no answer, and nothing was added.
+    """

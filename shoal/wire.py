@@ -4,6 +4,11 @@ Decoded arrays are views of the message's bytes where the machine's byte order i
 (little-endian) and their type is the same. Whatever a stranger sends, only MalformedMessage leaves
 this file.
 
+Calls and replies, which a decode step sends by the hundred, are written and read by native code
+(`call_frame`, `read_call`, `reply_frame`, `parse_reply`) in a microsecond or two: the same bytes
+and the same arrays as protobuf's messages give. What native code does not take (another frame, an
+unusual form, anything that is wrong) it leaves to these, whose errors name the field.
+
 What a call needs of the model (its layer exists, its width and scheme are the layer's) is checked
 by `ExpertExecutor.check`, for remote and local calls alike.
 """
@@ -18,6 +23,8 @@ from numpy.typing import NDArray
 
 from shoal import errors, limits, ops
 from shoal.experts.call import ExpertCall
+from shoal.ops import frames
+from shoal.ops.frames import ReplyView
 from shoal.quant import Scheme, round_up
 from shoal.rows import Rows
 from shoal.transport import Wire
@@ -76,6 +83,57 @@ def encode_call(
         "reply_format": _FORMAT_OF_WIRE[wire],
     }
     return pb.ClientFrame(call=fields)
+
+
+def call_frame(call_id: int, deadline_ms: int, call: ExpertCall, wire: Wire = Wire.EXACT) -> bytes:
+    """Return the frame of a call (see `encode_call`), serialised."""
+    if not _IS_WIRE_ORDER:
+        return encode_call(call_id, deadline_ms, call, wire).SerializeToString()
+    rows = call.rows
+    return frames.call_frame(
+        call_id,
+        call.layer,
+        deadline_ms,
+        rows.scheme + 1,
+        rows.dim,
+        wire is not Wire.EXACT,
+        rows.values,
+        rows.scales,
+        call.row_offsets,
+        call.experts,
+        call.weights,
+    )
+
+
+def read_call(frame: bytes | memoryview) -> tuple[int, int, ExpertCall, Wire] | None:
+    """Return (call id, deadline_ms, call, form of its reply) of a serialised ClientFrame.
+
+    The call's values are a view of the frame where they are aligned in it. None: it is no call, or
+    one that `decode_call` must look at.
+    """
+    found = frames.read_call(frame) if _IS_WIRE_ORDER else None
+    if found is None:
+        return None
+    call_id, deadline_ms, layer, form, num_rows, dim, num_pairs, is_bf16, numbers, is_copied, at = (
+        found
+    )
+    if num_rows > max_rows_per_call(dim):
+        return None
+    scheme = _SCHEME_OF_WIRE[form]
+    dtype: np.dtype[np.float32] | np.dtype[np.int8]
+    padded, num_scales, dtype = dim, 0, _F32
+    if scheme is not Scheme.F32:
+        num_scales = -(-dim // scheme.span)
+        padded, dtype = num_scales * scheme.span, _I8
+    experts_at = 4 * num_rows + 4
+    weights_at = experts_at + 4 * num_pairs
+    row_offsets = np.ndarray((num_rows + 1,), _I32, numbers)
+    experts = np.ndarray((num_pairs,), _I32, numbers, experts_at)
+    weights = np.ndarray((num_pairs,), _F32, numbers, weights_at)
+    scales = np.ndarray((num_rows, num_scales), _F32, numbers, weights_at + 4 * num_pairs)
+    values = np.ndarray((num_rows, padded), dtype, numbers if is_copied else frame, at)
+    call = ExpertCall(layer, Rows(scheme, dim, values, scales), row_offsets, experts, weights)
+    return call_id, deadline_ms, call, Wire.BF16 if is_bf16 else Wire.EXACT
 
 
 def decode_call(message: pb.ExpertCall) -> ExpertCall:
@@ -202,8 +260,36 @@ def encode_reply(
     return pb.NodeFrame(reply=fields)
 
 
+def reply_frame(
+    call_id: int,
+    sums: NDArray[np.int64],
+    grid: int,
+    wire: Wire = Wire.EXACT,
+    *,
+    queue_us: int = 0,
+    compute_us: int = 0,
+    load_us: int = 0,
+) -> bytes:
+    """Return the frame that carries sums [T, D] (see `encode_reply`), serialised."""
+    if _IS_WIRE_ORDER:
+        is_bf16 = wire is not Wire.EXACT
+        return frames.reply_frame(call_id, sums, grid, is_bf16, queue_us, compute_us, load_us)
+    message = encode_reply(
+        call_id, sums, grid, wire, queue_us=queue_us, compute_us=compute_us, load_us=load_us
+    )
+    return message.SerializeToString()
+
+
+def parse_reply(frame: bytes | memoryview) -> ReplyView | None:
+    """Return the reply in a serialised NodeFrame, as a view of it: it must not change meanwhile.
+
+    Has the fields of a `pb.Reply`. None: it is no reply, or protobuf must look at it.
+    """
+    return frames.read_reply(frame) if _IS_WIRE_ORDER else None
+
+
 def add_reply(
-    message: pb.Reply,
+    message: pb.Reply | ReplyView,
     rows: NDArray[np.int32],
     grid: int,
     into: NDArray[np.int64],
@@ -219,6 +305,10 @@ def add_reply(
     Raises:
         MalformedMessage: naming the field; the shape, grid or sizes are not the call's.
     """
+    if isinstance(message, ReplyView) and frames.add_reply(
+        message, rows, grid, into, wire is Wire.BF16
+    ):
+        return
     is_rounded = message.format != pb.REPLY_FORMAT_EXACT
     if is_rounded and message.format != _FORMAT_OF_WIRE[wire]:
         raise errors.MalformedMessage(f"reply's format: {message.format}, which nobody asked for")
@@ -244,12 +334,15 @@ def add_reply(
 _WIRE_OF_FORMAT = {pb.REPLY_FORMAT_EXACT: Wire.EXACT, pb.REPLY_FORMAT_BF16: Wire.BF16}
 _FORMAT_OF_WIRE = {wire: number for number, wire in _WIRE_OF_FORMAT.items()}
 _NO_WIDTHS = np.empty(0, np.uint8)
+_IS_WIRE_ORDER = sys.byteorder == "little"
+_I8, _I32, _F32 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.float32)
 _WIRE_TYPES = {name: np.dtype(name) for name in ("i1", "<u2", "<f4")}
 _WIRE_SCHEME = {
     Scheme.F32: pb.SCHEME_F32,
     Scheme.INT8_32: pb.SCHEME_INT8_32,
     Scheme.INT8_256: pb.SCHEME_INT8_256,
 }
+_SCHEME_OF_WIRE = {int(number): scheme for scheme, number in _WIRE_SCHEME.items()}
 _ERROR_OF_CODE: dict[pb.Failure.Code, type[errors.ShoalError]] = {
     pb.Failure.MALFORMED: errors.MalformedMessage,
     pb.Failure.NOT_OWNED: errors.NotOwned,
