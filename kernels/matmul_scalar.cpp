@@ -11,6 +11,7 @@ namespace {
 constexpr int kFloatAccumulators = 1;
 constexpr int kIntTile = 8, kQ4KTile = 8;
 constexpr int kRowsInRegisters = 0;
+constexpr bool fetches_ahead(int, int) { return true; }
 
 struct Ints {
   int32_t v[kLanes];

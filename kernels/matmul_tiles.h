@@ -2,11 +2,13 @@
 //
 // Such a file includes its lanes_*.h, defines
 //     kFloatAccumulators, kIntTile, kQ4KTile       how many Lanes its registers hold, tile sizes
-//     kRowsInRegisters                             largest integer tile whose sums stay in
-//     registers template <int N> void add_block(Q4_0, record, b, x, x_scale, x_start, Lanes* acc)
-//     ... for Q4_1, Q8_0, Q4_T and Q3_T as well: acc[t] += block b of a record times that block of
-//     row t, t < N template <int N> void add_super_block(record, x, x_scale, x_sums, Lanes* acc)
-//     for Q4_K bool add_quanta(int64_t* sums, const Lanes& y, float weight, double two_to_grid)
+//     kRowsInRegisters       largest integer tile whose sums stay in registers
+//     bool fetches_ahead(int rows, int bits)       whether such a tile asks for weights in advance
+//     template <int N> void add_block(Q4_0, record, b, x, x_scale, x_start, Lanes* acc)
+//         for Q4_1, Q8_0, Q4_T and Q3_T as well: acc[t] += block b of a record times that block of
+//         row t, t < N
+//     template <int N> void add_super_block(record, x, x_scale, x_sums, Lanes* acc)    for Q4_K
+//     bool add_quanta(int64_t* sums, const Lanes& y, float weight, double two_to_grid)
 // in an anonymous namespace, then includes this file, which builds its MatrixKernels from them.
 #pragma once
 #include "matmul.h"
@@ -38,7 +40,7 @@ SHOAL_INLINE void float_groups(const uint8_t* group, int64_t stride, int cols, c
   for (int k = 0; k < cols; ++k, x += N, group += step) {
     for (int g = 0; g < G; ++g) {
       const uint8_t* at = group + g * stride;
-      prefetch_weights(at, 1);
+      if (fetches_ahead(N, F == Format::f32 ? 32 : 16)) prefetch_weights(at, 1);
       const Lanes w = load_weights<F>(at);
       for (int t = 0; t < N; ++t) a[g * N + t] = fma(w, set1(x[t]), a[g * N + t]);
     }
@@ -71,7 +73,8 @@ SHOAL_INLINE void block_kernel(const uint8_t* record, int blocks, const Tile& ti
   Lanes kept[N], *const acc = N <= kRowsInRegisters ? kept : sums;
   for (int t = 0; acc == kept && t < N; ++t) acc[t] = sums[t];
   for (; blocks >= L::blocks; blocks -= L::blocks, record += L::record) {
-    prefetch_weights(record, L::record);
+    if (fetches_ahead(N, L::block_quants * 8 / (kLanes * kBlock)))
+      prefetch_weights(record, L::record);
     for (int b = 0; b < L::blocks; ++b, x += N * kBlock, x_scale += N, x_start += N)
       add_block<N>(L{}, record, b, x, x_scale, x_start, acc);
   }
