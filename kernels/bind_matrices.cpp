@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "bind_arrays.h"
 #include "bindings.h"
 #include "matmul.h"
 #include "pack.h"
@@ -28,44 +29,10 @@ using namespace nb::literals;
 namespace shoal {
 namespace {
 
-template <class T, int N>
-using Array = nb::ndarray<T, nb::numpy, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Bytes = Array<uint8_t, 1>;
-using ConstBytes = Array<const uint8_t, 1>;
 using ConstByteRows = Array<const uint8_t, 2>;
 using Floats = Array<float, 2>;
-using ConstFloats = Array<const float, 2>;
-using Indices = Array<const int32_t, 1>;
-using ActivationArray = nb::ndarray<nb::numpy, nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Importance = std::optional<Array<const float, 1>>;
-using BadRows = std::vector<int>;
-
-void require(bool ok, const std::string& what) {
-  if (!ok) throw nb::value_error(what.c_str());
-}
-
-std::string got(const char* what, int64_t expected, int64_t actual) {
-  return std::string(what) + ": expected " + std::to_string(expected) + ", got " +
-         std::to_string(actual);
-}
-
-void require_equal(const char* what, int64_t expected, int64_t actual) {
-  if (expected != actual) throw nb::value_error(got(what, expected, actual).c_str());
-}
-
-Format format_from(int value) {
-  require(value >= 0 && value < kNumFormats, "format: no such value");
-  return Format(value);
-}
-
-void require_dims(int rows, int cols) {
-  require(rows >= 0 && cols >= 1 && cols < (1 << 24), "matrix: rows >= 0 and 1 <= cols < 2^24");
-}
-
-void require_aligned(const void* data) {
-  require(reinterpret_cast<uintptr_t>(data) % 64 == 0,
-          "weights must begin at a 64-byte boundary: use aligned_empty");
-}
 
 MatrixView view_matrix(int format, int rows, int cols, const ConstBytes& data) {
   require_dims(rows, cols);
@@ -74,30 +41,6 @@ MatrixView view_matrix(int format, int rows, int cols, const ConstBytes& data) {
                 int64_t(data.size()));
   require_aligned(data.data());
   return m;
-}
-
-RowsView view_rows(int scheme, int dim, const ActivationArray& values, const ConstFloats& scales) {
-  require(scheme >= 0 && scheme <= 2, "scheme: no such value");
-  RowsView rows{Scheme(scheme), int(values.shape(0)), dim, nullptr, nullptr, scales.data()};
-  const int64_t span = span_of(rows.scheme), padded = round_up(dim, span);
-  require_equal("columns of the rows", padded, int64_t(values.shape(1)));
-  require_equal("rows of the scales", rows.num_rows, int64_t(scales.shape(0)));
-  if (rows.scheme == Scheme::f32) {
-    if (values.dtype() != nb::dtype<float>()) throw nb::type_error("rows: expected float32");
-    rows.floats = static_cast<const float*>(values.data());
-  } else {
-    if (values.dtype() != nb::dtype<int8_t>()) throw nb::type_error("rows: expected int8");
-    require_equal("scales of a row", padded / span, int64_t(scales.shape(1)));
-    rows.quants = static_cast<const int8_t*>(values.data());
-  }
-  return rows;
-}
-
-BadRows indices_of(const std::vector<uint8_t>& bad) {
-  BadRows rows;
-  for (size_t i = 0; i < bad.size(); ++i)
-    if (bad[i]) rows.push_back(int(i));
-  return rows;
 }
 
 // --- Packing -----------------------------------------------------------------------------------
@@ -110,12 +53,6 @@ void bind_pack_rows(int format, const ConstByteRows& source, int cols, const Byt
   require_equal("bytes of out", num_groups(rows) * group_bytes(f, cols), int64_t(out.size()));
   nb::gil_scoped_release released;
   pack_rows(f, source.data(), rows, cols, group_bytes(f, cols), out.data());
-}
-
-ExpertShape shape_from(int dim, int ffn_dim, int gate_up, int down) {
-  require_dims(1, dim);
-  require_dims(1, ffn_dim);
-  return ExpertShape{dim, ffn_dim, format_from(gate_up), format_from(down)};
 }
 
 void require_source(const char* what, const ConstByteRows& source, Format f, int rows, int cols) {
@@ -139,9 +76,7 @@ void bind_unpack_rows(int format, int rows, int cols, const ConstBytes& data, co
   const MatrixView m = view_matrix(format, rows, cols, data);
   require_equal("rows of out", int64_t(ids.shape(0)), int64_t(out.shape(0)));
   require_equal("columns of out", cols, int64_t(out.shape(1)));
-  for (size_t i = 0; i < ids.shape(0); ++i)
-    require(ids.data()[i] >= 0 && ids.data()[i] < rows,
-            got("row index below", rows, ids.data()[i]));
+  for (size_t i = 0; i < ids.shape(0); ++i) require_below("row index below", rows, ids.data()[i]);
   nb::gil_scoped_release released;
   parallel_for(int64_t(ids.shape(0)), 16, [&](int64_t i, int64_t end, int) {
     for (; i < end; ++i) unpack_row(m, ids.data()[i], out.data() + i * cols);
@@ -219,12 +154,6 @@ void bind_matmul(int format, int rows, int cols, const ConstBytes& data, int sch
   matmul(m, x, start, out.data());
 }
 
-const uint8_t* expert_data(const ExpertShape& shape, const ConstBytes& weights) {
-  require_equal("bytes of an expert", shape.bytes(), int64_t(weights.size()));
-  require_aligned(weights.data());
-  return weights.data();
-}
-
 BadRows bind_expert_ffn(int dim, int ffn_dim, int gate_up, int down, const ConstBytes& weights,
                         int scheme, const ActivationArray& values, const ConstFloats& scales,
                         const Floats& out) {
@@ -250,8 +179,7 @@ void require_pairs(const ExpertCall& call, const Indices& offsets, const Indices
   for (int e = 0; e < call.num_experts; ++e)
     require(call.offsets[e] <= call.offsets[e + 1], "pair_offsets must ascend");
   for (int64_t p = 0; p < num_pairs; ++p)
-    require(call.pair_rows[p] >= 0 && call.pair_rows[p] < num_rows,
-            got("pair row below", num_rows, call.pair_rows[p]));
+    require_below("pair row below", num_rows, call.pair_rows[p]);
   require(call.grid >= -100 && call.grid <= 100, "grid must be in -100..100");
 }
 

@@ -59,6 +59,25 @@ def available_isas() -> list[str]:
 def advise_huge_pages(memory: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> bool:
     """Asks for 2 MiB pages; false where there are none."""
 
+class ExpertTable:
+    """The owned experts of a layer, all in memory."""
+
+    def __init__(self, dim: int, ffn_dim: int, gate_up: int, down: int, numbers: Sequence[int], weights: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]) -> None: ...
+
+    def sums(self, scheme: int, dim: int, values: Annotated[NDArray, dict(shape=(None, None), order='C', device='cpu', writable=False)], scales: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], row_offsets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], experts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], grid: int, out: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')]) -> list[int] | None:
+        """
+        Write weighted integer outputs, added up; return the rows out of range. None, and nothing is written: it was withdrawn, or the call is not for it.
+        """
+
+    def withdraw(self, on_idle: object) -> bool:
+        """
+        Compute no more calls. True: none is under way; else the last one calls on_idle.
+        """
+
+    @property
+    def num_hits(self) -> int:
+        """Experts that calls visited, each once a call."""
+
 def rms_norm(x: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], weight: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], eps: float, out: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu')]) -> None:
     """RMSNorm over the last axis."""
 

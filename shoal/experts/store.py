@@ -4,7 +4,7 @@ A store reads experts from disk into memory within a budget of bytes, and gives 
 call holds is never evicted or overwritten. `open_store` makes one.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -162,6 +162,12 @@ class ExpertLender(Protocol):
 
     @property
     def ownership(self) -> Ownership: ...
+
+    @property
+    def tables(self) -> Mapping[int, ops.ExpertTable]:
+        """The layers whose owned experts are all in memory, by layer; it changes as they come and
+        go. A table that was taken from it computes, or says that it was withdrawn meanwhile."""
+        ...
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Acquisition:
         """Ask for distinct experts of a layer; holds those in memory, starts to read the others.

@@ -29,6 +29,7 @@ from shoal.experts.options import Verify
 from shoal.experts.ownership import Ownership
 from shoal.experts.populator import Populator
 from shoal.experts.readers import Done, Read, Reader
+from shoal.experts.resident_layers import ResidentLayers
 from shoal.experts.store import Acquisition, ExpertFiles, Key, StoreFigures, WarmUpProgress
 from shoal.experts.throughput import Throughput
 from shoal.experts.workers import Workers
@@ -62,7 +63,7 @@ class StreamingStore:
         checker: Checker | None = None,
     ) -> None:
         self.ownership = ownership
-        self._identity = files.identity
+        self._files = files
         self._make_catalogue = make_catalogue
         self._catalogue = make_catalogue(files, ownership)
         self._former: dict[Key, Listing] = {}  # not owned any more, but calls may still want them
@@ -72,6 +73,8 @@ class StreamingStore:
         self._arena = Arena()
         self._lock = threading.Lock()
         self._populator = Populator(self._lock, self._cache.extents, self._arena, self._go_on)
+        self._resident = ResidentLayers(self._lock, self._cache, self._go_on)
+        self.tables = self._resident.tables
         self._checkers = Workers(min(MAX_CHECKERS, os.cpu_count() or 1), "shoal-check")
         self._tags = itertools.count()
         self._reading: dict[int, tuple[Entry, Listing]] = {}
@@ -109,13 +112,19 @@ class StreamingStore:
             entries = self._cache.hold(layer, experts)
             if entries is None:
                 return self._want(layer, experts)
+            if not self._cache.is_contended:
+                self._resident.offer(layer, self._files.expert_layout)
         return WholeAcquisition(self, entries)
 
     def try_acquire(self, layer: int, experts: Sequence[int]) -> Acquisition | None:
         """See `ExpertStore.try_acquire`."""
         with self._lock:
             entries = self._cache.hold(layer, experts)
-        return None if entries is None else WholeAcquisition(self, entries)
+            if entries is None:
+                return None
+            if not self._cache.is_contended:
+                self._resident.offer(layer, self._files.expert_layout)
+        return WholeAcquisition(self, entries)
 
     def is_resident(self, layer: int, experts: Sequence[int]) -> bool:
         """See `ExpertStore.is_resident`."""
@@ -255,6 +264,7 @@ class StreamingStore:
         """See `ExpertStore.resize`."""
         with self._lock:
             self._cache.check_budget(self._budget(num_bytes, self._catalogue))
+            self._resident.withdraw()
             self._cache_bytes = num_bytes
             self._set_budget()
             self._register()
@@ -283,10 +293,10 @@ class StreamingStore:
 
     def rebind(self, files: ExpertFiles, ownership: Ownership) -> None:
         """See `ExpertStore.rebind`."""
-        if files.identity != self._identity:
+        if files.identity != self._files.identity:
             raise UsageError(
                 f"{files.path} is another model: its identity is {files.identity[:12]}, the one "
-                f"that is served {self._identity[:12]}: start a node of its own for it"
+                f"that is served {self._files.identity[:12]}: start a node of its own for it"
             )
         catalogue = self._make_catalogue(files, ownership)
         with self._lock:
@@ -294,8 +304,9 @@ class StreamingStore:
             self._cache.check_budget(budget, catalogue.sizes)
         self._reader.reopen(catalogue.paths)
         with self._lock:
+            self._resident.withdraw()
             self._former |= self._catalogue.listings
-            self._catalogue = catalogue
+            self._files, self._catalogue = files, catalogue
             self.ownership = ownership
             self._cache.own(catalogue.sizes)
             self._set_budget()
@@ -309,7 +320,7 @@ class StreamingStore:
         with self._lock:
             cache, counters = self._cache, self._cache.counters
             return StoreFigures(
-                hits=counters.hits,
+                hits=counters.hits + self._resident.num_hits,
                 misses=counters.misses,
                 joined=counters.joined,
                 num_bytes=reader.num_bytes,
@@ -344,6 +355,7 @@ class StreamingStore:
             if self._is_closed:
                 return
             self._is_closed = True
+            self._resident.withdraw()
             populating = self._populator.stop()
         self.abandon_warm_up(CallCancelled("the store is closed"))
         self._reader.wake()
@@ -376,6 +388,9 @@ class StreamingStore:
             self._start(self._cache.next_loads())
             if self._cache.lacks_room:
                 self._cancel(self._cache.unwanted_prefetches())
+                if self.tables:  # what is free lies in pieces that are too small
+                    self._resident.withdraw()
+                    self._start(self._cache.next_loads())
         may_give_back = self._has_closed_part and not self._populator.is_busy
         if may_give_back and self._cache.extents.is_closed_part_free():
             self._has_closed_part = False

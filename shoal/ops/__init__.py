@@ -11,6 +11,7 @@ from shoal.ops.combine import (
     unpack_add_bf16,
     unpack_add_sums,
 )
+from shoal.ops.expert_tables import ExpertTable, expert_table
 from shoal.ops.floats import (
     add,
     attention,
@@ -50,6 +51,7 @@ from shoal.ops.sampling import SamplingParams, logprob_of, sample, top_logprobs
 
 __all__ = [
     "ExpertLayout",
+    "ExpertTable",
     "Matrix",
     "SamplingParams",
     "add",
@@ -61,6 +63,7 @@ __all__ = [
     "embed",
     "expert_ffn",
     "expert_sums",
+    "expert_table",
     "finish_sums",
     "isa",
     "kv_shape",

@@ -7,6 +7,7 @@ from shoal.artifact import Artifact
 from shoal.experts.executor import ExpertExecutor
 from shoal.experts.ownership import Ownership
 from shoal.experts.store import Wave
+from shoal.ops import ExpertTable
 
 
 class WholeStore:
@@ -14,6 +15,7 @@ class WholeStore:
 
     def __init__(self, artifact: Artifact, ownership: Ownership | None = None) -> None:
         self.ownership = ownership or Ownership(artifact.owned_experts)
+        self.tables: dict[int, ExpertTable] = {}  # none: the way by acquisitions is the oracle
         self._weights = {
             (layer, index): artifact.read_expert(layer, index)[
                 : artifact.expert_layout(layer).num_bytes

@@ -18,7 +18,7 @@ belongs to a call that computes and then lets go; each read ends; then all but t
 evicted, and pins leave places for two of the largest experts. So the first demand gets its place.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from shoal.errors import ExpertUnavailable
@@ -47,12 +47,13 @@ class ExpertCache:
         self.budget_bytes = 0
         self.resident_bytes = 0  # places of LOADING, READY and doomed experts
         self.lacks_room = False  # the last `next_loads` ended because nothing could be evicted
+        self.is_contended = True  # not everything fits: the policy must know of uses
         self._policy = policy
         self._sizes = dict(sizes)
+        self._num_owned = Counter(layer for layer, _ in sizes)
         self._former: dict[Key, int] = {}  # owned before the last `own`
         self._largest = max(self._sizes.values(), default=0)
         self._total = sum(self._sizes.values())
-        self._is_contended = True  # not everything fits: the policy must know of uses
         self._entries: dict[Key, Entry] = {}
         self._ready: dict[int, dict[int, Entry]] = {}
         self._doomed: set[Entry] = set()
@@ -81,11 +82,26 @@ class ExpertCache:
             for entry in entries:
                 if entry.is_prefetch:
                     self._note_used(entry)
-        if self._is_contended:
+        if self.is_contended:
             touch = self._policy.touch
             for entry in entries:
                 touch(entry.key)
         self.counters.hits += len(entries)
+        return entries
+
+    def hold_layer(self, layer: int) -> list[Entry] | None:
+        """Hold all owned experts of a layer if all are READY and nothing has to make room for more.
+
+        That is no use of them: None, too, where one was read ahead and its first use is to come.
+        """
+        ready = self._ready.get(layer)
+        if ready is None or self.is_contended or len(ready) != self._num_owned[layer]:
+            return None
+        entries = list(ready.values())
+        if any(entry.is_prefetch for entry in entries):
+            return None
+        for entry in entries:
+            entry.refs += 1
         return entries
 
     def want(
@@ -320,6 +336,7 @@ class ExpertCache:
         """Own these experts from now on; what is not among them leaves."""
         self._former |= self._sizes
         self._sizes = dict(sizes)
+        self._num_owned = Counter(layer for layer, _ in sizes)
         self._largest = max(self._sizes.values(), default=0)
         self._total = sum(self._sizes.values())
         for key, entry in list(self._entries.items()):
@@ -331,7 +348,7 @@ class ExpertCache:
         """Pin these, the first the most wanted, and no others. Returns how many can be."""
         self._wanted_pins = tuple(keys)
         self._pins = set()
-        left = self.budget_bytes - (2 * self._largest if self._is_contended else 0)
+        left = self.budget_bytes - (2 * self._largest if self.is_contended else 0)
         for key in self._wanted_pins:
             if key in self._sizes and key not in self._pins:
                 left -= self._sizes[key]
@@ -369,7 +386,7 @@ class ExpertCache:
     # Inside ----------------------------------------------------------------------------------
 
     def _configure(self) -> None:
-        self._is_contended = self.budget_bytes < self._total
+        self.is_contended = self.budget_bytes < self._total
         mean = self._total // max(1, len(self._sizes))
         self._policy.resize(max(2, self.budget_bytes // max(1, mean)))
         self.pin(self._wanted_pins)
@@ -451,7 +468,7 @@ class ExpertCache:
         entry.refs += 1
         if entry.is_prefetch:
             self._note_used(entry)
-        if self._is_contended:
+        if self.is_contended:
             self._policy.touch(entry.key)
 
     def _note_used(self, entry: Entry) -> None:
@@ -478,4 +495,4 @@ class ExpertCache:
         pinned = [self._entries[key] for key in self._pins if key in self._entries]
         kept = [(entry.address, entry.num_bytes) for entry in pinned if not entry.is_queued]
         places = self.extents.num_places_beside(kept, self._largest)
-        return places >= 2 or not self._is_contended
+        return places >= 2 or not self.is_contended

@@ -1,0 +1,119 @@
+// Python's door to expert_table.h: what a table was made of stays alive until nobody computes on
+// it.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "bind_arrays.h"
+#include "bindings.h"
+#include "expert_table.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace shoal {
+namespace {
+
+std::vector<const uint8_t*> pointers(const ExpertShape& shape, const std::vector<int>& numbers,
+                                     const std::vector<ConstBytes>& weights) {
+  require_equal("weights", int64_t(numbers.size()), int64_t(weights.size()));
+  std::vector<const uint8_t*> experts;
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    require_below("expert below", 1 << 16, numbers[i]);
+    if (experts.size() <= size_t(numbers[i])) experts.resize(size_t(numbers[i]) + 1, nullptr);
+    experts[size_t(numbers[i])] = expert_data(shape, weights[i]);
+  }
+  return experts;
+}
+
+void require_offsets(const Indices& offsets, int num_rows, size_t num_pairs) {
+  require_equal("length of row_offsets", int64_t(num_rows) + 1, int64_t(offsets.size()));
+  require_equal("first of row_offsets", 0, offsets.data()[0]);
+  require_equal("last of row_offsets", int64_t(num_pairs), offsets.data()[num_rows]);
+  for (int row = 0; row < num_rows; ++row)
+    require(offsets.data()[row] <= offsets.data()[row + 1], "row_offsets must ascend");
+}
+
+class Table {
+ public:
+  Table(int dim, int ffn_dim, int gate_up, int down, const std::vector<int>& numbers,
+        std::vector<ConstBytes> weights)
+      : table_(shape_from(dim, ffn_dim, gate_up, down),
+               pointers(shape_from(dim, ffn_dim, gate_up, down), numbers, weights)),
+        memory_(std::move(weights)) {}
+
+  std::optional<BadRows> sums(int scheme, int dim, const ActivationArray& values,
+                              const ConstFloats& scales, const Indices& row_offsets,
+                              const Indices& experts, const Array<const float, 1>& weights,
+                              int grid, const Array<int64_t, 2>& out) {
+    const ExpertShape& shape = table_.shape();
+    if (dim != shape.dim || scheme != int(scheme_of(shape.gate_up))) return std::nullopt;
+    const RoutedRows call{view_rows(scheme, dim, values, scales), row_offsets.data(),
+                          experts.data(), weights.data(), grid};
+    require_offsets(row_offsets, call.rows.num_rows, experts.size());
+    require_equal("length of weights", int64_t(experts.size()), int64_t(weights.size()));
+    require(grid >= -100 && grid <= 100, "grid must be in -100..100");
+    require_equal("rows of out", call.rows.num_rows, int64_t(out.shape(0)));
+    require_equal("columns of out", dim, int64_t(out.shape(1)));
+    if (!table_.enter()) return std::nullopt;
+    const Stay stay{*this};
+    std::vector<uint8_t> bad(static_cast<size_t>(call.rows.num_rows));
+    nb::gil_scoped_release released;
+    if (!table_.sums(call, out.data(), bad.data())) return std::nullopt;
+    return indices_of(bad);
+  }
+
+  bool withdraw(nb::object on_idle) {
+    require(!on_idle_.is_valid(), "withdraw: it was withdrawn before");
+    on_idle_ = std::move(on_idle);
+    if (!table_.withdraw()) return false;
+    memory_.clear();
+    on_idle_ = nb::none();
+    return true;
+  }
+
+  int64_t num_hits() const { return table_.num_hits(); }
+
+ private:
+  // A call's presence.  It begins and ends with the GIL held, so `leave` follows `withdraw` whole.
+  struct Stay {
+    Table& at;
+    ~Stay() {
+      if (!at.table_.leave()) return;
+      at.memory_.clear();
+      const nb::object on_idle = std::exchange(at.on_idle_, nb::none());
+      try {
+        on_idle();
+      } catch (nb::python_error& error) {
+        error.discard_as_unraisable("ExpertTable.withdraw: on_idle");
+      }
+    }
+  };
+
+  ExpertTable table_;
+  std::vector<ConstBytes> memory_;
+  nb::object on_idle_;  // not valid before `withdraw`; None once it was called
+};
+
+}  // namespace
+
+void bind_experts(nb::module_& m) {
+  nb::class_<Table>(m, "ExpertTable", "The owned experts of a layer, all in memory.")
+      .def(nb::init<int, int, int, int, const std::vector<int>&, std::vector<ConstBytes>>(),
+           "dim"_a, "ffn_dim"_a, "gate_up"_a, "down"_a, "numbers"_a, "weights"_a)
+      .def("sums", &Table::sums, "scheme"_a, "dim"_a, "values"_a.noconvert(),
+           "scales"_a.noconvert(), "row_offsets"_a.noconvert(), "experts"_a.noconvert(),
+           "weights"_a.noconvert(), "grid"_a, "out"_a.noconvert(),
+           "Write weighted integer outputs, added up; return the rows out of range. None, and "
+           "nothing is written: it was withdrawn, or the call is not for it.")
+      .def("withdraw", &Table::withdraw, "on_idle"_a,
+           "Compute no more calls. True: none is under way; else the last one calls on_idle.")
+      .def_prop_ro("num_hits", &Table::num_hits, "Experts that calls visited, each once a call.");
+}
+
+}  // namespace shoal
