@@ -9,11 +9,16 @@ from coordinator.speculation.routing_watch import Routing
 from shoal import ops
 from shoal.artifact import Artifact
 from shoal.model_spec import ModelSpec, RouterKind
+from shoal.quant import Scheme
 from shoal.router import RoutingPlan
 
 
 class ExpertBranch(Protocol):
     """The experts of every layer, as a forward pass calls them."""
+
+    def scheme(self, layer: int) -> Scheme:
+        """Return the scheme in which `run` asks for the rows, at least."""
+        ...
 
     def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> F32:
         """Return the branch [T, D] float32 of a layer's normed rows, routed as the plan says.
@@ -33,6 +38,10 @@ class DispatchedExperts:
         layers = [i for i, layer in enumerate(artifact.spec.layers) if layer.router is not None]
         self._forms = {index: (artifact.scheme(index), artifact.grid(index)) for index in layers}
         self._dispatch = dispatch
+
+    def scheme(self, layer: int) -> Scheme:
+        """See `ExpertBranch.scheme`."""
+        return self._forms[layer][0]
 
     def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> F32:
         """See `ExpertBranch.run`."""
@@ -54,6 +63,10 @@ class WatchedExperts:
             for index, layer in enumerate(spec.layers)
             if layer.router is not None and layer.router.kind is not RouterKind.ALL
         }
+
+    def scheme(self, layer: int) -> Scheme:
+        """See `ExpertBranch.scheme`."""
+        return self._inner.scheme(layer)
 
     def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> F32:
         """See `ExpertBranch.run`."""

@@ -25,6 +25,7 @@ from shoal.errors import CorruptArtifact, UsageError
 from shoal.experts.routing_trace import RoutingTrace, TraceSegment, decode_trace, encode_trace
 from shoal.limits import MAX_RECORDED_BYTES
 from shoal.model_spec import ModelSpec, RouterKind
+from shoal.quant import Scheme
 from shoal.replaced_file import replace_file
 from shoal.router import RoutingPlan
 
@@ -135,6 +136,10 @@ class _RecordedExperts:
 
     def __init__(self, inner: ExpertBranch, recorder: RoutingRecorder) -> None:
         self._inner, self._recorder = inner, recorder
+
+    def scheme(self, layer: int) -> Scheme:
+        """See `ExpertBranch.scheme`."""
+        return self._inner.scheme(layer)
 
     def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> F32:
         """See `ExpertBranch.run`."""

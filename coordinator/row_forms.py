@@ -7,11 +7,14 @@ from shoal.rows import Rows
 
 
 class RowForms:
-    """Rows [T, D] float32, quantised when first asked for."""
+    """Rows [T, D] float32, quantised when first asked for.
 
-    def __init__(self, values: F32) -> None:
+    made: the same rows, as they were quantised already.
+    """
+
+    def __init__(self, values: F32, *made: Rows) -> None:
         self._values = values
-        self._forms: dict[Scheme, Rows] = {}
+        self._forms = {rows.scheme: rows for rows in made}
 
     @property
     def num_rows(self) -> int:

@@ -5,77 +5,36 @@ from dataclasses import dataclass
 import numpy as np
 
 from coordinator.array_types import F32
-from coordinator.row_forms import RowForms
 from shoal import ops
 from shoal.artifact import Artifact
 from shoal.model_spec import LayerSpec, QkNorm, RouterKind
-from shoal.quant import LANES, Scheme
-from shoal.rows import Rows
+from shoal.quant import LANES
 
 
-class Dense:
-    """A matrix of the model with its bias, and the scheme that its rows are quantised to."""
+def stacked(*parts: ops.Linear) -> tuple[ops.Linear, ...]:
+    """Return one matrix of all rows, or the parts: where formats, biases or row groups differ.
 
-    __slots__ = ("bias", "matrix", "scheme")
-
-    def __init__(self, matrix: ops.Matrix, bias: F32 | None) -> None:
-        self.matrix = matrix
-        self.bias = bias
-        self.scheme: Scheme = matrix.format.scheme  # asked for in every layer of every pass
-
-    def __call__(self, rows: Rows) -> F32:
-        """Return rows · matrixᵀ + bias, [T, matrix.rows] float32."""
-        return ops.matmul(self.matrix, rows, self.bias)
-
-
-class Qkv:
-    """The q, k and v projections: one matrix where their formats allow, so one product a layer.
-
-    Stacking moves rows only: every output element is the same sequence of operations.
+    Stacking moves rows only: every output element is the same sequence of operations. One product
+    of one row meets its threads once.
     """
-
-    __slots__ = ("_ends", "_parts")
-
-    def __init__(self, q: Dense, k: Dense, v: Dense) -> None:
-        stacked = try_stack([q, k, v])
-        self._parts = [q, k, v] if stacked is None else [stacked]
-        num_q, num_k = q.matrix.rows, k.matrix.rows
-        self._ends = (num_q, num_q + num_k)
-
-    def __call__(self, forms: RowForms) -> tuple[F32, F32, F32]:
-        """Return q, k and v of the rows, [T, rows of each] float32, C-contiguous."""
-        if len(self._parts) == 1:
-            [stacked] = self._parts
-            whole = stacked(forms.get(stacked.scheme))
-            k_begin, v_begin = self._ends
-            q, k, v = whole[:, :k_begin], whole[:, k_begin:v_begin], whole[:, v_begin:]
-            if len(whole) == 1:
-                return q, k, v
-            return np.ascontiguousarray(q), np.ascontiguousarray(k), np.ascontiguousarray(v)
-        q, k, v = [part(forms.get(part.scheme)) for part in self._parts]
-        return q, k, v
-
-
-def try_stack(parts: list[Dense]) -> Dense | None:
-    """Return one matrix of all rows; None where formats, biases or row groups do not line up."""
     formats = {part.matrix.format for part in parts}
     has_bias = {part.bias is not None for part in parts}
-    whole_groups = all(part.matrix.rows % LANES == 0 for part in parts[:-1])
+    whole_groups = all(part.matrix.rows % LANES == 0 for part in parts)
     if len(formats) > 1 or len(has_bias) > 1 or not whole_groups:
-        return None
+        return parts
     data = ops.aligned_empty(sum(part.matrix.data.size for part in parts), huge=True)
     np.concatenate([part.matrix.data for part in parts], out=data)
     num_rows = sum(part.matrix.rows for part in parts)
     matrix = ops.Matrix(parts[0].matrix.format, num_rows, parts[0].matrix.cols, data)
     biases = [part.bias for part in parts if part.bias is not None]
-    return Dense(matrix, np.concatenate(biases) if biases else None)
+    return (ops.Linear(matrix, np.concatenate(biases) if biases else None),)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionWeights:
     norm: F32  # [D]
-    qkv: Qkv
-    o: Dense
+    qkv: tuple[ops.Linear, ...]  # q, k and v, or one on top of the other
+    o: ops.Linear
     q_norm: F32 | None  # [head_dim], or [H * head_dim] for QkNorm.PROJECTION
     k_norm: F32 | None
 
@@ -92,7 +51,7 @@ class DenseFfn:
 class LayerWeights:
     attention: AttentionWeights
     ffn_norm: F32  # [D]
-    router: Dense | None  # [E, D] float32; None: no expert is chosen, or all of them always
+    router: ops.Linear | None  # [E, D] float32; None: no expert is chosen, or all of them always
     dense_ffn: DenseFfn | None  # None: the layer's FFN is its experts
 
 
@@ -101,7 +60,7 @@ class ModelWeights:
     embed: ops.Matrix  # [V, D]
     layers: tuple[LayerWeights, ...]
     norm: F32  # [D]
-    lm_head: Dense  # [V, D]; `embed` itself when the model ties them
+    lm_head: ops.Linear  # [V, D]; `embed` itself when the model ties them
     inv_freq: F32  # [rotary_dim / 2]
 
 
@@ -120,7 +79,7 @@ def load_weights(artifact: Artifact) -> ModelWeights:
         embed=embed,
         layers=layers,
         norm=artifact.vector("norm"),
-        lm_head=Dense(embed, None) if tied else _load_dense(artifact, "lm_head"),
+        lm_head=ops.Linear(embed) if tied else _load_linear(artifact, "lm_head"),
         inv_freq=artifact.vector("rope.inv_freq"),
     )
 
@@ -133,7 +92,7 @@ def _load_layer(artifact: Artifact, prefix: str, layer: LayerSpec) -> LayerWeigh
     return LayerWeights(
         attention=_load_attention(artifact, prefix + "attention."),
         ffn_norm=artifact.vector(prefix + "ffn.norm"),
-        router=Dense(artifact.matrix(prefix + "router"), None) if has_router else None,
+        router=ops.Linear(artifact.matrix(prefix + "router")) if has_router else None,
         dense_ffn=dense_ffn,
     )
 
@@ -142,13 +101,14 @@ def _load_attention(artifact: Artifact, prefix: str) -> AttentionWeights:
     has_norms = artifact.spec.attention.qk_norm is not QkNorm.NONE
     return AttentionWeights(
         norm=artifact.vector(prefix + "norm"),
-        qkv=Qkv(*(_load_dense(artifact, prefix + name) for name in ("q", "k", "v"))),
-        o=_load_dense(artifact, prefix + "o"),
+        qkv=stacked(*(_load_linear(artifact, prefix + name) for name in ("q", "k", "v"))),
+        o=_load_linear(artifact, prefix + "o"),
         q_norm=artifact.vector(prefix + "q_norm") if has_norms else None,
         k_norm=artifact.vector(prefix + "k_norm") if has_norms else None,
     )
 
 
-def _load_dense(artifact: Artifact, name: str) -> Dense:
+def _load_linear(artifact: Artifact, name: str) -> ops.Linear:
     bias = f"{name}.bias"
-    return Dense(artifact.matrix(name), artifact.vector(bias) if artifact.has(bias) else None)
+    vector = artifact.vector(bias) if artifact.has(bias) else None
+    return ops.Linear(artifact.matrix(name), vector)

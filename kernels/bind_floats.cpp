@@ -7,6 +7,8 @@
 #include <nanobind/stl/vector.h>
 
 #include "attention.h"
+#include "bind_arrays.h"
+#include "bind_views.h"
 #include "bindings.h"
 #include "combine.h"
 #include "digest.h"
@@ -20,24 +22,9 @@ using namespace nb::literals;
 namespace shoal {
 namespace {
 
-template <class T, int N>
-using Array = nb::ndarray<T, nb::numpy, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using AnyArray = nb::ndarray<T, nb::numpy, nb::c_contig, nb::device::cpu>;
-using Indices = Array<const int32_t, 1>;
 using RowList = std::vector<int32_t>;
-
-void require(bool ok, const char* what) {
-  if (!ok) throw nb::value_error(what);
-}
-
-template <class A, class B>
-bool same_shape(const A& a, const B& b) {
-  if (a.ndim() != b.ndim()) return false;
-  for (size_t i = 0; i < a.ndim(); ++i)
-    if (a.shape(i) != b.shape(i)) return false;
-  return true;
-}
 
 int64_t size_of(const AnyArray<const float>& a) { return int64_t(a.size()); }
 
@@ -95,23 +82,6 @@ RowList bind_route_softmax(const Array<const float, 2>& logits, bool renormalise
   nb::gil_scoped_release released;
   return route_softmax(logits.data(), int64_t(logits.shape(0)), int(logits.shape(1)),
                        int(experts.shape(1)), renormalise, experts.data(), weights.data());
-}
-
-// Of float32 or float16, which cache_of checks: keys and values together.
-using Keys = nb::ndarray<nb::numpy, nb::shape<-1, -1, 4, -1, 16>, nb::c_contig, nb::device::cpu>;
-using Values = nb::ndarray<nb::numpy, nb::shape<-1, -1, 64, -1>, nb::c_contig, nb::device::cpu>;
-
-KvCache cache_of(const Keys& keys, const Values& values) {
-  const bool is_half =
-      keys.dtype() == nb::dlpack::dtype{uint8_t(nb::dlpack::dtype_code::Float), 16, 1};
-  if (keys.dtype() != values.dtype() || !(is_half || keys.dtype() == nb::dtype<float>()))
-    throw nb::type_error("KV cache: keys and values must both be float32 or both be float16");
-  require(keys.shape(0) == values.shape(0) && keys.shape(1) == values.shape(1) &&
-              keys.shape(3) == values.shape(3) && keys.shape(1) > 0 && keys.shape(3) > 0,
-          "KV cache: keys [N, KVH, 4, d, 16] and values [N, KVH, 64, d] do not belong together");
-  return KvCache{
-      keys.data(),           values.data(), is_half, int64_t(keys.shape(0)), int64_t(keys.shape(1)),
-      int64_t(keys.shape(3))};
 }
 
 RowList bind_kv_write(const Keys& keys, const Values& values, const Array<const float, 3>& k,

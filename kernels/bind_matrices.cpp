@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "bind_arrays.h"
+#include "bind_views.h"
 #include "bindings.h"
 #include "matmul.h"
 #include "pack.h"
@@ -33,15 +34,6 @@ using Bytes = Array<uint8_t, 1>;
 using ConstByteRows = Array<const uint8_t, 2>;
 using Floats = Array<float, 2>;
 using Importance = std::optional<Array<const float, 1>>;
-
-MatrixView view_matrix(int format, int rows, int cols, const ConstBytes& data) {
-  require_dims(rows, cols);
-  const MatrixView m{format_from(format), rows, cols, data.data()};
-  require_equal("matrix bytes", num_groups(rows) * group_bytes(m.format, cols),
-                int64_t(data.size()));
-  require_aligned(data.data());
-  return m;
-}
 
 // --- Packing -----------------------------------------------------------------------------------
 

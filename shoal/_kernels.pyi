@@ -143,6 +143,38 @@ def logprob_of(logits: Annotated[NDArray[numpy.float32], dict(shape=(None,), ord
 def compute_digests() -> list[tuple[str, str, int]]:
     """(op, format, digest) of every op on the current instruction set."""
 
+class Linear:
+    """A matrix in kernel layout, and the bias of its products."""
+
+    def __init__(self, format: int, rows: int, cols: int, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None) -> None: ...
+
+class GroupedQuery:
+    """The attention of one layer."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, window: int, clip: float, norm_eps: float, norms_heads: bool, q_norm: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, k_norm: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, qkv: Sequence[Linear], o: Linear) -> None: ...
+
+class DenseFfn:
+    """An FFN in the layout of one expert."""
+
+    def __init__(self, dim: int, ffn_dim: int, gate_up: int, down: int, weights: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+
+class Places:
+    """Where the rows of a pass stand."""
+
+    def __init__(self, cos: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], sin: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], slots: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], row_sequence: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], block_tables: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> None: ...
+
+class DecoderLayer:
+    """A decoder layer but for its routed experts."""
+
+    def __init__(self, attention_norm: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], attention: GroupedQuery, ffn_norm: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], gate: Linear | None, experts_per_token: int, renormalise: bool, scheme: int, ffn: DenseFfn | None) -> None: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its matrices."""
+
+def run_layer(layer: DecoderLayer, hidden: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], branch: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None, places: Places, keys: Annotated[NDArray, dict(shape=(None, None, 4, None, 16), order='C', device='cpu')], values: Annotated[NDArray, dict(shape=(None, None, 64, None), order='C', device='cpu')], going_on: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, residual: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], normed: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], quants: Annotated[NDArray[numpy.int8], dict(shape=(None, None), order='C', device='cpu')] | None, scales: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')] | None, experts: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu')] | None, weights: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')] | None, ffn: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')] | None) -> tuple[int, list[int]] | None:
+    """Run it; returns what stopped it and the rows to blame, or None."""
+
 def direct_alignment(descriptor: int) -> tuple[int, int] | None:
     """
     Return (offset, address) alignment of direct reads, or None where it is not told.

@@ -66,6 +66,8 @@ class Diary:
             key = f"{arguments[1]} x {arguments[2]}, {Format(arguments[0]).label}"
             self._bytes[key] += arguments[WEIGHTS].size
             return key
+        if name == "run_layer":
+            self._bytes[name] += arguments[0].num_bytes
         if name == "expert_sums":
             self._bytes[name] += sum(weights.size for weights in arguments[4])
         return name

@@ -13,6 +13,7 @@ from coordinator.expert_dispatch import BULK_ROWS_PER_CALL, ExpertDispatch, Pend
 from coordinator.row_forms import RowForms
 from shoal import limits, ops
 from shoal.artifact import Artifact
+from shoal.quant import Scheme
 from shoal.router import RoutingPlan
 
 
@@ -70,6 +71,10 @@ class CorrectedExperts:
         """Say what the next pass is."""
         self._pass = window_pass
         self.num_round_trips += window_pass.asks
+
+    def scheme(self, layer: int) -> Scheme:
+        """See ExpertBranch.scheme."""
+        return self._forms[layer][0]
 
     def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> F32:
         """See ExpertBranch.run. Raises also what the calls of the pass before bring."""

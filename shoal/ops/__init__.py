@@ -23,6 +23,14 @@ from shoal.ops.floats import (
     rope_table,
     route,
 )
+from shoal.ops.layers import (
+    DenseLayer,
+    GroupedQuery,
+    Linear,
+    Places,
+    Routed,
+    RoutedLayer,
+)
 from shoal.ops.matrices import (
     ExpertLayout,
     Matrix,
@@ -50,9 +58,15 @@ from shoal.ops.matrices import (
 from shoal.ops.sampling import SamplingParams, logprob_of, sample, top_logprobs
 
 __all__ = [
+    "DenseLayer",
     "ExpertLayout",
     "ExpertTable",
+    "GroupedQuery",
+    "Linear",
     "Matrix",
+    "Places",
+    "Routed",
+    "RoutedLayer",
     "SamplingParams",
     "add",
     "aligned_empty",

@@ -16,7 +16,7 @@ from coordinator.speculation.shadow_experts import ShadowExperts
 from shoal.artifact import Artifact
 from shoal.artifact.shadow_build import make_shadow
 from shoal.ops import SamplingParams
-from shoal.quant import Format
+from shoal.quant import Format, Scheme
 from shoal.router import RoutingPlan
 from support.speculation import Rig
 from support.tiny_model import make_tiny_artifact
@@ -72,6 +72,9 @@ def test_a_model_in_which_no_layer_chooses_never_diverges() -> None:
 
 class Zeros:
     """Experts that add nothing."""
+
+    def scheme(self, layer: int) -> Scheme:
+        return Scheme.F32
 
     def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> np.ndarray:
         return np.zeros((forms.num_rows, 4), np.float32)
