@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "floats.h"
+#include "thread_pool.h"
 
 namespace shoal {
 namespace {
@@ -45,6 +46,7 @@ void finish(const DecoderLayer& layer, const LayerCall& call, Arena& arena, cons
 }  // namespace
 
 void run_layer(const DecoderLayer& layer, const LayerCall& call) {
+  prepare_threads();  // after a wait for nodes they sleep; they wake beside the norm
   Arena& arena = empty_thread_arena();
   const int64_t rows = call.places.rows, values = rows * layer.dim;
   const float* hidden = call.hidden;

@@ -155,6 +155,7 @@ Result compute(const Model& m, int first, int n) {
     const float* row = &m.x[size_t(t % kRows) * size_t(dim)];
     x.insert(x.end(), row, row + dim);
   }
+  if (n % 2) prepare_threads();  // or not: it decides nothing
   const Rows rows = quantise(scheme_of(m.shape.gate_up), x.data(), n, dim);
   Result r;
   r.product.resize(size_t(n) * size_t(m.out_rows));
