@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from coordinator.array_types import F32, I32
+from coordinator.array_types import I32
 from coordinator.expert_dispatch import ExpertDispatch
 from coordinator.row_forms import RowForms
 from coordinator.speculation.routing_watch import Routing
@@ -20,8 +20,8 @@ class ExpertBranch(Protocol):
         """Return the scheme in which `run` asks for the rows, at least."""
         ...
 
-    def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> F32:
-        """Return the branch [T, D] float32 of a layer's normed rows, routed as the plan says.
+    def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> ops.Branch:
+        """Return the branch [T, D] of a layer's normed rows, routed as the plan says.
 
         Raises: what `ExpertDispatch.start` and `PendingSums.wait` do.
         """
@@ -43,11 +43,11 @@ class DispatchedExperts:
         """See `ExpertBranch.scheme`."""
         return self._forms[layer][0]
 
-    def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> F32:
+    def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> ops.Branch:
         """See `ExpertBranch.run`."""
         scheme, grid = self._forms[layer]
         pending = self._dispatch.start(layer, forms.get(scheme), plan)
-        return ops.finish_sums(pending.wait(), grid)
+        return ops.Sums(pending.wait(), grid)
 
 
 class WatchedExperts:
@@ -68,7 +68,7 @@ class WatchedExperts:
         """See `ExpertBranch.scheme`."""
         return self._inner.scheme(layer)
 
-    def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> F32:
+    def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> ops.Branch:
         """See `ExpertBranch.run`."""
         if layer in self._visited:
             self._visited[layer] = plan.experts

@@ -21,6 +21,7 @@ from coordinator.kv_arrays import KvArrays
 from coordinator.row_forms import RowForms
 from coordinator.transformer import Transformer
 from coordinator.weights import ModelWeights
+from shoal import ops
 from shoal.errors import CorruptArtifact, UsageError
 from shoal.experts.routing_trace import RoutingTrace, TraceSegment, decode_trace, encode_trace
 from shoal.limits import MAX_RECORDED_BYTES
@@ -141,7 +142,7 @@ class _RecordedExperts:
         """See `ExpertBranch.scheme`."""
         return self._inner.scheme(layer)
 
-    def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> F32:
+    def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> ops.Branch:
         """See `ExpertBranch.run`."""
         self._recorder.visit(layer, plan.experts)
         return self._inner.run(layer, forms, plan)

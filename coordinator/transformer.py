@@ -62,7 +62,7 @@ class Transformer:
         """Do what `forward` does before the logits; return what they are made of, [R, D]."""
         places = self._places(batch)
         hidden = ops.embed(self._weights.embed, batch.token_ids)
-        branch: F32 | None = None
+        branch: ops.Branch | None = None
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             cancellation.check()
@@ -71,7 +71,7 @@ class Transformer:
                 hidden, branch = layer.run(hidden, branch, places, cache.layer(index), going_on)
             except NumericError as error:
                 raise NumericError(f"layer {index}: {error}", error.rows) from error
-        return hidden if branch is None else ops.add(hidden, branch, out=hidden)
+        return hidden if branch is None else ops.add_branch(hidden, branch)
 
     def _places(self, batch: Batch) -> ops.Places:
         rope = ops.rope_table(
@@ -124,11 +124,11 @@ class _RoutedLayer:
     def run(
         self,
         hidden: F32,
-        branch: F32 | None,
+        branch: ops.Branch | None,
         places: ops.Places,
         cache: KvPair,
         going_on: NDArray[np.intp] | None,
-    ) -> tuple[F32, F32]:
+    ) -> tuple[F32, ops.Branch]:
         """Return the residual and the branch that is still to be added to it.
 
         Of the rows `going_on` only, if that is not None.

@@ -211,8 +211,8 @@ void require_index(const std::optional<Array<const int64_t, 1>>& index, int64_t 
 
 // None, or why the layer stopped (shoal/ops/layers.py) and which rows of the call are to blame.
 Stopped bind_run(const BoundLayer& bound, const Array<const float, 2>& hidden,
-                 const OptionalRows<const float>& branch, const BoundPlaces& places,
-                 const Keys& keys, const Values& values,
+                 const OptionalRows<const float>& branch, const OptionalRows<const int64_t>& sums,
+                 int sums_grid, const BoundPlaces& places, const Keys& keys, const Values& values,
                  const std::optional<Array<const int64_t, 1>>& going_on,
                  const Array<float, 2>& residual, const Array<float, 2>& normed,
                  const OptionalRows<int8_t>& quants, const OptionalRows<float>& scales,
@@ -227,8 +227,12 @@ Stopped bind_run(const BoundLayer& bound, const Array<const float, 2>& hidden,
   require_equal("rows of hidden", rows, int64_t(hidden.shape(0)));
   require_equal("columns of hidden", dim, int64_t(hidden.shape(1)));
   require_index(going_on, rows);
+  require(!branch || !sums, "a branch is floats or sums");
+  require(sums_grid >= -126 && sums_grid <= 126, "sums: the grid must be in -126..126");
   const LayerCall call{hidden.data(),
                        rows_of("branch", branch, rows, dim, branch.has_value()),
+                       rows_of("sums", sums, rows, dim, sums.has_value()),
+                       sums_grid,
                        places.places,
                        cache_of(keys, values),
                        going_on ? going_on->data() : nullptr,
@@ -280,10 +284,10 @@ void bind_layer(nb::module_& m) {
            "scheme"_a, "ffn"_a.none())
       .def_prop_ro("num_bytes", &BoundLayer::num_bytes, "Of its matrices.");
   m.def("run_layer", &bind_run, "layer"_a, "hidden"_a.noconvert(), "branch"_a.noconvert().none(),
-        "places"_a, "keys"_a.noconvert(), "values"_a.noconvert(), "going_on"_a.noconvert().none(),
-        "residual"_a.noconvert(), "normed"_a.noconvert(), "quants"_a.noconvert().none(),
-        "scales"_a.noconvert().none(), "experts"_a.noconvert().none(),
-        "weights"_a.noconvert().none(), "ffn"_a.noconvert().none(),
+        "sums"_a.noconvert().none(), "sums_grid"_a, "places"_a, "keys"_a.noconvert(),
+        "values"_a.noconvert(), "going_on"_a.noconvert().none(), "residual"_a.noconvert(),
+        "normed"_a.noconvert(), "quants"_a.noconvert().none(), "scales"_a.noconvert().none(),
+        "experts"_a.noconvert().none(), "weights"_a.noconvert().none(), "ffn"_a.noconvert().none(),
         "Run it; returns what stopped it and the rows to blame, or None.");
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "combine.h"
 #include "floats.h"
 #include "thread_pool.h"
 
@@ -43,18 +44,27 @@ void finish(const DecoderLayer& layer, const LayerCall& call, Arena& arena, cons
     route(layer, call, arena, rows);
 }
 
+// The residual that the layer begins with.
+const float* with_branch(const LayerCall& call, Arena& arena, int64_t values) {
+  const float* branch = call.branch;
+  if (call.sums != nullptr) {
+    float* const finished = arena.take<float>(values);
+    finish_sums(call.sums, call.sums_grid, finished, values);
+    branch = finished;
+  }
+  if (branch == nullptr) return call.hidden;
+  float* const sum = call.going_on == nullptr ? call.residual : arena.take<float>(values);
+  add_floats(call.hidden, branch, sum, values);
+  return sum;
+}
+
 }  // namespace
 
 void run_layer(const DecoderLayer& layer, const LayerCall& call) {
   prepare_threads();  // after a wait for nodes they sleep; they wake beside the norm
   Arena& arena = empty_thread_arena();
   const int64_t rows = call.places.rows, values = rows * layer.dim;
-  const float* hidden = call.hidden;
-  if (call.branch != nullptr) {
-    float* const sum = call.going_on == nullptr ? call.residual : arena.take<float>(values);
-    add_floats(hidden, call.branch, sum, values);
-    hidden = sum;
-  }
+  const float* const hidden = with_branch(call, arena, values);
   float* const normed = arena.take<float>(values);
   rms_norm(hidden, layer.attention_norm, layer.norm_eps, normed, rows, layer.dim);
   LayerRows normed_rows(arena, normed, rows, layer.dim);

@@ -1,6 +1,7 @@
 // A decoder layer but for its routed experts, in one call:
 //
-//   add the branch of the layer before -> norm -> q, k, v -> cache -> attention -> add -> norm
+//   add the branch of the layer before, a float or a sum of integers -> norm -> q, k, v -> cache ->
+//   attention -> add -> norm
 //     -> the rows' experts and their form for them, or a dense FFN's branch
 //
 // What a layer does is written here and in the attention's file, and nowhere else.  Each step is a
@@ -41,6 +42,8 @@ struct DecoderLayer {
 struct LayerCall {
   const float* hidden;  // [rows][dim]
   const float* branch;  // [rows][dim] to be added to it first; null: none
+  const int64_t* sums;  // [rows][dim]: the same as experts' integers (combine.h); null: none
+  int sums_grid;
   RowPlaces places;
   KvCache cache;
   const int64_t* going_on;  // [R] rows that attend, ascending; null: all.  Each writes its K and V.

@@ -5,6 +5,7 @@ at import; without it the fastest that this CPU has. Results are the same bits w
 """
 
 from shoal.ops.combine import (
+    Sums,
     finish_sums,
     pack_bf16,
     pack_sums,
@@ -24,12 +25,14 @@ from shoal.ops.floats import (
     route,
 )
 from shoal.ops.layers import (
+    Branch,
     DenseLayer,
     GroupedQuery,
     Linear,
     Places,
     Routed,
     RoutedLayer,
+    add_branch,
 )
 from shoal.ops.matrices import (
     ExpertLayout,
@@ -58,6 +61,7 @@ from shoal.ops.matrices import (
 from shoal.ops.sampling import SamplingParams, logprob_of, sample, top_logprobs
 
 __all__ = [
+    "Branch",
     "DenseLayer",
     "ExpertLayout",
     "ExpertTable",
@@ -68,7 +72,9 @@ __all__ = [
     "Routed",
     "RoutedLayer",
     "SamplingParams",
+    "Sums",
     "add",
+    "add_branch",
     "aligned_empty",
     "attention",
     "available_isas",

@@ -4,16 +4,26 @@ Typed fronts of the native kernels. A sum is that of q = rne(weight * y * 2^grid
 (exactness rule 5), so neither order nor split of the adding matters.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from shoal import _kernels
 
+F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
 
-def finish_sums(sums: I64, grid: int) -> NDArray[np.float32]:
+class Sums(NamedTuple):
+    """A branch of the residual [T, D], as integers: values * 2^-grid, rounded once."""
+
+    values: I64
+    grid: int
+
+
+def finish_sums(sums: I64, grid: int) -> F32:
     """Return float32(sums) * 2^-grid, [T, D]; grid in -126..126."""
     out = np.empty(sums.shape, np.float32)
     _kernels.finish_sums(sums, grid, out)

@@ -21,13 +21,15 @@ from numpy.typing import NDArray
 from shoal import _kernels
 from shoal.errors import NumericError
 from shoal.model_spec import AttentionSpec, QkNorm, RouterKind, RouterSpec
-from shoal.ops.floats import F32, I32, KvArray, route
+from shoal.ops.combine import I64, Sums, finish_sums
+from shoal.ops.floats import F32, I32, KvArray, add, route
 from shoal.ops.matrices import U8, ExpertLayout, Matrix
 from shoal.quant import Scheme, round_up
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
 
 Index = NDArray[np.intp]
+Branch = F32 | Sums  # [T, D]: what is still to be added to a residual
 
 # By `Stop` of kernels/layer_rows.h.
 _STOPS = (
@@ -159,7 +161,7 @@ class RoutedLayer:
     def run(
         self,
         hidden: F32,
-        branch: F32 | None,
+        branch: Branch | None,
         places: Places,
         cache: tuple[KvArray, KvArray],
         going_on: Index | None,
@@ -168,7 +170,7 @@ class RoutedLayer:
 
         Args:
             hidden: [T, D], the residual; kept as it is.
-            branch: [T, D], to be added to it first; None: nothing.
+            branch: to be added to it first; None: nothing.
             cache: K and V of this layer, see `kv_shape`.
             going_on: [R] ascending: the rows that do more than write their K and V; None: all.
 
@@ -185,7 +187,7 @@ class RoutedLayer:
         stopped = _kernels.run_layer(
             self._native,
             hidden,
-            branch,
+            *_split(branch),
             places.native,
             cache[0],
             cache[1],
@@ -254,7 +256,7 @@ class DenseLayer:
     def run(
         self,
         hidden: F32,
-        branch: F32 | None,
+        branch: Branch | None,
         places: Places,
         cache: tuple[KvArray, KvArray],
         going_on: Index | None,
@@ -269,7 +271,7 @@ class DenseLayer:
         stopped = _kernels.run_layer(
             self._native,
             hidden,
-            branch,
+            *_split(branch),
             places.native,
             cache[0],
             cache[1],
@@ -285,6 +287,19 @@ class DenseLayer:
         if stopped is not None:
             raise _numeric_error(*stopped, cache)
         return residual, ffn
+
+
+def add_branch(hidden: F32, branch: Branch) -> F32:
+    """Return hidden + branch, as a layer adds it."""
+    if isinstance(branch, Sums):
+        branch = finish_sums(branch.values, branch.grid)
+    return add(hidden, branch)
+
+
+def _split(branch: Branch | None) -> tuple[F32 | None, I64 | None, int]:
+    if isinstance(branch, Sums):
+        return None, branch.values, branch.grid
+    return branch, None, 0
 
 
 def _native(linear: Linear) -> _kernels.Linear:

@@ -84,6 +84,21 @@ def test_one_call_gives_the_bits_of_its_ops_on_every_machine(
         assert kind in ("formats apart", "no whole groups")
 
 
+@pytest.mark.parametrize("going_on", [None, [0, 2]])
+def test_sums_of_experts_are_finished_and_added_as_by_their_ops(going_on: list[int] | None) -> None:
+    parts = KINDS["qwen3"]()
+    index = None if going_on is None else np.array(going_on, np.intp)
+    world = make_world(parts, 3, "float16", has_branch=False)
+    drawn = np.random.default_rng(7).integers(-(2**50), 2**50, world.hidden.shape)
+    sums = ops.Sums(drawn, 48)
+    finished = ops.finish_sums(*sums)
+    right = replace(world, branch=finished)
+    assert_same(run(parts, replace(world, branch=sums), index, 1), expected(parts, right, index))
+    whole = ops.add(world.hidden, finished)
+    for branch in (sums, finished):
+        assert ops.add_branch(world.hidden, branch).tobytes() == whole.tobytes()
+
+
 @pytest.mark.parametrize("going_on", [[], [2], [0, 5, 16], list(range(17))])
 @pytest.mark.parametrize("kind", ["qwen3", "every expert", "dense"])
 def test_rows_that_stop_after_their_keys_are_as_if_all_went_on(
@@ -205,6 +220,8 @@ def test_attention_that_leaves_the_numbers_names_rows_of_the_call() -> None:
         ({"hidden": np.zeros((3, 255), np.float32)}, "columns of hidden: expected 256, got 255"),
         ({"hidden": np.zeros((2, 256), np.float32)}, "rows of hidden: expected 3, got 2"),
         ({"branch": np.zeros((2, 256), np.float32)}, "branch: expected 3, got 2"),
+        ({"branch": ops.Sums(np.zeros((3, 255), np.int64), 0)}, "sums: expected 256, got 255"),
+        ({"branch": ops.Sums(np.zeros((3, 256), np.int64), 127)}, r"grid must be in -126\.\.126"),
         ({"slots": np.array([0, 1, 6 * 64], np.int32)}, "row 2: slot 384 is outside the cache"),
         ({"slots": np.array([0, 1], np.int32)}, "one row each"),
         ({"positions": np.array([0, 1, 192], np.int32)}, "row 2: position 192 is outside"),

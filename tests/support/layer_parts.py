@@ -145,7 +145,7 @@ class World:
     """T rows of two sequences, each with CACHED tokens, and the cache of one layer."""
 
     hidden: F32
-    branch: F32 | None
+    branch: ops.Branch | None
     cos: F32
     sin: F32
     slots: I32
@@ -205,6 +205,7 @@ def composed(
 
     Raises: NumericError, its rows of those going on once these were taken.
     """
+    assert not isinstance(world.branch, ops.Sums), "finish them first"
     hidden = world.hidden if world.branch is None else ops.add(world.hidden, world.branch)
     normed = ops.rms_norm(hidden, parts.norms[0], EPS)
     q, k, v = (_product(linear, normed) for linear in parts.qkv)
