@@ -44,6 +44,7 @@ from shoal.experts.options import Mode
 from shoal.experts.ownership import Ownership
 from shoal.experts.store import StoreOptions, WarmUpProgress
 from shoal.paths import resolve_model
+from shoal.tls_files import ClientFiles
 from shoal.transport import Transport, Wire
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class CoordinatorConfig:
     model: a name or a path. moe_shards: None: every expert in this process.
     threads: of the kernels; None: as many as the machine has cores.
     max_context: None: the model's own. store, prefetch: of the experts of this process.
+    tls: what `grpcs://` nodes are met with.
     record_routing: a file that gets the routing of each request's tokens; None: nowhere.
     """
 
@@ -78,6 +80,7 @@ class CoordinatorConfig:
     call_timeout_s: float = 10.0
     shard_wait_s: float = SHARD_WAIT_S
     transport: Transport = Transport.AUTO
+    tls: ClientFiles = field(default_factory=ClientFiles)
     wire: Wire = Wire.EXACT
     store: StoreOptions = field(default_factory=StoreOptions)
     prefetch: Mode = Mode.AUTO
@@ -100,6 +103,8 @@ class CoordinatorConfig:
             raise UsageError(
                 f"--wire {self.wire} needs --moe-shards: without nodes there is no wire"
             )
+        if self.tls != ClientFiles() and self.moe_shards is None:
+            raise UsageError("--tls-... needs --moe-shards: without nodes there is no wire")
         if self.threads is not None and not 1 <= self.threads <= limits.MAX_THREADS:
             raise UsageError(f"--threads {self.threads}: must be in 1..{limits.MAX_THREADS}")
         if not 0 < self.call_timeout_s <= limits.MAX_CALL_TIMEOUT_S:
@@ -319,6 +324,9 @@ def open_dispatch(
 ) -> ExpertDispatch:
     """Meet the nodes that the configuration names, or read all experts. Raises as start_engine."""
     if config.moe_shards is not None:
+        from coordinator.grpc_loop import quieten_grpc
+
+        quieten_grpc()  # before it is imported
         from coordinator.remote_dispatch import open_remote_dispatch  # and gRPC: not without nodes
 
         return open_remote_dispatch(
@@ -327,6 +335,7 @@ def open_dispatch(
             config.call_timeout_s,
             shard_wait_s=config.shard_wait_s,
             transport=config.transport,
+            tls=config.tls,
             replies=config.wire,
             store=config.store,
             prefetch=config.prefetch,

@@ -19,7 +19,7 @@ from shoal import limits
 from shoal.errors import UsageError
 from shoal.experts.options import Io, Mode, Verify
 from shoal.option_groups import grouped
-from shoal.paths import SUFFIX, default_model, is_artifact, user_folder
+from shoal.paths import SUFFIX, default_model, is_artifact, user_folder, user_path
 from shoal.sizes import parse_size
 from shoal.transport import Transport, Wire
 
@@ -127,6 +127,32 @@ class EngineOptions:
     transport: Annotated[
         Transport, typer.Option(help="to nodes: grpcio, or our own framing (fast, auto)")
     ] = Transport.AUTO
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="PEM of the authorities that sign certificates of grpcs:// nodes; default: those "
+            "that the system trusts",
+            show_default=False,
+        ),
+    ] = None
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="certificate for nodes that ask for one", show_default=False
+        ),
+    ] = None
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="and its key", show_default=False)
+    ] = None
+    tls_server_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="that nodes' certificates are for; default: each endpoint's host",
+            show_default=False,
+        ),
+    ] = None
     wire: Annotated[
         Wire,
         typer.Option(help="of nodes' replies: exact integers; bf16: rounded, so NOT the same text"),
@@ -142,6 +168,7 @@ class EngineOptions:
         """Return the configuration of a coordinator for that model. Raises UsageError."""
         from coordinator.app import CoordinatorConfig
         from shoal.experts.store import StoreOptions
+        from shoal.tls_files import ClientFiles
 
         cache = None if self.cache is None else parse_size(self.cache, name="--cache")
         return CoordinatorConfig(
@@ -153,6 +180,12 @@ class EngineOptions:
             call_timeout_s=self.call_timeout,
             shard_wait_s=self.shard_wait,
             transport=self.transport,
+            tls=ClientFiles(
+                _typed_path(self.tls_ca),
+                _typed_path(self.tls_cert),
+                _typed_path(self.tls_key),
+                self.tls_server_name,
+            ),
             wire=self.wire,
             store=StoreOptions(
                 cache_bytes=cache,
@@ -251,6 +284,10 @@ def chat(
         ChatConfig(system, max_tokens, sampling.given(), tuple(stop or ())),
         feedback(),
     )
+
+
+def _typed_path(typed: Path | None) -> Path | None:
+    return None if typed is None else user_path(typed)
 
 
 def _model_and_prompt(words: list[str], has_ids: bool) -> tuple[str | None, str | None]:

@@ -9,13 +9,16 @@ import atexit
 import os
 import threading
 
-# gRPC's own log would put lines such as "Got goaway" between the user's text and our errors, which
-# say the same. gRPC reads this when it is imported, which the importers of this module do after it;
-# a user's setting stays.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
+
+
+def quieten_grpc() -> None:
+    """Keep gRPC's own log, such as "Got goaway", from between the user's text and our errors.
+
+    These say the same. gRPC reads this when it is imported; a user's setting stays.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def grpc_loop() -> asyncio.AbstractEventLoop:

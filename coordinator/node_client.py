@@ -20,6 +20,7 @@ from coordinator.known_nodes import KnownNodes
 from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import NodeKeeper, OpenedLanes, Terms
 from coordinator.node_link import KEEPALIVE, Greeting, Keepalive, LaneLink, NodeLink
+from coordinator.tls import Trust
 from shoal import errors
 from shoal.shard_map import Endpoint
 
@@ -101,14 +102,19 @@ class NodeClient(KnownNodes):
     Args:
         greeting: who this coordinator is, as Open tells it.
         notify: told what is waited for, lost or back, in a sentence.
+        trust: what nodes with TLS are met with; None: there are none.
     """
 
     def __init__(
-        self, greeting: Greeting, patience: Patience, notify: Callable[[str], None]
+        self,
+        greeting: Greeting,
+        patience: Patience,
+        notify: Callable[[str], None],
+        trust: Trust | None = None,
     ) -> None:
         self._greeting = greeting
         self._loop = grpc_loop()
-        keeper = NodeKeeper(self, patience.keepalive, notify)
+        keeper = NodeKeeper(self, patience.keepalive, notify, trust)
         in_flight = CallsInFlight(
             keeper.names, patience.call_timeout_s, patience.shard_wait_s, self
         )

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from coordinator.dispatch_events import NodeAbsent, NodeOpened
 from coordinator.handshake import NodeFacts
 from coordinator.node_link import Keepalive, NodeLink
+from coordinator.tls import Trust
 from shoal import errors
 from shoal.shard_map import Endpoint
 
@@ -73,10 +74,15 @@ class NodeKeeper:
     Args:
         keepalive: of gRPC's connections.
         notify: told in a sentence what is waited for, lost and back.
+        trust: what nodes with TLS are met with.
     """
 
     def __init__(
-        self, opener: LaneOpener, keepalive: Keepalive, notify: Callable[[str], None]
+        self,
+        opener: LaneOpener,
+        keepalive: Keepalive,
+        notify: Callable[[str], None],
+        trust: Trust | None = None,
     ) -> None:
         self.endpoints: list[Endpoint] = []
         self.names: list[str] = []
@@ -85,6 +91,7 @@ class NodeKeeper:
         self._opener = opener
         self._keepalive = keepalive
         self._notify = notify
+        self._trust = trust
         self._terms: Terms | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._first: dict[int, errors.ShoalError | None] = {}  # how a first meeting went
@@ -186,7 +193,7 @@ class NodeKeeper:
     async def _keep(self, node: int) -> None:
         epoch, process, pause_s, told = 0, "", FIRST_PAUSE_S, ""
         while node in self._tasks:
-            link = NodeLink(self.endpoints[node], self._keepalive)
+            link = NodeLink(self.endpoints[node], self._keepalive, self._trust)
             try:
                 facts = await self._describe(node, link)
                 lanes = await self._opener.open_lanes(node, link, epoch)
@@ -208,7 +215,8 @@ class NodeKeeper:
             except errors.NodeError as error:
                 is_first = node not in self._first
                 self._tell_absent(node, error)
-                if isinstance(error, errors.NodeMismatch) and str(error) != told and not is_first:
+                is_wrong = isinstance(error, errors.NodeMismatch | errors.NodeUntrusted)
+                if is_wrong and str(error) != told and not is_first:
                     told = str(error)
                     self._notify(told)
                 passed_s = asyncio.get_running_loop().time() - self._asked_s[node]

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from coordinator.dispatch_events import Lane
 from coordinator.handshake import NodeFacts
+from coordinator.tls import Trust, why_untrusted
 from shoal import errors, limits
 from shoal.experts.ownership import OwnedRange
 from shoal.shard_map import Endpoint, EndpointKind
@@ -69,8 +70,12 @@ class Greeting:
 class LaneLink:
     """One stream on a channel of its own."""
 
-    def __init__(self, node: str, target: str, lane: Lane, keepalive: Keepalive) -> None:
+    def __init__(
+        self, node: str, target: str, lane: Lane, keepalive: Keepalive, trust: Trust | None = None
+    ) -> None:
+        """Nothing is opened yet. trust: of a node with TLS."""
         self.node, self.lane = node, lane
+        self._trust = trust
         self._target = target
         self._keepalive = keepalive
         # A bare deque: asyncio.Queue costs 20 us a frame more. Credit bounds what is in it.
@@ -84,7 +89,13 @@ class LaneLink:
     def channel(self) -> grpc.aio.Channel:
         if self._channel is None:
             options = channel_options(self._keepalive)
-            self._channel = grpc.aio.insecure_channel(self._target, options=options)
+            if self._trust is None:
+                self._channel = grpc.aio.insecure_channel(self._target, options=options)
+            else:
+                if self._trust.server_name is not None:
+                    options.append(("grpc.ssl_target_name_override", self._trust.server_name))
+                credentials = self._trust.credentials()
+                self._channel = grpc.aio.secure_channel(self._target, credentials, options=options)
         return self._channel
 
     async def open(self, greeting: Greeting, stream_epoch: int) -> pb.Opened:
@@ -147,28 +158,45 @@ class LaneLink:
 class NodeLink:
     """A node's two lanes, and its unary calls, which travel on the interactive channel."""
 
-    def __init__(self, endpoint: Endpoint, keepalive: Keepalive) -> None:
+    def __init__(
+        self, endpoint: Endpoint, keepalive: Keepalive, trust: Trust | None = None
+    ) -> None:
+        """Nothing is opened yet. trust: what `grpcs://` nodes are met with."""
         self.node = str(endpoint)
+        self._endpoint = endpoint
+        self._trust = trust if endpoint.kind is EndpointKind.GRPCS else None
         is_unix = endpoint.kind is EndpointKind.UNIX
         target = f"unix:{endpoint.address}" if is_unix else endpoint.address
-        self.lanes = {lane: LaneLink(self.node, target, lane, keepalive) for lane in Lane}
+        self.lanes = {
+            lane: LaneLink(self.node, target, lane, keepalive, self._trust) for lane in Lane
+        }
 
     async def describe(self) -> NodeFacts:
-        """Ask the node who it is. Raises NodeUnreachable within CONNECT_TIMEOUT_S."""
+        """Ask the node who it is. Raises NodeUnreachable within CONNECT_TIMEOUT_S.
+
+        NodeUntrusted, where TLS is why, may take PROBE_TIMEOUT_S more.
+        """
         call = self.lanes[Lane.INTERACTIVE].channel.unary_unary(
             DESCRIBE,
             request_serializer=pb.DescribeRequest.SerializeToString,
             response_deserializer=pb.DescribeReply.FromString,
         )
         request = pb.DescribeRequest(protocol_version=limits.PROTOCOL_VERSION)
-        return _facts(await _answer(self.node, call(request, timeout=CONNECT_TIMEOUT_S)))
+        waiting = call(request, timeout=CONNECT_TIMEOUT_S)
+        try:
+            return _facts(await _answer(self.node, waiting))
+        except errors.NodeUnreachable as error:
+            if not isinstance(error.__cause__, grpc.aio.AioRpcError):
+                raise  # silent: it would be to a probe, too
+            untrusted = await why_untrusted(self._endpoint, self._trust)
+            raise untrusted or error from error.__cause__
 
     async def close(self) -> None:
         for lane in self.lanes.values():
             await lane.close()
 
 
-def channel_options(keepalive: Keepalive) -> list[tuple[str, int]]:
+def channel_options(keepalive: Keepalive) -> list[tuple[str, int | str]]:
     """Return gRPC's options of one channel."""
     timeout_ms = int(keepalive.timeout_s * 1000)
     return [

@@ -27,6 +27,7 @@ from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import Terms
 from coordinator.node_link import KEEPALIVE, Greeting, Keepalive
 from coordinator.placement import Placement
+from coordinator.tls import settle_transport
 from shoal import __version__, errors, limits, numerics, shard_map, wire
 from shoal.allocator import keep_freed_memory
 from shoal.artifact import Artifact
@@ -39,6 +40,7 @@ from shoal.experts.store import StoreOptions, WarmUpProgress
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
 from shoal.shard_map import EndpointKind
+from shoal.tls_files import ClientFiles
 from shoal.transport import Transport, Wire
 
 READY_TIMEOUT_S = 600.0  # warm-up: 500 GB at 1 GB/s
@@ -72,6 +74,7 @@ def open_remote_dispatch(
     *,
     shard_wait_s: float = SHARD_WAIT_S,
     transport: Transport = Transport.AUTO,
+    tls: ClientFiles | None = None,
     replies: Wire = Wire.EXACT,
     store: StoreOptions | None = None,
     prefetch: Mode = Mode.AUTO,
@@ -87,6 +90,7 @@ def open_remote_dispatch(
     Args:
         moe_shards: the map, or @FILE.toml.
         shard_wait_s: how long a call waits for a node when its range has none.
+        tls: what `grpcs://` nodes are met with: by grpcio, which is told.
         replies: the form that nodes send sums in; another than EXACT is told, as it is not.
         store, prefetch: of the `local` experts.
         keepalive: when a node that nobody calls is asked for a sign of life, and given up.
@@ -103,6 +107,7 @@ def open_remote_dispatch(
     placement = Placement(read_shard_map(moe_shards), artifact.spec)
     greeting = Greeting(artifact.identity, numerics.NUMERICS, secrets.token_bytes(16))
     kinds = [endpoint.kind for endpoint in placement.endpoints]
+    trust = settle_transport(transport, tls or ClientFiles(), kinds, notify)
     local = None
     if EndpointKind.LOCAL in kinds:
         owned = _local_experts(artifact, placement, kinds.index(EndpointKind.LOCAL))
@@ -121,9 +126,12 @@ def open_remote_dispatch(
             f"--wire {replies} is NOT exact: nodes round their sums, so the text may differ from "
             "that of --wire exact, and from that of another shard map"
         )
-    make_client = FastClient if transport.is_fast else NodeClient
     patience = Patience(call_timeout_s, shard_wait_s, keepalive)
-    client: ExpertClient = make_client(greeting, patience, notify)
+    client: ExpertClient
+    if transport.is_fast and trust is None:
+        client = FastClient(greeting, patience, notify)
+    else:
+        client = NodeClient(greeting, patience, notify, trust)
     try:
         route = meet_nodes(artifact, placement, client, ready_timeout_s)
         if local is not None:
@@ -294,6 +302,11 @@ class RemoteDispatch:
             raise errors.ShardMapError(
                 f"{self._moe_shards}: what is `local` cannot change while shoal runs: restart it"
             )
+        if _has_tls(placement) and not _has_tls(old.placement):
+            raise errors.ShardMapError(
+                f"{self._moe_shards}: grpcs:// nodes cannot join a map without any while shoal "
+                "runs: another transport carries them: restart it"
+            )
         route = meet_nodes(self._artifact, placement, self._client, READY_TIMEOUT_S)
         self.route = route
         self._client.retire(sorted(old.nodes - route.nodes))
@@ -420,6 +433,10 @@ def _expert_us(artifact: Artifact, layer: int) -> float:
     entry = artifact.manifest.expert_layer(layer)
     assert entry is not None, f"layer {layer} has no experts"
     return entry.expert_bytes / MEMORY_BYTES_PER_US
+
+
+def _has_tls(placement: Placement) -> bool:
+    return any(endpoint.kind is EndpointKind.GRPCS for endpoint in placement.endpoints)
 
 
 def _local_cells(placement: Placement) -> NDArray[np.bool_]:

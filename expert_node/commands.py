@@ -146,10 +146,32 @@ def node(
             envvar="SHOAL_THREADS", help="of compute; default: the CPUs this process may use"
         ),
     ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SHOAL_TLS_CERT",
+            metavar="FILE",
+            help="serve TLS with this certificate (PEM, its chain behind it); SIGHUP reads it "
+            "again",
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(envvar="SHOAL_TLS_KEY", metavar="FILE", help="and this key")
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SHOAL_TLS_CLIENT_CA",
+            metavar="FILE",
+            help="only to coordinators whose certificate one of these authorities signed",
+        ),
+    ] = None,
     insecure: Annotated[
         bool,
         typer.Option(
-            "--insecure", envvar="SHOAL_INSECURE", help="serve other machines without TLS or token"
+            "--insecure",
+            envvar="SHOAL_INSECURE",
+            help="serve other machines without TLS, or without asking who they are",
         ),
     ] = False,
     drain_timeout: Annotated[

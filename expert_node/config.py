@@ -12,6 +12,7 @@ from shoal.experts.options import Backend, Io, Mode, Verify
 from shoal.log_options import LogFormat, LogLevel
 from shoal.paths import resolve_model, user_folder, user_path
 from shoal.sizes import parse_size
+from shoal.tls_files import ServerFiles
 from shoal.transport import Transport
 
 THERMAL_LIMITS_C = (30.0, 120.0)  # below: every drive is throttled; above: none ever is
@@ -41,11 +42,11 @@ class ListenAddress:
         """What gRPC binds."""
         return f"unix:{self.socket_path}" if self.socket_path else f"{self._host_text}:{self.port}"
 
-    def endpoint(self, port: int) -> str:
+    def endpoint(self, port: int, *, has_tls: bool = False) -> str:
         """Return it as --moe-shards writes it, with the port that was bound."""
-        return (
-            f"unix://{self.socket_path}" if self.socket_path else f"grpc://{self._host_text}:{port}"
-        )
+        if self.socket_path:
+            return f"unix://{self.socket_path}"
+        return f"{'grpcs' if has_tls else 'grpc'}://{self._host_text}:{port}"
 
     @property
     def _host_text(self) -> str:
@@ -58,7 +59,7 @@ class NodeConfig:
 
     cache_bytes: what experts may take in memory; None: everything owned.
     io: None: the best that works. pin_experts: a number, or a file's path, as typed.
-    max_read_bandwidth: bytes a second; None: no limit.
+    max_read_bandwidth: bytes a second; None: no limit. tls: None: plain text.
     """
 
     model: Path
@@ -79,6 +80,7 @@ class NodeConfig:
     metrics_listen: ListenAddress | None = None
     max_queued_calls: int = limits.MAX_QUEUED_CALLS
     threads: int | None = None  # None: as many as this process may use
+    tls: ServerFiles | None = None
     insecure: bool = False
     drain_timeout_s: float = limits.DRAIN_TIMEOUT_S
     transport: Transport = Transport.AUTO
@@ -118,11 +120,25 @@ class NodeConfig:
             raise UsageError(f"--pin-experts {self.pin_experts}: must be at least 1, or a file")
         self._check_exposure()
 
+    @property
+    def exposure(self) -> str:
+        """What a stranger on the network could do to the node's port; "": nothing."""
+        if self.listen.is_local or (self.tls is not None and self.tls.is_mutual):
+            return ""
+        if self.tls is None:
+            return "no TLS: anybody there could use the node, and read what others send it"
+        return "no --tls-client-ca: anybody there could use the node"
+
     def _check_exposure(self) -> None:
-        if not (self.listen.is_local or self.insecure):
+        if self.tls is not None and self.listen.socket_path is not None:
             raise UsageError(
-                f"--listen {self.listen.grpc_target} is reachable from other machines, and this "
-                "version has neither TLS nor tokens: anybody there could use the node. Listen on "
+                "--tls-cert: a Unix socket needs no TLS: only this machine reaches it, and the "
+                "rights of its folder say who; leave out --tls-cert, or listen on host:port"
+            )
+        if self.exposure and not self.insecure:
+            raise UsageError(
+                f"--listen {self.listen.grpc_target} is reachable from other machines, and has "
+                f"{self.exposure}. Give --tls-cert, --tls-key and --tls-client-ca, listen on "
                 "127.0.0.1 or unix:///path behind a tunnel, or say --insecure on a private network"
             )
         metrics = self.metrics_listen
@@ -171,6 +187,7 @@ def node_config(values: Mapping[str, Any]) -> NodeConfig:
         metrics_listen=None if metrics is None else parse_listen(metrics, name="--metrics-listen"),
         max_queued_calls=values["max_queued_calls"],
         threads=values["threads"],
+        tls=_tls(values["tls_cert"], values["tls_key"], values["tls_client_ca"]),
         insecure=values["insecure"],
         drain_timeout_s=values["drain_timeout"],
         transport=values["transport"],
@@ -183,6 +200,16 @@ def node_config(values: Mapping[str, Any]) -> NodeConfig:
 
 def _path(typed: str | Path | None) -> Path | None:
     return None if typed is None else user_path(typed)
+
+
+def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> ServerFiles | None:
+    if cert is None and key is None and client_ca is None:
+        return None
+    if cert is None or key is None:
+        given = "--tls-key" if cert is None and key is not None else "--tls-cert"
+        given = "--tls-client-ca" if cert is None and key is None else given
+        raise UsageError(f"{given} needs --tls-cert and --tls-key: what the node shows of itself")
+    return ServerFiles(user_path(cert), user_path(key), _path(client_ca))
 
 
 def _pins(typed: str | None) -> int | Path | None:

@@ -349,7 +349,10 @@ class FastConnection(asyncio.Protocol):
         self._is_lingering = True
         if not self._transport.is_reading():
             self._transport.resume_reading()
-        self._transport.write_eof()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        else:  # TLS: its own goodbye goes out, and what still comes is discarded meanwhile
+            self._transport.close()
 
     def _check_alive(self) -> None:
         """Close a peer that never spoke; ask a silent one for a sign of life."""

@@ -1,4 +1,4 @@
-"""The transport `fast` of a node: gRPC's wire on plain sockets of the node's event loop.
+"""The transport `fast` of a node: gRPC's wire on sockets of the node's event loop, or on its TLS.
 
 Speaks to unmodified gRPC clients: Describe, Drain and grpc.health.v1 as well as Execute, on one
 port. A frame is read, its call computed and its reply written within one callback of the loop.
@@ -7,15 +7,18 @@ port. A frame is read, its call computed and its reply written within one callba
 import asyncio
 import contextlib
 import socket
+import ssl
 
 from expert_node.config import ListenAddress
-from expert_node.fast_connection import FastConnection
+from expert_node.fast_connection import HANDSHAKE_TIMEOUT_S, FastConnection
 from expert_node.lifecycle import Health
 from expert_node.service import ExpertService
 from shoal import limits
 from shoal.log import get_logger
+from shoal.tls import ServerTls, telling
 
 BACKLOG = 128
+TLS_GOODBYE_S = 1.0  # for a peer to answer the end of TLS; its TCP connection ends then
 _log = get_logger("fast_server")
 
 
@@ -29,8 +32,9 @@ class FastServer:
         self._all_gone = asyncio.Event()
         self._all_gone.set()
         self._server: asyncio.Server | None = None
+        self._tls: ServerTls | None = None
 
-    async def start(self, listen: ListenAddress) -> int:
+    async def start(self, listen: ListenAddress, tls: ServerTls | None) -> int:
         """Listen; return the port. Raises OSError."""
         loop = asyncio.get_running_loop()
         if listen.socket_path is not None:
@@ -40,9 +44,36 @@ class FastServer:
             )
             return 0
         bound = _bound(listen)
-        self._server = await loop.create_server(self._accept, sock=bound, backlog=BACKLOG)
+        if tls is None:
+            self._server = await loop.create_server(self._accept, sock=bound, backlog=BACKLOG)
+        else:
+            self._tls = tls
+            self._server = await loop.create_server(
+                self._accept,
+                sock=bound,
+                backlog=BACKLOG,
+                ssl=self._accepting_context(tls),
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+                ssl_shutdown_timeout=TLS_GOODBYE_S,
+            )
         port: int = bound.getsockname()[1]
         return port
+
+    def use_tls(self, tls: ServerTls) -> None:
+        """Show another certificate from the next connection on."""
+        self._tls = tls
+
+    def _accepting_context(self, tls: ServerTls) -> ssl.SSLContext:
+        """Return what the listener keeps: each handshake goes on with the latest context."""
+
+        def choose(connection: ssl.SSLObject, _name: str | None, _context: object) -> None:
+            if self._tls is not None:
+                connection.context = self._tls.context
+
+        context = tls.context
+        context.sni_callback = choose  # called for clients that name no server, too
+        context.sslobject_class = telling(lambda why: _log.warning("TLS handshake failed", why=why))
+        return context
 
     async def stop(self, grace_s: float) -> None:
         """End all connections: politely, and after that time at once."""
@@ -57,7 +88,8 @@ class FastServer:
         for connection in list(self._connections):
             connection.abort()
         await self._all_gone.wait()
-        await self._server.wait_closed()
+        if self._tls is None:  # else it would wait for peers that are silent within a handshake
+            await self._server.wait_closed()
 
     def _accept(self) -> FastConnection:
         return FastConnection(self._service, self._health, self._joined, self._left)

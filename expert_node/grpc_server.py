@@ -19,6 +19,7 @@ from expert_node.service import SERVICE_NAME, ExpertService, reload_reply
 from expert_node.session import Ending, Session, StreamEnded
 from shoal import limits
 from shoal.log import get_logger
+from shoal.tls import ServerTls
 from shoal.v1 import expert_pb2 as pb
 
 SERVER_OPTIONS: list[tuple[str, int]] = [
@@ -55,12 +56,27 @@ class GrpcServer:
         self._health = _health_servicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         health.listeners.append(self._set_serving)
+        self._certificate: Any = None  # gRPC's: under TLS
 
-    async def start(self, listen: ListenAddress) -> int:
+    async def start(self, listen: ListenAddress, tls: ServerTls | None) -> int:
         """Listen; return the port."""
-        port: int = self._server.add_insecure_port(listen.grpc_target)
+        port: int
+        if tls is None:
+            port = self._server.add_insecure_port(listen.grpc_target)
+        else:
+            self.use_tls(tls)
+            credentials = grpc.dynamic_ssl_server_credentials(
+                self._certificate, lambda: self._certificate, tls.files.is_mutual
+            )
+            port = self._server.add_secure_port(listen.grpc_target, credentials)
         await self._server.start()
         return port
+
+    def use_tls(self, tls: ServerTls) -> None:
+        """Show another certificate from the next connection on: gRPC asks at each."""
+        self._certificate = grpc.ssl_server_certificate_configuration(
+            [(tls.key, tls.cert)], tls.client_ca
+        )
 
     async def stop(self, grace_s: float) -> None:
         """End within that time."""

@@ -44,6 +44,7 @@ class NodeView:
     owned_experts: int
     owned_bytes: int
     memory_limit_bytes: int
+    tls_expires_s: float  # Unix time; 0.0: no TLS
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ def _node(view: NodeView) -> Iterator[Metric]:
     yield _one(metrics.NODE_OWNED_EXPERTS, view.owned_experts)
     yield _one(metrics.NODE_OWNED_BYTES, view.owned_bytes)
     yield _one(metrics.NODE_MEMORY_LIMIT, view.memory_limit_bytes)
+    yield _one(metrics.NODE_TLS_EXPIRES, view.tls_expires_s)
 
 
 def _cache(store: StoreFigures) -> Iterator[Metric]:

@@ -30,6 +30,7 @@ from shoal.experts.ownership import Ownership, format_spans
 from shoal.experts.recording import Geometry, geometry_of
 from shoal.log import get_logger
 from shoal.sizes import format_size
+from shoal.tls import ServerTls
 from shoal.transport import Transport
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Node:
         self._server = _make_server(config, self._service, self._health)
         self._metrics: MetricsServer | None = None
         self._port = 0
+        self._tls: ServerTls | None = None
         self._changing = asyncio.Lock()  # of what is served
         self._is_settling = asyncio.Event()
         self._grace: asyncio.TimerHandle | None = None
@@ -143,7 +145,7 @@ class Node:
     @property
     def endpoint(self) -> str:
         """Where it listens, as --moe-shards writes it."""
-        return self.config.listen.endpoint(self._port)
+        return self.config.listen.endpoint(self._port, has_tls=self.config.tls is not None)
 
     @property
     def ready(self) -> Ready:
@@ -249,6 +251,7 @@ class Node:
     async def _apply(self, old: NodeConfig, new: NodeConfig) -> list[str]:
         """Go from one configuration to another (see `Reloader`)."""
         sensors = await asyncio.to_thread(_sensors, new)
+        tls = None if new.tls is None else await asyncio.to_thread(ServerTls.read, new.tls)
         async with self._changing:
             changed = await self._serve_anew(new)
         # Nothing below can fail: what is served is the new configuration's.
@@ -261,7 +264,18 @@ class Node:
             self._pace.configure(new.thermal_limit_c, new.max_read_bandwidth)
 
         await asyncio.to_thread(pace)
+        if tls is not None and not tls.shows_the_same(self._tls):
+            changed.append(f"TLS: {tls}")
+            self._use_tls(tls)
+            self._server.use_tls(tls)
         return changed
+
+    def _use_tls(self, tls: ServerTls) -> None:
+        self._tls = tls
+        if tls.is_expired:
+            _log.error("the certificate has expired: no coordinator will take it", tls=str(tls))
+        else:
+            _log.info("TLS", tls=str(tls), asks_clients=tls.files.is_mutual)
 
     async def _serve_anew(self, new: NodeConfig) -> list[str]:
         served = self._served
@@ -333,6 +347,7 @@ class Node:
             owned_experts=served.ownership.num_experts,
             owned_bytes=served.owned_bytes,
             memory_limit_bytes=served.memory.num_bytes,
+            tls_expires_s=0.0 if self._tls is None else self._tls.expires_s,
         )
 
     def _serve_metrics(self, listen: ListenAddress) -> "MetricsServer":
@@ -352,18 +367,17 @@ class Node:
 
     async def _listen(self, config: NodeConfig) -> None:
         listen = config.listen
-        if not listen.is_local:
-            _log.warning(
-                "INSECURE: no TLS, no token: whoever reaches this address can use the node",
-                listen=listen.grpc_target,
-            )
+        if config.exposure:
+            _log.warning(f"INSECURE: {config.exposure}", listen=listen.grpc_target)
+        if config.tls is not None:
+            self._use_tls(ServerTls.read(config.tls))
         if listen.socket_path is not None:
             _refuse_live_socket(listen.socket_path)
         await self._health.set_serving(False)
         if config.metrics_listen is not None:
             self._metrics = self._serve_metrics(config.metrics_listen)
         try:
-            self._port = await self._server.start(listen)
+            self._port = await self._server.start(listen, self._tls)
         except (RuntimeError, OSError):  # gRPC's, and sockets' own
             if self._metrics is not None:
                 self._metrics.close()

@@ -19,6 +19,7 @@ from expert_node.config import ListenAddress, NodeConfig
 from shoal.errors import ShoalError
 from shoal.log import get_logger
 from shoal.sizes import format_size
+from shoal.tls_files import ServerFiles
 
 # Field of NodeConfig -> its setting, and whether it can change while the node runs.
 _LIVE = {
@@ -45,6 +46,7 @@ _AT_START = {
     "warmup_from": "warmup-from",
     "metrics_listen": "metrics-listen",
     "threads": "threads",
+    "tls": "tls-cert, tls-key, tls-client-ca",
     "insecure": "insecure",
     "transport": "transport",
     "leave_with_stdin": "leave-with-stdin",
@@ -161,10 +163,17 @@ class Reloader:
 
 def _compare(old: NodeConfig, wanted: NodeConfig) -> tuple[NodeConfig, list[str], list[str]]:
     # The configuration that can be in force now, and what differs: live settings, others.
-    changed = [_difference(old, wanted, name) for name in _LIVE if _differs(old, wanted, name)]
-    kept = [_difference(old, wanted, name) for name in _AT_START if _differs(old, wanted, name)]
-    new = replace(wanted, **{name: getattr(old, name) for name in _AT_START})
+    # Other certificates can be shown at any time. Whether to, and whether to ask for one, cannot.
+    live = [*_LIVE, "tls"] if _is_same_tls(old.tls, wanted.tls) else [*_LIVE]
+    at_start = [name for name in _AT_START if name not in live]
+    changed = [_difference(old, wanted, name) for name in live if _differs(old, wanted, name)]
+    kept = [_difference(old, wanted, name) for name in at_start if _differs(old, wanted, name)]
+    new = replace(wanted, **{name: getattr(old, name) for name in at_start})
     return new, changed, kept
+
+
+def _is_same_tls(old: ServerFiles | None, new: ServerFiles | None) -> bool:
+    return old is not None and new is not None and old.is_mutual == new.is_mutual
 
 
 def _differs(old: NodeConfig, new: NodeConfig, name: str) -> bool:
@@ -184,7 +193,7 @@ def _shown(name: str, value: Any) -> str:
             return value.endpoint(value.port)
         case tuple():
             return "+".join(map(str, value)) or "none"
-        case StrEnum() | Path():
+        case StrEnum() | Path() | ServerFiles():
             return str(value)
         case int() if name in _SIZES:
             return format_size(value)

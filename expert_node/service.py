@@ -15,6 +15,7 @@ from expert_node.session import NodeFacts, Session
 from expert_node.worker import Worker
 from shoal import __version__, limits
 from shoal.experts.call import ExpertCall
+from shoal.tls import ServerTls
 from shoal.v1 import expert_pb2 as pb
 
 SERVICE_NAME = "shoal.v1.ExpertService"
@@ -23,8 +24,12 @@ SERVICE_NAME = "shoal.v1.ExpertService"
 class Server(Protocol):
     """What listens for a node."""
 
-    async def start(self, listen: ListenAddress) -> int:
+    async def start(self, listen: ListenAddress, tls: ServerTls | None) -> int:
         """Listen; return the port. Raises RuntimeError, OSError: it cannot."""
+        ...
+
+    def use_tls(self, tls: ServerTls) -> None:
+        """Show another certificate from the next connection on. Only where `start` had one."""
         ...
 
     async def stop(self, grace_s: float) -> None:

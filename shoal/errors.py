@@ -10,7 +10,8 @@ ShoalError                     an operating error: message says what, where, why
 |  `- CannotWrite              the disk is full or not writable; nothing was left behind
 |- NodeError                   an expert node cannot do its part                     exit 4
 |  |- NodeUnreachable          nobody answers at that address, or the connection broke
-|  |  `- ShardUnavailable      nobody is left for a range of experts: waited --shard-wait
+|  |  |- ShardUnavailable      nobody is left for a range of experts: waited --shard-wait
+|  |  `- NodeUntrusted         TLS: a certificate is refused, or only one side speaks it
 |  |- NodeMismatch             another model, numerics or protocol; a missing range
 |  |- NotOwned                 an expert that the node does not own
 |  |- NodeBusy                 its queue is full: try later or elsewhere
@@ -72,6 +73,10 @@ class NodeUnreachable(NodeError):
 
 
 class ShardUnavailable(NodeUnreachable):
+    pass
+
+
+class NodeUntrusted(NodeUnreachable):
     pass
 
 

@@ -51,6 +51,7 @@ MAX_TRACE_HEADER_BYTES = MIB  # of a routing trace: ten thousand segments
 MAX_HEAT_BYTES = 64 * MIB  # of a heat map: counts of the largest model known take 2 MiB
 MAX_RECORDED_BYTES = 64 * MIB  # of routing that a node keeps for its trace: the oldest goes
 MAX_CONFIG_BYTES = MIB  # of a node's configuration file
+MAX_PEM_BYTES = MIB  # of certificates in one file: a system's authorities take 200 KiB
 MAX_METRICS_REQUESTS = 16  # of /metrics, /health and /ready at a time
 READ_ALIGNMENT = 4096  # of expert records and their places in memory: what every drive takes
 MAX_READ_QUEUE_DEPTH = 256  # chunks at the device: beyond, its own queue is longer than its speed

@@ -53,6 +53,10 @@ NODE_MEMORY_LIMIT = _gauge(
     "shoal_node_memory_limit_bytes",
     "memory this process may use: installed, or its control group's",
 )
+NODE_TLS_EXPIRES = _gauge(
+    "shoal_node_tls_expires_timestamp_seconds",
+    "Unix time at which the certificate that it shows expires; 0 without TLS",
+)
 
 # The expert cache
 CACHE_HITS = _counter("shoal_cache_hits", "experts that calls found in memory")

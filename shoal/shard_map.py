@@ -195,7 +195,6 @@ def _noun(noun: str, spans: str) -> str:
 
 def _refuse_unsupported(shard_map: ShardMap, entry: ShardEntry) -> None:
     instead = {
-        EndpointKind.GRPCS: "TLS is not there yet: use grpc:// over a tunnel or private network",
         EndpointKind.RAY: "Ray endpoints are not there yet: list the nodes as grpc://host:port",
     }
     for endpoint in entry.endpoints:

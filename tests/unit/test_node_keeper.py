@@ -23,6 +23,7 @@ from coordinator.node_link import (
     channel_options,
     silent,
 )
+from coordinator.tls import Trust
 from shoal import errors, numerics
 from shoal.shard_map import Endpoint, EndpointKind
 
@@ -76,7 +77,7 @@ class Machine:
         self.is_met = asyncio.Event()
         self.end: asyncio.Future[errors.NodeError | None] = loop.create_future()
 
-    def link(self, endpoint: Endpoint, keepalive: Keepalive) -> "Link":
+    def link(self, endpoint: Endpoint, keepalive: Keepalive, trust: Trust | None) -> "Link":
         """Stand for NodeLink."""
         self.links.append(Link(self, endpoint))
         return self.links[-1]

@@ -98,7 +98,6 @@ def test_every_form_of_the_grammar_parses_and_prints_canonically() -> None:
             "4-8=local",
         ),
         ("0-7@0-4=local", "layers 0-4 are out of range: this model has layers 0-3", "0-4=local"),
-        ("0-7=grpcs://a:1", "TLS is not there yet", "grpcs://a:1"),
         ("0-7=ray://pool", "Ray endpoints are not there yet", "ray://pool"),
         ("0-7=grpc://a:1|local", "`local` is no replica", "local"),
         ("0-3=local,4-7=local|grpc://a:1", "`local` is no replica", "local|grpc://a:1"),
