@@ -49,6 +49,12 @@ def up(
     strategy: Annotated[
         Strategy, typer.Option(help="how nodes are spread")
     ] = Strategy.STRICT_SPREAD,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(help="of each node, as `shoal node` has it: a path on its machine"),
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="likewise")] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help="likewise")] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="as `shoal node` has it: no TLS, a private network")
     ] = False,
@@ -64,6 +70,8 @@ def up(
     arguments = ["--warmup"]
     arguments += ["--threads", str(threads)] if threads is not None else []
     arguments += ["--insecure"] if insecure else []
+    tls = {"--tls-cert": tls_cert, "--tls-key": tls_key, "--tls-client-ca": tls_client_ca}
+    arguments += [word for flag, path in tls.items() if path for word in (flag, str(path))]
     fleet = Fleet(
         name=_checked_name(name),
         model=str(path.resolve()) if Path(model).exists() else model,

@@ -55,7 +55,7 @@ NODE_MEMORY_LIMIT = _gauge(
 )
 NODE_TLS_EXPIRES = _gauge(
     "shoal_node_tls_expires_timestamp_seconds",
-    "Unix time at which the certificate that it shows expires; 0 without TLS",
+    "the Unix time at which the certificate that it shows expires; 0 without TLS",
 )
 
 # The expert cache

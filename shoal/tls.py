@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class ServerTls:
 
     @property
     def is_expired(self) -> bool:
-        return self.expires_s <= time.time()
+        return self.expires_s <= datetime.now(UTC).timestamp()
 
     def __str__(self) -> str:
         until = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.expires_s))
@@ -104,7 +105,7 @@ class ClientTls:
 
     @property
     def is_expired(self) -> bool:
-        return self.expires_s <= time.time()
+        return self.expires_s <= datetime.now(UTC).timestamp()
 
     def context(self) -> ssl.SSLContext:
         """Return what a client connects with that trusts what this one trusts."""

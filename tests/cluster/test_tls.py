@@ -4,7 +4,7 @@ import itertools
 import json
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +84,8 @@ def test_tokens_over_two_nodes_with_mutual_tls_are_those_of_one_process(known: A
 class Shown:
     """Nodes that show different things. The key: whether the node is fast or grpcio."""
 
-    mutual: dict[Transport, NodeProcess]
-    plain: dict[Transport, NodeProcess]
+    mutual: Mapping[Transport, NodeProcess]
+    plain: Mapping[Transport, NodeProcess]
     expired: NodeProcess
     elsewhere: NodeProcess
 
@@ -95,12 +95,12 @@ def shown(path: Path, known: Authorities) -> Iterator[Shown]:
     expired = known.ours.issue("expired", since=LONG_AGO, until=YESTERDAY)
     elsewhere = known.ours.issue("elsewhere", "node.example")
     with Cluster(Transport.FAST) as fast, Cluster(Transport.GRPCIO) as reference:
-        flags: list[Flags] = [{"extra": mutual(known)}, {}]
-        flags += [{"extra": expired.flags}, {"extra": elsewhere.flags}]
+        extras = (mutual(known), (), expired.flags, elsewhere.flags)
+        flags = [Flags(extra=extra) for extra in extras]
         a, b, c, d = fast.nodes(path, flags)
         e, f = reference.nodes(path, flags[:2])
-        both = dict(zip(KINDS, (a, e), strict=True)), dict(zip(KINDS, (b, f), strict=True))
-        yield Shown(*both, c, d)
+        fast_kind, reference_kind = KINDS
+        yield Shown({fast_kind: a, reference_kind: e}, {fast_kind: b, reference_kind: f}, c, d)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,6 +205,26 @@ def test_what_cannot_carry_tls_is_refused_and_not_replaced(
         meet(artifact, shown.plain[Transport.FAST], known.ours.trusted())
     alone = shoal("run", path, "--prompt-ids", "1,2", "--tls-ca", known.ours.cert)
     assert_refused(alone, 2, "--tls-... needs --moe-shards")
+
+
+def test_a_map_file_that_gains_tls_is_refused_and_one_that_has_it_may_change(
+    artifact: Artifact, known: Authorities, shown: Shown, tmp_path: Path
+) -> None:
+    plain, mutual = shown.plain[Transport.FAST].endpoint, shown.mutual[Transport.FAST].endpoint
+    file = tmp_path / "map.toml"
+
+    def write(*endpoints: str) -> None:
+        file.write_text(f'[[shard]]\nexperts = "0-15"\nendpoints = {list(endpoints)}\n')
+
+    write(plain)
+    with closing(open_remote_dispatch(artifact, f"@{file}")) as dispatch:
+        write(plain, mutual)
+        with pytest.raises(errors.ShardMapError, match="grpcs:// nodes cannot join a map"):
+            dispatch.reload()
+    files = known.ours.trusted(known.coordinator)
+    with closing(open_remote_dispatch(artifact, f"@{file}", tls=files)) as dispatch:
+        write(mutual)
+        assert dispatch.reload() == mutual
 
 
 @pytest.mark.parametrize("kind", KINDS)

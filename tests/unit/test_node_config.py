@@ -14,6 +14,7 @@ from expert_node.settings import Settings
 from shoal.errors import UsageError
 from shoal.experts.options import Backend, Mode, Verify
 from shoal.log_options import LogLevel
+from shoal.tls_files import ServerFiles
 
 
 @pytest.fixture
@@ -83,6 +84,16 @@ def test_the_defaults_keep_everything_in_memory(model: Path, parsed: Parsed) -> 
     found = parsed.config
     assert (found.cache_bytes, found.io, found.max_read_bandwidth) == (None, None, None)
     assert (found.verify, found.thermal_limit_c) == (Verify.FIRST, 70.0)
+
+
+def test_tls_comes_from_flags_variables_and_the_file(
+    model: Path, tmp_path: Path, parsed: Parsed
+) -> None:
+    path = written(tmp_path, 'tls-cert = "a.pem"\ntls-key = "a.key"\n')
+    parse(model, "--config", path, "--tls-key", "b.key", env={"SHOAL_TLS_CLIENT_CA": "ca.pem"})
+    assert parsed.config.tls == ServerFiles(Path("a.pem"), Path("b.key"), Path("ca.pem"))
+    parse(model)
+    assert parsed.config.tls is None
 
 
 def test_flags_win_over_variables_and_these_over_the_file(

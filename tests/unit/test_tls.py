@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.tls import Trust
 from shoal.errors import UsageError
 from shoal.tls import ClientTls, ServerTls
 from shoal.tls_files import ClientFiles, ServerFiles
@@ -109,6 +110,23 @@ def test_a_certificate_needs_its_key(pair: Pair) -> None:
         ClientFiles(cert=pair.cert)
     with pytest.raises(UsageError, match="--tls-key needs --tls-cert"):
         ClientFiles(key=pair.key)
+
+
+def test_a_coordinator_s_files_are_read_again_when_they_change_and_kept_when_they_are_wrong(
+    tmp_path: Path, authority: Authority, pair: Pair
+) -> None:
+    told: list[str] = []
+    copy = Pair(tmp_path / "me.pem", tmp_path / "me.key")
+    copy.replace(pair)
+    trust = Trust(ClientFiles(authority.cert, copy.cert, copy.key), told.append)
+    before = trust.current()
+    assert trust.current() is before
+    other = authority.issue("renewed", "node.example")
+    copy.cert.write_bytes(other.cert.read_bytes())
+    assert trust.current() is before and "is not the key of" in told[0]
+    assert trust.current() is before and len(told) == 1, "told once"
+    copy.replace(other)
+    assert trust.current().cert == other.cert.read_bytes()
 
 
 def test_without_a_file_the_system_s_authorities_are_trusted(
