@@ -3,6 +3,11 @@
 Each command is a new process on a warm page cache. Commands take turns, and so do two checkouts
 with --against, whose processes import from there (its kernels must be built). The bare interpreter
 and NumPy's import are there to be subtracted.
+
+A first token of a --model stands beside two times that no loader can go below: reading its files
+once, by one thread, into memory in use; and touching as much fresh memory, by two. The latter comes
+just before the start and is not part of it: where a virtual machine's host takes free memory back,
+it is many times what it is elsewhere, and the start would show the host instead.
 """
 
 import argparse
@@ -20,13 +25,35 @@ from bench.measure import ROOT, Row, save, show, spread
 
 
 class Command(NamedTuple):
-    """What is typed after `python`, and whether it goes on until it is stopped."""
+    """What is typed after `python`, and whether it goes on until it is stopped.
+
+    model: whose bytes it reads all of, if it does.
+    """
 
     name: str
     arguments: tuple[str, ...]
     serves: bool = False
+    model: Path | None = None
 
 
+PIECE_BYTES = 1 << 20
+TOUCH = """
+import ctypes, mmap, sys, threading, time
+num_bytes, huge = int(sys.argv[1]), 2 << 20
+memory = mmap.mmap(-1, num_bytes + huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_HUGEPAGE)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+write = ctypes.CDLL(None).memset
+write.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+halves = [(start, num_bytes // 2), (start + num_bytes // 2, num_bytes - num_bytes // 2)]
+threads = [threading.Thread(target=write, args=(at, 1, size)) for at, size in halves]
+began_s = time.perf_counter()
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(time.perf_counter() - began_s)
+"""
 FABLES = ("shoal/models/fables.shoal",)
 SHOAL = ("-m", "client.cli")
 COMMANDS = (
@@ -83,12 +110,47 @@ def _cpu_s(pid: int) -> float:
     return float(times.user + times.system)
 
 
-def measure(checkouts: Sequence[Path], rounds: int) -> list[Row]:
+def first_token(model: Path) -> Command:
+    """Return the command that loads all of a model and prints one token."""
+    prompt = ("--prompt-ids", "1,2,3,4", "--max-tokens", "1", "--ignore-eos")
+    name = f"shoal run {model.stem}, first token"
+    return Command(name, (*SHOAL, "run", str(model.resolve()), *prompt), model=model)
+
+
+def read_s(model: Path) -> float:
+    """Return the seconds that one reading of a model's tensors takes."""
+    buffer = bytearray(PIECE_BYTES)
+    began = time.perf_counter()
+    for path in model.rglob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - began
+
+
+def touch_s(num_bytes: int) -> float:
+    """Return the seconds until the system has given that much memory to a process of its own."""
+    command = [sys.executable, "-c", TOUCH, str(num_bytes)]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def num_bytes(model: Path) -> int:
+    """Return the bytes of a model's tensors."""
+    return sum(path.stat().st_size for path in model.rglob("*.safetensors"))
+
+
+def measure(commands: Sequence[Command], checkouts: Sequence[Path], rounds: int) -> list[Row]:
     """Take turns; return a row for each command in each checkout."""
     taken: dict[tuple[Command, Path], list[Start]] = {}
+    readings: dict[Command, list[float]] = {}
+    touches: dict[Command, list[float]] = {}
     for _ in range(rounds + 1):
-        for command in COMMANDS:
+        for command in commands:
+            if command.model is not None:
+                readings.setdefault(command, []).append(read_s(command.model))
             for checkout in checkouts:
+                if command.model is not None:
+                    touches.setdefault(command, []).append(touch_s(num_bytes(command.model)))
                 taken.setdefault((command, checkout), []).append(start(command, checkout))
     return [
         {
@@ -96,9 +158,18 @@ def measure(checkouts: Sequence[Path], rounds: int) -> list[Row]:
             "checkout": _commit(checkout),
             "wall_s": spread([one.wall_s for one in starts[1:]]),  # the first one filled caches
             "cpu_s": spread([one.cpu_s for one in starts[1:]]),
+            "bytes": 0 if command.model is None else num_bytes(command.model),
+            "read_s": None if command.model is None else spread(readings[command][1:]),
+            "touch_s": None if command.model is None else spread(touches[command]),
         }
         for (command, checkout), starts in taken.items()
     ]
+
+
+def touching(row: Row) -> str:
+    """Return the least and the greatest of the times, which may be far apart."""
+    times = row["touch_s"]
+    return f"{times['min'] * 1e3:.0f}-{times['max'] * 1e3:.0f}" if times else ""
 
 
 def _commit(checkout: Path) -> str:
@@ -111,9 +182,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--against", type=Path, help="another checkout, such as of an older commit")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--model", type=Path, action="append", default=[], help="any artifact")
     chosen = parser.parse_args()
+    commands = [*COMMANDS, *map(first_token, chosen.model)]
     checkouts = [ROOT] if chosen.against is None else [chosen.against.resolve(), ROOT]
-    rows = measure(checkouts, chosen.rounds)
+    rows = measure(commands, checkouts, chosen.rounds)
     load = os.getloadavg()[0]
     show(
         f"Starts on a warm page cache, {chosen.rounds} rounds; load average {load:.1f}",
@@ -124,6 +197,9 @@ def main() -> None:
             "wall ms": lambda r: f"{r['wall_s']['median'] * 1e3:.0f}",
             "least": lambda r: f"{r['wall_s']['min'] * 1e3:.0f}",
             "CPU ms": lambda r: f"{r['cpu_s']['median'] * 1e3:.0f}",
+            "MB": lambda r: f"{r['bytes'] / 1e6:.0f}" if r["bytes"] else "",
+            "reading ms": lambda r: f"{r['read_s']['median'] * 1e3:.0f}" if r["read_s"] else "",
+            "touching ms": touching,
             "least CPU": lambda r: f"{r['cpu_s']['min'] * 1e3:.0f}",
         },
     )

@@ -1,5 +1,6 @@
 """Expert nodes on this machine, for benchmarks that need some."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,17 +27,22 @@ def start_nodes(
     count: int,
     folder: Path,
     transport: Transport = Transport.AUTO,
+    flags: Sequence[str] = (),
 ) -> Setup:
-    """Start nodes with even ranges of the experts, one thread each, warm."""
+    """Start nodes with even ranges of the experts, one thread each, warm.
+
+    Args:
+        flags: of every `shoal node` besides.
+    """
     router = next(layer.router for layer in artifact.spec.layers if layer.router is not None)
     ranges = even_ranges(router.num_experts, count)
     nodes: list[NodeProcess] = []
     try:
         for i, experts in enumerate(ranges):
-            flags = ["--experts", experts, "--listen", "127.0.0.1:0", "--threads", "1", "--warmup"]
-            flags += ["--transport", transport]
+            own = ["--experts", experts, "--listen", "127.0.0.1:0", "--threads", "1", "--warmup"]
+            own += ["--transport", transport, *flags]
             log = folder / f"node-{transport}-{i}.log"
-            nodes.append(NodeProcess(f"node {i}", [str(model), *flags], log))
+            nodes.append(NodeProcess(f"node {i}", [str(model), *own], log))
         for node in nodes:
             node.wait_ready(READY_TIMEOUT_S)
     except BaseException:

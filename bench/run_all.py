@@ -55,6 +55,7 @@ def main() -> None:
             return
         bench("make_synthetic.py", str(MODELS), "--experts", experts)
         bench("bench_model.py", str(model))
+        bench("bench_memory.py", str(model))
         if (why := no_memory_cap()) is None:
             bench("bench_streaming.py", str(model), *STREAMING)
         else:

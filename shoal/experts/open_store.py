@@ -12,6 +12,9 @@ from shoal.experts.readers.open_reader import open_reader
 from shoal.experts.readers.queue_reader import Tuning
 from shoal.experts.store import ExpertFiles, StoreOptions
 from shoal.experts.streaming import StreamingStore
+from shoal.limits import MIB
+
+WARM_CHUNK_BYTES = 8 * MIB
 
 
 def open_store(
@@ -30,8 +33,10 @@ def open_store(
         raise UsageError(f"cache policy {options.policy!r}: there are {', '.join(POLICIES)}")
     backend, tuning = options.backend, Tuning()
     if backend is None and options.cache_bytes is None:
-        # Everything is read once: what the page cache keeps makes the next start quick.
-        backend, tuning = Backend.BUFFERED, Tuning(keeps_page_cache=True)
+        # Everything is read once: what the page cache keeps makes the next start quick. Nobody
+        # waits for a part of an expert, and large chunks leave the processors to the hashes.
+        backend = Backend.BUFFERED
+        tuning = Tuning(chunk_bytes=WARM_CHUNK_BYTES, keeps_page_cache=True)
     store = StreamingStore(
         files,
         ownership,

@@ -1,5 +1,6 @@
 """Reading an artifact: what is not as it was written is refused by file and tensor name."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 
 from client.verify_cmd import verify
 from shoal.artifact import Artifact
+from shoal.artifact.canonical import digest
+from shoal.artifact.reader import read_checked
 from shoal.artifact.verify import find_problems, total_bytes
 from shoal.errors import CorruptArtifact, NotOwned
 from shoal.quant import Scheme
@@ -171,3 +174,22 @@ def test_an_expert_that_the_model_lacks_is_not_owned(original: Path) -> None:
     for layer, index in ((0, 16), (2, 0)):
         with pytest.raises(NotOwned, match=f"expert {index} of layer {layer}"):
             artifact.expert_location(layer, index)
+
+
+def test_a_large_part_is_read_whole_and_checked_to_its_last_byte(tmp_path: Path) -> None:
+    """Several threads read it, piece by piece; the last piece is no whole one."""
+    path, skipped, num_bytes = tmp_path / "large", 5, (40 << 20) + 3
+    data = np.random.default_rng(0).integers(0, 256, skipped + num_bytes, np.uint8)
+    path.write_bytes(data.tobytes())
+    expected = digest(data[skipped:].tobytes())
+    out = np.zeros(num_bytes, np.uint8)
+    read_checked(path, skipped, out, expected, "tensor x")
+    assert np.array_equal(out, data[skipped:])
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([data[-1] ^ 1]))
+    with pytest.raises(CorruptArtifact, match="tensor x: its bytes are not"):
+        read_checked(path, skipped, out, expected, "tensor x")
+    os.truncate(path, skipped + num_bytes - 1)
+    with pytest.raises(CorruptArtifact, match="truncated inside tensor x"):
+        read_checked(path, skipped, out, expected, "tensor x")
