@@ -94,8 +94,15 @@ class FastConnection(asyncio.Protocol):
         self._heard_s = time.monotonic()
         self._is_reading = True
         try:
-            for event in self._connection.receive(data, self._heard_s):
-                self._on(event)
+            message = self._connection.take_message(data)
+            if message is not None and message[0] in self._executes:
+                stream_id, payload = message
+                self._on_frame(stream_id, self._executes[stream_id], payload)
+            elif message is not None:
+                self._on(MessageReceived(message[0], bytes(message[1])))
+            else:
+                for event in self._connection.receive(data, self._heard_s):
+                    self._on(event)
         except Http2Error as error:
             self._break(error)
         finally:
@@ -189,7 +196,7 @@ class FastConnection(asyncio.Protocol):
         else:
             self._waiting[stream_id] = method
 
-    def _on_frame(self, stream_id: int, execute: _Execute, payload: bytes) -> None:
+    def _on_frame(self, stream_id: int, execute: _Execute, payload: bytes | memoryview) -> None:
         try:
             execute.session.receive(payload)
         except StreamEnded as ended:

@@ -5,6 +5,7 @@ costs a warning and a count, never a call: the file that was there stays.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,12 +70,12 @@ class HeatKeeper:
     def path(self) -> Path | None:
         return self._path
 
-    def on_call(self, stream_id: int, call: ExpertCall) -> None:
-        """Count a call that was taken in."""
+    def on_call(self, stream_id: int, num_rows: int, call: Callable[[], ExpertCall]) -> None:
+        """Count a call of that many rows that was taken in; `call` makes it."""
         self._num_calls += 1
-        self._num_rows += call.row_offsets.size - 1
+        self._num_rows += num_rows
         if self._records:
-            self._recorder.on_call(stream_id, call)
+            self._recorder.on_call(stream_id, call())
 
     def on_stream_end(self, stream_id: int) -> None:
         """Learn that a stream is over."""

@@ -212,9 +212,9 @@ class Node:
         if self._served.on_stream_end(stream_id):
             self._is_settling.set()
 
-    def on_call(self, stream_id: int, call: ExpertCall) -> None:
+    def on_call(self, stream_id: int, num_rows: int, call: Callable[[], ExpertCall]) -> None:
         """See `service.Host`."""
-        self._heat.on_call(stream_id, call)
+        self._heat.on_call(stream_id, num_rows, call)
 
     async def stop(self) -> None:
         """Drain within the configured time and take everything down."""

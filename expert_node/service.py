@@ -59,8 +59,8 @@ class Host(Protocol):
         """Learn that it is over."""
         ...
 
-    def on_call(self, stream_id: int, call: ExpertCall) -> None:
-        """Learn of a call that was taken in."""
+    def on_call(self, stream_id: int, num_rows: int, call: Callable[[], ExpertCall]) -> None:
+        """Learn of a call that was taken in (see Session)."""
         ...
 
 

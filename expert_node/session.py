@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -22,9 +23,12 @@ from shoal import errors, limits, wire
 from shoal.experts.call import ExpertCall
 from shoal.experts.ownership import OwnedRange
 from shoal.log import get_logger
+from shoal.ops.frames import CallView
+from shoal.transport import Wire
 from shoal.v1 import expert_pb2 as pb
 
 NONCE_BYTES = 16
+Observer = Callable[[int, int, Callable[[], ExpertCall]], None]
 _log = get_logger("session")
 
 
@@ -42,6 +46,13 @@ class StreamEnded(errors.ShoalError):
     def __init__(self, ending: Ending, message: str) -> None:
         super().__init__(message)
         self.ending = ending
+
+
+class _Arrival(NamedTuple):
+    call_id: int
+    received_s: float
+    deadline_ms: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +77,8 @@ class Session:
     Args:
         emit: takes a serialised NodeFrame to send, and the credit to give back (`sent`) once it
             has gone out.
-        observe: told of every call that was checked, with the stream's id.
+        observe: told of every call that was taken in: the stream's id, the call's rows, and what
+            makes the call itself for whoever wants it.
     """
 
     def __init__(
@@ -76,7 +88,7 @@ class Session:
         worker: Worker,
         emit: Callable[[bytes, int], None],
         clock: Callable[[], float] = time.monotonic,
-        observe: Callable[[int, ExpertCall], None] = lambda _stream_id, _call: None,
+        observe: Observer = lambda _stream_id, _num_rows, _call: None,
     ) -> None:
         self._stream_id = stream_id
         self._facts = facts
@@ -94,14 +106,18 @@ class Session:
         """Whether a call of this stream still waits for its terminal frame."""
         return bool(self._held)
 
-    def receive(self, data: bytes) -> None:
-        """Act on one ClientFrame.
+    def receive(self, data: bytes | memoryview) -> None:
+        """Act on one ClientFrame, whose bytes never change again.
 
         Raises:
             StreamEnded: calls in flight have got their terminal frames; end the stream.
         """
+        view = None if self._lane is None else wire.parse_call(data)
+        if view is not None:
+            self._on_parsed_call(view, data)
+            return
         try:
-            frame = pb.ClientFrame.FromString(data)
+            frame = pb.ClientFrame.FromString(bytes(data))
         except DecodeError:
             raise self._broken("bytes that are no ClientFrame") from None
         kind = frame.WhichOneof("frame")
@@ -182,25 +198,46 @@ class Session:
         )
         self._emit(_frame(opened=opened), 0)
 
-    def _on_call(self, message: pb.ExpertCall, num_bytes: int) -> None:
+    def _on_parsed_call(self, view: CallView, data: bytes | memoryview) -> None:
         received_s = self._clock()
-        call_id = message.call_id
+        num_bytes = len(data)
+        if view.call_id not in self._held and self._has_room(num_bytes):
+            frame = self._worker.answer_now(view, received_s)
+            if frame is not None:
+                self._used_bytes += num_bytes
+                self._observe(self._stream_id, view.num_rows, lambda: wire.call_of(view, data))
+                self._emit(frame, num_bytes)
+                return
+        self._take_in(
+            _Arrival(view.call_id, received_s, view.deadline_ms, num_bytes),
+            lambda: (wire.call_of(view, data), wire.form_of(view)),
+        )
+
+    def _on_call(self, message: pb.ExpertCall, num_bytes: int) -> None:
+        self._take_in(
+            _Arrival(message.call_id, self._clock(), message.deadline_ms, num_bytes),
+            lambda: (wire.decode_call(message), wire.wire_of(message)),
+        )
+
+    def _take_in(self, arrival: _Arrival, decode: Callable[[], tuple[ExpertCall, Wire]]) -> None:
+        call_id, num_bytes = arrival.call_id, arrival.num_bytes
         assert self._lane is not None
         if call_id in self._held:
             raise self._broken(f"call id {call_id} is in flight already")
         try:
             self._check_size(num_bytes)
-            call, form = wire.decode_call(message), wire.wire_of(message)
+            call, form = decode()
             self._worker.check(call)
         except errors.ShoalError as error:
             _log.info("call refused", stream=self._stream_id, call_id=call_id, error=str(error))
             self._emit(failure_frame(call_id, error), 0)
             return
-        deadline_s = received_s + message.deadline_ms / 1000
+        received_s = arrival.received_s
+        deadline_s = received_s + arrival.deadline_ms / 1000
         ticket = Ticket(self._stream_id, call_id, self._lane, received_s, deadline_s)
         self._held[call_id] = num_bytes
         self._used_bytes += num_bytes
-        self._observe(self._stream_id, call)
+        self._observe(self._stream_id, call.rows.num_rows, lambda: call)
         self._worker.submit(Job(ticket, call, self, form))
 
     def _on_hint(self, message: pb.Hint) -> None:
@@ -210,7 +247,13 @@ class Session:
             raise self._broken(f"a hint that makes no sense: {error}") from error
         self._worker.hint(layer, experts, self._stream_id)
 
+    def _has_room(self, num_bytes: int) -> bool:
+        is_long = self._lane is Lane.INTERACTIVE and num_bytes > limits.INTERACTIVE_MESSAGE_BYTES
+        return not is_long and self._used_bytes < self._facts.credit_bytes
+
     def _check_size(self, num_bytes: int) -> None:
+        if self._has_room(num_bytes):
+            return
         if self._lane is Lane.INTERACTIVE and num_bytes > limits.INTERACTIVE_MESSAGE_BYTES:
             raise errors.MalformedMessage(
                 f"a call of {num_bytes} bytes on the interactive lane, whose limit is "
@@ -218,11 +261,10 @@ class Session:
             )
         # One message may go over: the peer gives a call's credit back when it reads the terminal
         # frame, which can be just before this side learns that the frame has gone out.
-        if self._used_bytes >= self._facts.credit_bytes:
-            raise errors.NodeBusy(
-                f"{self._used_bytes} bytes are in flight on this stream, "
-                f"more than its credit of {self._facts.credit_bytes}"
-            )
+        raise errors.NodeBusy(
+            f"{self._used_bytes} bytes are in flight on this stream, "
+            f"more than its credit of {self._facts.credit_bytes}"
+        )
 
     def _broken(self, what: str) -> StreamEnded:
         # The peer's bug. Its calls end here, so that nobody waits for them.

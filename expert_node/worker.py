@@ -5,6 +5,10 @@ hand-over to another thread costs 90-200 us (measured), more than its compute. L
 one compute thread, so that the loop goes on reading frames, sending progress and answering health
 checks. A call whose experts must be read first gets a loading thread: it computes what comes as it
 comes, and nobody waits behind it. Knows nothing of how frames travel.
+
+While nothing is held, a small call of a layer that is in memory whole takes the short way
+(`answer_now`): no ticket, no job, nothing that could be asked for before it is over. What admission
+would have said of it is said by what has to be empty for that.
 """
 
 import asyncio
@@ -20,6 +24,7 @@ from shoal import errors, limits, wire
 from shoal.experts.call import ExpertCall
 from shoal.experts.executor import Computed
 from shoal.log import get_logger
+from shoal.ops.frames import CallView
 from shoal.transport import Wire
 from shoal.v1 import expert_pb2 as pb
 
@@ -40,6 +45,9 @@ class Executor(Protocol):
     def pair_bytes(self, call: ExpertCall) -> int: ...
     def is_resident(self, call: ExpertCall) -> bool: ...
     def grid(self, layer: int) -> int: ...
+    def answer_resident(
+        self, call: CallView, max_weight_bytes: int, queue_us: int
+    ) -> bytes | None: ...
     def open(self, call: ExpertCall, stream: int) -> Opened: ...
     def try_open(self, call: ExpertCall, stream: int) -> Opened | None: ...
     @property
@@ -102,11 +110,12 @@ class Worker:
         self._idle.set()
         self._is_ticking = False
         self._is_pump_due = False
+        self._is_answering = False
 
     @property
     def num_held(self) -> int:
-        """Calls waiting, loading or running."""
-        return self._admission.num_held
+        """Calls waiting, loading or running. From any thread."""
+        return self._admission.num_held + self._is_answering
 
     @property
     def num_loading(self) -> int:
@@ -134,6 +143,30 @@ class Worker:
     def hint(self, layer: int, experts: Sequence[int], stream: int) -> None:
         """Hear which experts a stream's next call of a layer will likely need."""
         self._executor.hint(layer, experts, stream)
+
+    def answer_now(self, call: CallView, received_s: float) -> bytes | None:
+        """Return a call's terminal frame if it may be computed before this returns.
+
+        None: nothing was done; `check` and `submit` it.
+        """
+        if self._jobs or self._is_pump_due or self._log_calls or self._admission.is_draining:
+            return None
+        began_s = self._clock()
+        waited_s = began_s - received_s
+        if waited_s >= call.deadline_ms * 1e-3:
+            return None
+        self._is_answering = True
+        try:
+            frame = self._executor.answer_resident(
+                call, self._inline_pair_bytes, _microseconds(waited_s)
+            )
+        except Exception as error:  # noqa: BLE001  the top of a call
+            frame = self._failure(call.call_id, call.layer, error)
+        finally:
+            self._is_answering = False
+        if self._clock() - began_s > limits.INLINE_TURN_S:
+            self._pump_later()  # to nothing: what comes in this turn of the loop waits for the next
+        return frame
 
     def submit(self, job: Job) -> None:
         """Take a checked job; its caller gets its terminal frame now or later."""
@@ -239,7 +272,7 @@ class Worker:
             job.opened = way(job.call, job.ticket.stream_id)
             return True
         except Exception as error:  # noqa: BLE001  the top of a call, as in _terminal_frame
-            self._end(job, self._failure(job, error))
+            self._end(job, self._failure(job.ticket.call_id, job.call.layer, error))
             return False
 
     def _compute_on(self, threads: ThreadPoolExecutor, job: Job) -> None:
@@ -292,7 +325,7 @@ class Worker:
             assert job.opened is not None, "computed before it was opened"
             computed = job.opened.compute()
             ended_s = self._clock()
-            return wire.encode_reply(
+            return wire.reply_frame(
                 call_id,
                 computed.sums,
                 self._executor.grid(job.call.layer),
@@ -300,12 +333,11 @@ class Worker:
                 queue_us=_microseconds(began_s - job.ticket.received_s),
                 compute_us=_microseconds(ended_s - began_s),
                 load_us=_microseconds(computed.load_s),
-            ).SerializeToString()
+            )
         except Exception as error:  # noqa: BLE001  the top of a call
-            return self._failure(job, error)
+            return self._failure(call_id, job.call.layer, error)
 
-    def _failure(self, job: Job, error: Exception) -> bytes:
-        call_id, layer = job.ticket.call_id, job.call.layer
+    def _failure(self, call_id: int, layer: int, error: Exception) -> bytes:
         if isinstance(error, errors.ShoalError | OSError | MemoryError):
             _log.warning("call failed", call_id=call_id, layer=layer, error=str(error))
             return failure_frame(call_id, error)

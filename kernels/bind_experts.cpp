@@ -5,11 +5,15 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <chrono>
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "bind_arrays.h"
+#include "bind_frames.h"
 #include "bindings.h"
 #include "expert_table.h"
 
@@ -68,6 +72,34 @@ class Table {
     return indices_of(bad);
   }
 
+  // The whole way of a call in its frame: bytes of its reply; the rows out of range; or None: it is
+  // not for this table, or walks over more weights than that.
+  nb::object answer(const CallView& view, int grid, int64_t max_weight_bytes, uint32_t queue_us) {
+    const CallFound& call = view.found();
+    const ExpertShape& shape = table_.shape();
+    const int scheme = int(call.head.scheme) - 1;
+    if (int64_t(call.head.dim) != shape.dim || scheme != int(scheme_of(shape.gate_up)) ||
+        int64_t(call.num_pairs) * shape.bytes() > max_weight_bytes)
+      return nb::none();
+    require(grid >= -64 && grid <= 96, "grid must be in -64..96");
+    if (!table_.enter()) return nb::none();
+    const Stay stay{*this};
+    const size_t num_sums = size_t(call.head.num_rows) * call.head.dim;
+    const std::unique_ptr<int64_t[]> sums(new int64_t[num_sums]);  // scratch is the kernels'
+    std::vector<uint8_t> bad(call.head.num_rows);
+    std::optional<ReplyFrame> reply;
+    bool is_known;
+    {
+      nb::gil_scoped_release released;
+      const auto began = std::chrono::steady_clock::now();
+      is_known = compute(call, grid, sums.get(), bad.data());
+      if (is_known && std::find(bad.begin(), bad.end(), 1) == bad.end())
+        reply.emplace(head_of_reply(call.head, grid, queue_us, began), sums.get());
+    }
+    if (!is_known) return nb::none();
+    return reply ? nb::object(written(*reply, num_sums)) : nb::cast(indices_of(bad));
+  }
+
   bool withdraw(nb::object on_idle) {
     require(!on_idle_.is_valid(), "withdraw: it was withdrawn before");
     on_idle_ = std::move(on_idle);
@@ -80,6 +112,31 @@ class Table {
   int64_t num_hits() const { return table_.num_hits(); }
 
  private:
+  bool compute(const CallFound& call, int grid, int64_t* sums, uint8_t* bad) {
+    const size_t rows = call.head.num_rows, pairs = call.num_pairs;
+    const std::unique_ptr<uint8_t[]> memory(new uint8_t[numbers_size(call)]);
+    const uint8_t* values = put_numbers(call, memory.get());
+    const auto* offsets = reinterpret_cast<const int32_t*>(memory.get());
+    const int32_t* experts = offsets + rows + 1;
+    const auto* weights = reinterpret_cast<const float*>(experts + pairs);
+    const RowsView view{Scheme(int(call.head.scheme) - 1),
+                        int(rows),
+                        int(call.head.dim),
+                        reinterpret_cast<const float*>(values),
+                        reinterpret_cast<const int8_t*>(values),
+                        weights + pairs};
+    return table_.sums({view, offsets, experts, weights, grid}, sums, bad);
+  }
+
+  static ReplyHead head_of_reply(const CallHead& call, int grid, uint32_t queue_us,
+                                 std::chrono::steady_clock::time_point began) {
+    const auto spent = std::chrono::steady_clock::now() - began;
+    const auto us = std::chrono::duration_cast<std::chrono::microseconds>(spent).count();
+    const uint32_t compute_us = uint32_t(std::min<int64_t>(us, UINT32_MAX));
+    return {call.call_id, call.num_rows, call.dim, grid,
+            queue_us,     compute_us,    0,        call.reply_format};
+  }
+
   // A call's presence.  It begins and ends with the GIL held, so `leave` follows `withdraw` whole.
   struct Stay {
     Table& at;
@@ -111,6 +168,11 @@ void bind_experts(nb::module_& m) {
            "weights"_a.noconvert(), "grid"_a, "out"_a.noconvert(),
            "Write weighted integer outputs, added up; return the rows out of range. None, and "
            "nothing is written: it was withdrawn, or the call is not for it.")
+      .def("answer", &Table::answer, "call"_a, "grid"_a, "max_weight_bytes"_a, "queue_us"_a,
+           nb::sig("def answer(self, call: CallView, grid: int, max_weight_bytes: int, "
+                   "queue_us: int) -> bytes | list[int] | None"),
+           "The frame of a call's reply; or the rows out of range; or None, as `sums`, or the call "
+           "walks over more weights.")
       .def("withdraw", &Table::withdraw, "on_idle"_a,
            "Compute no more calls. True: none is under way; else the last one calls on_idle.")
       .def_prop_ro("num_hits", &Table::num_hits, "Experts that calls visited, each once a call.");

@@ -7,9 +7,9 @@
 #include <memory>
 #include <optional>
 
+#include "bind_arrays.h"
+#include "bind_frames.h"
 #include "bindings.h"
-#include "wire_call.h"
-#include "wire_reply.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -17,49 +17,12 @@ using namespace nb::literals;
 namespace shoal {
 namespace {
 
-template <class T, int N>
-using Array = nb::ndarray<T, nb::numpy, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
-using RowValues = nb::ndarray<nb::numpy, nb::ndim<2>, nb::ro, nb::c_contig, nb::device::cpu>;
-
-// Below, handing the GIL to another thread costs more than it could do meanwhile.
-constexpr size_t kLargeSums = 16384;
-
-void require(bool ok, const char* what) {
-  if (!ok) throw nb::value_error(what);
-}
-
-// The bytes of any contiguous buffer, held as long as this lives.
-class Buffer {
- public:
-  explicit Buffer(nb::handle object) {
-    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw nb::python_error();
-  }
-  ~Buffer() { PyBuffer_Release(&view_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  ByteSpan bytes() const { return {static_cast<const uint8_t*>(view_.buf), size_t(view_.len)}; }
-
- private:
-  Py_buffer view_;
-};
-
-nb::bytes new_bytes(size_t size) {
-  PyObject* bytes = PyBytes_FromStringAndSize(nullptr, Py_ssize_t(size));
-  if (bytes == nullptr) throw nb::python_error();
-  return nb::steal<nb::bytes>(bytes);
-}
-
-uint8_t* data_of(const nb::bytes& bytes) {  // of new ones: nobody else has seen them
-  return reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(bytes.ptr()));
-}
-
 void check_wire_order() {
   require(kIsWireOrder, "frames: this machine's byte order is not the wire's");
 }
 
 nb::bytes bind_call_frame(uint64_t call_id, uint32_t layer, uint32_t deadline_ms, uint32_t scheme,
-                          uint32_t dim, uint32_t reply_format, const RowValues& values,
+                          uint32_t dim, uint32_t reply_format, const ActivationArray& values,
                           const Array<const float, 2>& scales,
                           const Array<const int32_t, 1>& row_offsets,
                           const Array<const int32_t, 1>& experts,
@@ -89,38 +52,23 @@ nb::bytes bind_call_frame(uint64_t call_id, uint32_t layer, uint32_t deadline_ms
   return frame;
 }
 
-// What Python needs to see a call's arrays: the head, then `numbers`, which holds row_offsets
-// [T + 1] and experts [P] as int32, weights [P] and scales as float32, one after the other; then
-// where the values begin: in the frame if they are aligned there (copied is false), else in
-// `numbers`, behind the rest.
-
-nb::object bind_read_call(nb::handle frame) {
+template <class View>
+nb::object bind_view(nb::handle frame) {
   check_wire_order();
-  const Buffer buffer(frame);
-  CallFound found;
-  if (!find_call(buffer.bytes(), found)) return nb::none();
-  const size_t rows = found.head.num_rows, pairs = found.num_pairs;
-  const bool is_copied = reinterpret_cast<uintptr_t>(found.values.data) % 4 != 0;
-  const size_t fixed = 4 * (rows + 1 + 2 * pairs) + found.scales.size;
-  nb::bytes numbers = new_bytes(fixed + (is_copied ? found.values.size : 0));
-  auto* offsets = reinterpret_cast<int32_t*>(data_of(numbers));
-  offsets[0] = 0;
-  for (size_t row = 0; row < rows; ++row) {
-    const uint8_t* count = found.pairs_per_row.data + 2 * row;
-    offsets[row + 1] = offsets[row] + int32_t(count[0] | count[1] << 8);
-  }
-  int32_t* experts = offsets + rows + 1;
-  for (size_t i = 0; i < pairs; ++i)
-    experts[i] = found.experts.data[2 * i] | found.experts.data[2 * i + 1] << 8;
-  auto* rest = reinterpret_cast<uint8_t*>(experts + pairs);
-  std::memcpy(rest, found.weights.data, found.weights.size);
-  if (found.scales.size)
-    std::memcpy(rest + found.weights.size, found.scales.data, found.scales.size);
-  if (is_copied) std::memcpy(data_of(numbers) + fixed, found.values.data, found.values.size);
-  const CallHead& head = found.head;
-  return nb::make_tuple(head.call_id, head.deadline_ms, head.layer, head.scheme, head.num_rows,
-                        head.dim, pairs, head.reply_format, numbers, is_copied,
-                        is_copied ? fixed : size_t(found.values.data - buffer.bytes().data));
+  auto view = std::make_unique<View>(frame);
+  if (!view->is_found()) return nb::none();
+  return nb::cast(view.release(), nb::rv_policy::take_ownership);
+}
+
+// Memory with a call's arrays in it (put_numbers), and where in it the values are; None: they are
+// in the frame, at that place.
+nb::tuple bind_numbers(const CallView& view) {
+  const CallFound& call = view.found();
+  nb::bytes numbers = new_bytes(numbers_size(call));
+  const uint8_t* values = put_numbers(call, data_of(numbers));
+  const bool is_copied = values != call.values.data;
+  const uint8_t* start = is_copied ? data_of(numbers) : view.frame().data;
+  return nb::make_tuple(numbers, is_copied, size_t(values - start));
 }
 
 nb::bytes bind_reply_frame(uint64_t call_id, const Array<const int64_t, 2>& sums, int grid,
@@ -138,34 +86,10 @@ nb::bytes bind_reply_frame(uint64_t call_id, const Array<const int64_t, 2>& sums
                        load_us,
                        is_bf16 ? kReplyBf16 : kReplyExact};
   std::optional<nb::gil_scoped_release> released;
-  const bool is_large = sums.size() > kLargeSums;
-  if (is_large) released.emplace();
+  if (sums.size() > kLargeSums) released.emplace();
   const ReplyFrame frame(head, sums.data());
   released.reset();
-  nb::bytes out = new_bytes(frame.size());
-  if (is_large) released.emplace();
-  frame.write(data_of(out));
-  released.reset();
-  return out;
-}
-
-// A reply in the frame that it came in, which is neither copied nor may change meanwhile.
-class ReplyView {
- public:
-  explicit ReplyView(nb::handle frame) : buffer_(frame) {}
-  bool find() { return find_reply(buffer_.bytes(), found_); }
-  const ReplyFound& found() const { return found_; }
-
- private:
-  Buffer buffer_;
-  ReplyFound found_;
-};
-
-nb::object bind_read_reply(nb::handle frame) {
-  check_wire_order();
-  auto view = std::make_unique<ReplyView>(frame);
-  if (!view->find()) return nb::none();
-  return nb::cast(view.release(), nb::rv_policy::take_ownership);
+  return written(frame, sums.size());
 }
 
 bool bind_add_reply(const ReplyView& reply, const Array<const int32_t, 1>& rows, int grid,
@@ -179,34 +103,55 @@ bool bind_add_reply(const ReplyView& reply, const Array<const int32_t, 1>& rows,
 
 nb::bytes copy_of(const ByteSpan& span) { return nb::bytes(span.data, span.size); }
 
+void bind_call_view(nb::module_& m) {
+  const auto head = [](const CallView& view) -> const CallHead& { return view.found().head; };
+  nb::class_<CallView>(m, "CallView", "A legal call in the frame that it came in.")
+      .def_prop_ro("call_id", [=](const CallView& view) { return head(view).call_id; })
+      .def_prop_ro("layer", [=](const CallView& view) { return head(view).layer; })
+      .def_prop_ro("deadline_ms", [=](const CallView& view) { return head(view).deadline_ms; })
+      .def_prop_ro("scheme", [=](const CallView& view) { return head(view).scheme; })
+      .def_prop_ro("num_rows", [=](const CallView& view) { return head(view).num_rows; })
+      .def_prop_ro("dim", [=](const CallView& view) { return head(view).dim; })
+      .def_prop_ro("num_pairs", [](const CallView& view) { return view.found().num_pairs; })
+      .def_prop_ro("reply_format", [=](const CallView& view) { return head(view).reply_format; })
+      .def("numbers", bind_numbers, nb::sig("def numbers(self) -> tuple[bytes, bool, int]"),
+           "Memory with row_offsets [T + 1], experts [P] as int32, weights [P] and scales as "
+           "float32, one after the other; whether the values are in it, too, as they are not "
+           "aligned in the frame; and where they are.");
+}
+
+void bind_reply_view(nb::module_& m) {
+  const auto head = [](const ReplyView& view) -> const ReplyHead& { return view.found().head; };
+  nb::class_<ReplyView>(m, "ReplyView", "A reply in the frame that it came in.")
+      .def_prop_ro("call_id", [=](const ReplyView& view) { return head(view).call_id; })
+      .def_prop_ro("num_rows", [=](const ReplyView& view) { return head(view).num_rows; })
+      .def_prop_ro("dim", [=](const ReplyView& view) { return head(view).dim; })
+      .def_prop_ro("grid", [=](const ReplyView& view) { return head(view).grid; })
+      .def_prop_ro(
+          "widths", [](const ReplyView& view) { return copy_of(view.found().widths); }, "A copy.")
+      .def_prop_ro(
+          "sums", [](const ReplyView& view) { return copy_of(view.found().sums); }, "A copy.")
+      .def_prop_ro("queue_us", [=](const ReplyView& view) { return head(view).queue_us; })
+      .def_prop_ro("compute_us", [=](const ReplyView& view) { return head(view).compute_us; })
+      .def_prop_ro("load_us", [=](const ReplyView& view) { return head(view).load_us; })
+      .def_prop_ro("format", [=](const ReplyView& view) { return head(view).format; });
+}
+
 }  // namespace
 
 void bind_wire(nb::module_& m) {
+  bind_call_view(m);
+  bind_reply_view(m);
   m.def("call_frame", bind_call_frame, "call_id"_a, "layer"_a, "deadline_ms"_a, "scheme"_a, "dim"_a,
         "reply_format"_a, "values"_a.noconvert(), "scales"_a.noconvert(),
         "row_offsets"_a.noconvert(), "experts"_a.noconvert(), "weights"_a.noconvert(),
         "The bytes of the ClientFrame of a call.");
-  m.def("read_call", bind_read_call, "frame"_a,
-        nb::sig("def read_call(frame: bytes | memoryview) -> tuple[int, int, int, int, int, int, "
-                "int, int, bytes, bool, int] | None"),
-        "(call_id, deadline_ms, layer, scheme, T, dim, P, reply_format, numbers, is_copied, "
-        "values_at) of a ClientFrame with a call that is legal, else None.");
   m.def("reply_frame", bind_reply_frame, "call_id"_a, "sums"_a.noconvert(), "grid"_a, "is_bf16"_a,
         "queue_us"_a, "compute_us"_a, "load_us"_a, "The bytes of the NodeFrame of a reply.");
-  nb::class_<ReplyView>(m, "ReplyView", "A reply in the frame that it came in.")
-      .def_prop_ro("call_id", [](const ReplyView& r) { return r.found().head.call_id; })
-      .def_prop_ro("num_rows", [](const ReplyView& r) { return r.found().head.num_rows; })
-      .def_prop_ro("dim", [](const ReplyView& r) { return r.found().head.dim; })
-      .def_prop_ro("grid", [](const ReplyView& r) { return r.found().head.grid; })
-      .def_prop_ro(
-          "widths", [](const ReplyView& r) { return copy_of(r.found().widths); }, "A copy.")
-      .def_prop_ro(
-          "sums", [](const ReplyView& r) { return copy_of(r.found().sums); }, "A copy.")
-      .def_prop_ro("queue_us", [](const ReplyView& r) { return r.found().head.queue_us; })
-      .def_prop_ro("compute_us", [](const ReplyView& r) { return r.found().head.compute_us; })
-      .def_prop_ro("load_us", [](const ReplyView& r) { return r.found().head.load_us; })
-      .def_prop_ro("format", [](const ReplyView& r) { return r.found().head.format; });
-  m.def("read_reply", bind_read_reply, "frame"_a,
+  m.def("read_call", bind_view<CallView>, "frame"_a,
+        nb::sig("def read_call(frame: bytes | memoryview) -> CallView | None"),
+        "The call of a ClientFrame if it is legal, or None.");
+  m.def("read_reply", bind_view<ReplyView>, "frame"_a,
         nb::sig("def read_reply(frame: bytes | memoryview) -> ReplyView | None"),
         "The reply of a NodeFrame, or None: it is something else, or in an unusual form.");
   m.def("add_reply", bind_add_reply, "reply"_a, "rows"_a.noconvert(), "grid"_a,

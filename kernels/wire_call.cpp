@@ -7,6 +7,9 @@ namespace shoal {
 namespace {
 
 constexpr int kCallOfClientFrame = 2;
+// Of the widest reply: limits.MAX_MESSAGE_BYTES less wire.ENVELOPE_BYTES.  Where this bounds rows
+// to less than kMaxRowsPerCall, a request's row is shorter than a reply's.
+constexpr size_t kMaxReplyBytes = (size_t(16) << 20) - 256;
 
 uint32_t span_of_scheme(uint32_t scheme) {
   return scheme == kWireF32 ? 1 : scheme == kWireInt8_32 ? 32 : 256;
@@ -34,6 +37,7 @@ uint32_t u16_at(const uint8_t* p) { return p[0] | uint32_t(p[1]) << 8; }
 bool are_rows_legal(const CallFound& call) {
   const CallHead& head = call.head;
   const size_t rows = head.num_rows, dim = head.dim;
+  if (rows > 1 && rows * (8 * dim + 1) > kMaxReplyBytes) return false;
   if (head.scheme == kWireF32) return call.values.size == 4 * rows * dim && call.scales.size == 0;
   const size_t padded = padded_dim(head.scheme, head.dim);
   if (call.values.size != rows * padded) return false;
@@ -89,6 +93,10 @@ bool are_pairs_legal(CallFound& call) {
   return true;
 }
 
+bool are_values_aligned(const CallFound& call) {
+  return reinterpret_cast<uintptr_t>(call.values.data) % 4 == 0;
+}
+
 }  // namespace
 
 uint32_t padded_dim(uint32_t scheme, uint32_t dim) {
@@ -121,6 +129,29 @@ void write_call_frame(const CallArrays& call, uint8_t* out) {
   for (size_t i = 0; i < pairs; ++i) put_u16(experts + 2 * i, call.experts[i]);
   write.bytes(11, call.weights, 4 * pairs);
   write.varint(12, head.reply_format);
+}
+
+size_t numbers_size(const CallFound& call) {
+  const size_t fixed = 4 * (size_t(call.head.num_rows) + 1 + 2 * size_t(call.num_pairs));
+  return fixed + call.scales.size + (are_values_aligned(call) ? 0 : call.values.size);
+}
+
+const uint8_t* put_numbers(const CallFound& call, uint8_t* out) {
+  auto* offsets = reinterpret_cast<int32_t*>(out);
+  offsets[0] = 0;
+  for (uint32_t row = 0; row < call.head.num_rows; ++row)
+    offsets[row + 1] = offsets[row] + int32_t(u16_at(call.pairs_per_row.data + 2 * row));
+  int32_t* experts = offsets + call.head.num_rows + 1;
+  for (uint32_t i = 0; i < call.num_pairs; ++i)
+    experts[i] = int32_t(u16_at(call.experts.data + 2 * i));
+  auto* rest = reinterpret_cast<uint8_t*>(experts + call.num_pairs);
+  std::memcpy(rest, call.weights.data, call.weights.size);
+  rest += call.weights.size;
+  if (call.scales.size) std::memcpy(rest, call.scales.data, call.scales.size);
+  if (are_values_aligned(call)) return call.values.data;
+  rest += call.scales.size;
+  std::memcpy(rest, call.values.data, call.values.size);
+  return rest;
 }
 
 bool find_call(ByteSpan frame, CallFound& found) {

@@ -33,8 +33,8 @@ size_t call_frame_size(const CallArrays& call);
 void write_call_frame(const CallArrays& call, uint8_t* out);
 
 // A call found in a frame.  Every size, range and index in it is legal, and every row's experts
-// are distinct (shoal/wire.py, decode_call); the rows that a call of this width may have and floats
-// are not looked at.  Spans lie in the frame's bytes and are aligned to nothing.
+// are distinct (shoal/wire.py, decode_call); floats are not looked at.  Spans lie in the frame's
+// bytes and are aligned to nothing.
 struct CallFound {
   CallHead head;
   uint32_t num_pairs;
@@ -46,5 +46,13 @@ bool find_call(ByteSpan frame, CallFound& found);
 
 // Columns that the values of a row have on the wire.
 uint32_t padded_dim(uint32_t scheme, uint32_t dim);
+
+// Memory for a call's arrays as kernels take them: row_offsets [num_rows + 1] and experts
+// [num_pairs] as int32, weights [num_pairs] and scales as float32, one after the other; then the
+// values, if they are not aligned for floats in the frame.
+size_t numbers_size(const CallFound& call);
+
+// Fills it; returns the values, wherever they are.  `out` is aligned for floats.
+const uint8_t* put_numbers(const CallFound& call, uint8_t* out);
 
 }  // namespace shoal

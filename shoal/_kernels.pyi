@@ -59,25 +59,6 @@ def available_isas() -> list[str]:
 def advise_huge_pages(memory: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')]) -> bool:
     """Asks for 2 MiB pages; false where there are none."""
 
-class ExpertTable:
-    """The owned experts of a layer, all in memory."""
-
-    def __init__(self, dim: int, ffn_dim: int, gate_up: int, down: int, numbers: Sequence[int], weights: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]) -> None: ...
-
-    def sums(self, scheme: int, dim: int, values: Annotated[NDArray, dict(shape=(None, None), order='C', device='cpu', writable=False)], scales: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], row_offsets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], experts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], grid: int, out: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')]) -> list[int] | None:
-        """
-        Write weighted integer outputs, added up; return the rows out of range. None, and nothing is written: it was withdrawn, or the call is not for it.
-        """
-
-    def withdraw(self, on_idle: object) -> bool:
-        """
-        Compute no more calls. True: none is under way; else the last one calls on_idle.
-        """
-
-    @property
-    def num_hits(self) -> int:
-        """Experts that calls visited, each once a call."""
-
 def rms_norm(x: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu', writable=False)], weight: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], eps: float, out: Annotated[NDArray[numpy.float32], dict(order='C', device='cpu')]) -> None:
     """RMSNorm over the last axis."""
 
@@ -243,16 +224,37 @@ def rank_experts(first: Annotated[NDArray[numpy.int64], dict(shape=(None,), orde
 def learn_experts(first: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')], squares: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')], bias: float, z_width: float, num_z: int, features: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], truth: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order='C', device='cpu', writable=False)], step: float, forget: float, z_bins: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None:
     """Move the weights towards what was wanted."""
 
-def call_frame(call_id: int, layer: int, deadline_ms: int, scheme: int, dim: int, reply_format: int, values: Annotated[NDArray, dict(shape=(None, None), order='C', device='cpu', writable=False)], scales: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], row_offsets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], experts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> bytes:
-    """The bytes of the ClientFrame of a call."""
+class CallView:
+    """A legal call in the frame that it came in."""
 
-def read_call(frame: bytes | memoryview) -> tuple[int, int, int, int, int, int, int, int, bytes, bool, int] | None:
-    """
-    (call_id, deadline_ms, layer, scheme, T, dim, P, reply_format, numbers, is_copied, values_at) of a ClientFrame with a call that is legal, else None.
-    """
+    @property
+    def call_id(self) -> int: ...
 
-def reply_frame(call_id: int, sums: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], grid: int, is_bf16: bool, queue_us: int, compute_us: int, load_us: int) -> bytes:
-    """The bytes of the NodeFrame of a reply."""
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def deadline_ms(self) -> int: ...
+
+    @property
+    def scheme(self) -> int: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def num_pairs(self) -> int: ...
+
+    @property
+    def reply_format(self) -> int: ...
+
+    def numbers(self) -> tuple[bytes, bool, int]:
+        """
+        Memory with row_offsets [T + 1], experts [P] as int32, weights [P] and scales as float32, one after the other; whether the values are in it, too, as they are not aligned in the frame; and where they are.
+        """
 
 class ReplyView:
     """A reply in the frame that it came in."""
@@ -289,6 +291,15 @@ class ReplyView:
     @property
     def format(self) -> int: ...
 
+def call_frame(call_id: int, layer: int, deadline_ms: int, scheme: int, dim: int, reply_format: int, values: Annotated[NDArray, dict(shape=(None, None), order='C', device='cpu', writable=False)], scales: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], row_offsets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], experts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> bytes:
+    """The bytes of the ClientFrame of a call."""
+
+def reply_frame(call_id: int, sums: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], grid: int, is_bf16: bool, queue_us: int, compute_us: int, load_us: int) -> bytes:
+    """The bytes of the NodeFrame of a reply."""
+
+def read_call(frame: bytes | memoryview) -> CallView | None:
+    """The call of a ClientFrame if it is legal, or None."""
+
 def read_reply(frame: bytes | memoryview) -> ReplyView | None:
     """
     The reply of a NodeFrame, or None: it is something else, or in an unusual form.
@@ -298,3 +309,27 @@ def add_reply(reply: ReplyView, rows: Annotated[NDArray[numpy.int32], dict(shape
     """
     Add a reply's rows to rows of `into`; False: it is no answer, and nothing was added.
     """
+
+class ExpertTable:
+    """The owned experts of a layer, all in memory."""
+
+    def __init__(self, dim: int, ffn_dim: int, gate_up: int, down: int, numbers: Sequence[int], weights: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]) -> None: ...
+
+    def sums(self, scheme: int, dim: int, values: Annotated[NDArray, dict(shape=(None, None), order='C', device='cpu', writable=False)], scales: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], row_offsets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], experts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], grid: int, out: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')]) -> list[int] | None:
+        """
+        Write weighted integer outputs, added up; return the rows out of range. None, and nothing is written: it was withdrawn, or the call is not for it.
+        """
+
+    def answer(self, call: CallView, grid: int, max_weight_bytes: int, queue_us: int) -> bytes | list[int] | None:
+        """
+        The frame of a call's reply; or the rows out of range; or None, as `sums`, or the call walks over more weights.
+        """
+
+    def withdraw(self, on_idle: object) -> bool:
+        """
+        Compute no more calls. True: none is under way; else the last one calls on_idle.
+        """
+
+    @property
+    def num_hits(self) -> int:
+        """Experts that calls visited, each once a call."""

@@ -5,7 +5,7 @@ Decoded arrays are views of the message's bytes where the machine's byte order i
 this file.
 
 Calls and replies, which a decode step sends by the hundred, are written and read by native code
-(`call_frame`, `read_call`, `reply_frame`, `parse_reply`) in a microsecond or two: the same bytes
+(`call_frame`, `parse_call`, `reply_frame`, `parse_reply`) in a microsecond or two: the same bytes
 and the same arrays as protobuf's messages give. What native code does not take (another frame, an
 unusual form, anything that is wrong) it leaves to these, whose errors name the field.
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from shoal import errors, limits, ops
 from shoal.experts.call import ExpertCall
 from shoal.ops import frames
-from shoal.ops.frames import ReplyView
+from shoal.ops.frames import CallView, ReplyView
 from shoal.quant import Scheme, round_up
 from shoal.rows import Rows
 from shoal.transport import Wire
@@ -105,21 +105,20 @@ def call_frame(call_id: int, deadline_ms: int, call: ExpertCall, wire: Wire = Wi
     )
 
 
-def read_call(frame: bytes | memoryview) -> tuple[int, int, ExpertCall, Wire] | None:
-    """Return (call id, deadline_ms, call, form of its reply) of a serialised ClientFrame.
+def parse_call(frame: bytes | memoryview) -> CallView | None:
+    """Return the call in a serialised ClientFrame, as a view of it: it must not change meanwhile.
 
-    The call's values are a view of the frame where they are aligned in it. None: it is no call, or
-    one that `decode_call` must look at.
+    Everything that `decode_call` and `wire_of` check is then legal. None: it is no call, or these
+    must look at it.
     """
-    found = frames.read_call(frame) if _IS_WIRE_ORDER else None
-    if found is None:
-        return None
-    call_id, deadline_ms, layer, form, num_rows, dim, num_pairs, is_bf16, numbers, is_copied, at = (
-        found
-    )
-    if num_rows > max_rows_per_call(dim):
-        return None
-    scheme = _SCHEME_OF_WIRE[form]
+    return frames.read_call(frame) if _IS_WIRE_ORDER else None
+
+
+def call_of(view: CallView, frame: bytes | memoryview) -> ExpertCall:
+    """Return the call in a frame as arrays; its values are the frame's where they are aligned."""
+    num_rows, dim, num_pairs = view.num_rows, view.dim, view.num_pairs
+    numbers, is_copied, values_at = view.numbers()
+    scheme = _SCHEME_OF_WIRE[view.scheme]
     dtype: np.dtype[np.float32] | np.dtype[np.int8]
     padded, num_scales, dtype = dim, 0, _F32
     if scheme is not Scheme.F32:
@@ -131,9 +130,13 @@ def read_call(frame: bytes | memoryview) -> tuple[int, int, ExpertCall, Wire] | 
     experts = np.ndarray((num_pairs,), _I32, numbers, experts_at)
     weights = np.ndarray((num_pairs,), _F32, numbers, weights_at)
     scales = np.ndarray((num_rows, num_scales), _F32, numbers, weights_at + 4 * num_pairs)
-    values = np.ndarray((num_rows, padded), dtype, numbers if is_copied else frame, at)
-    call = ExpertCall(layer, Rows(scheme, dim, values, scales), row_offsets, experts, weights)
-    return call_id, deadline_ms, call, Wire.BF16 if is_bf16 else Wire.EXACT
+    values = np.ndarray((num_rows, padded), dtype, numbers if is_copied else frame, values_at)
+    return ExpertCall(view.layer, Rows(scheme, dim, values, scales), row_offsets, experts, weights)
+
+
+def form_of(view: CallView) -> Wire:
+    """Return the form that a call wants its reply in."""
+    return _FORMS[view.reply_format]
 
 
 def decode_call(message: pb.ExpertCall) -> ExpertCall:
@@ -332,6 +335,7 @@ def add_reply(
 
 
 _WIRE_OF_FORMAT = {pb.REPLY_FORMAT_EXACT: Wire.EXACT, pb.REPLY_FORMAT_BF16: Wire.BF16}
+_FORMS = tuple(_WIRE_OF_FORMAT.values())  # by ReplyFormat
 _FORMAT_OF_WIRE = {wire: number for number, wire in _WIRE_OF_FORMAT.items()}
 _NO_WIDTHS = np.empty(0, np.uint8)
 _IS_WIRE_ORDER = sys.byteorder == "little"

@@ -17,6 +17,7 @@ from shoal.experts.grouping import GroupedPairs, group_pairs
 from shoal.experts.prefetch.interface import Prefetcher
 from shoal.experts.store import Acquisition, ExpertLender
 from shoal.model_spec import ModelSpec
+from shoal.ops.frames import CallView
 from shoal.quant import Scheme
 
 
@@ -161,6 +162,24 @@ class ExpertExecutor:
             self.check(call)
             return None
         return Computed(sums, 0.0)
+
+    def answer_resident(self, call: CallView, max_weight_bytes: int, queue_us: int) -> bytes | None:
+        """Return the frame of a call's reply if that takes no read and nobody has to be told of it.
+
+        From the bytes of a call to those of its reply in one native step. None: nothing was done;
+        the call walks over more weights than that, must be told of, or may not even be right.
+
+        Raises:
+            NumericError: as `compute`.
+        """
+        layer = call.layer
+        table = self._tables.get(layer)
+        if table is None or self._prefetcher is not None:
+            return None
+        answer = table.answer(call, self._layers[layer].grid, max_weight_bytes, queue_us)
+        if isinstance(answer, list):
+            raise _numeric_error(layer, answer)
+        return answer
 
     def open(self, call: ExpertCall, stream: int = 0) -> "OpenCall":
         """Hold a checked call's experts that are in memory, and start to read the others.

@@ -192,7 +192,7 @@ def test_memory_is_bounded_however_many_streams_are_open() -> None:
 
 def test_rows_that_a_trace_lacks_are_told_also_after_a_reload(tmp_path: Path) -> None:
     keeper = HeatKeeper(GEOMETRY, tmp_path / "heat.json")
-    keeper.on_call(7, call(1, (2, 5), (2, 6)))
+    keeper.on_call(7, 2, lambda: call(1, (2, 5), (2, 6)))
     keeper.on_stream_end(7)
     dropped = keeper.figures().num_dropped
     assert dropped == 2, "a pass that stopped in the middle"

@@ -1,213 +1,36 @@
-"""Session and worker without a network: frames in, frames out, compute held at a named point."""
+"""Session and worker without a network: frames in, frames out, compute held at a named point.
+
+Every story is told twice: with an executor that answers small calls in one step, and with one that
+has them opened and computed like all others. Nobody outside can tell which it was.
+"""
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_node.session import Ending, NodeFacts, Session, StreamEnded
-from expert_node.worker import Worker
+from expert_node.session import Ending, Session, StreamEnded
 from shoal import errors, limits, wire
 from shoal.experts.call import ExpertCall
-from shoal.experts.executor import Computed
-from shoal.experts.ownership import OwnedRange
-from shoal.quant import Scheme
-from shoal.rows import Rows
 from shoal.v1 import expert_pb2 as pb
-
-DIM = 8
-FACTS = NodeFacts(
-    model_name="tiny",
-    identity="ab" * 32,
-    numerics="cd" * 32,
-    instance_epoch="ef" * 8,
-    owned=(OwnedRange(0, 1, 0, 3),),
-    quantisation="f32",
-    isa="scalar",
-    num_threads=1,
-    max_rows_per_call=512,
-    credit_bytes=4096,
+from support.session_peer import (
+    FACTS,
+    BlockedExecutor,
+    call_frame,
+    connected,
+    open_frame,
+    run,
 )
 
 
-class BlockedExecutor:
-    """Answers with the call's first expert index; a call for expert 3 waits at `reached`."""
-
-    def __init__(self) -> None:
-        self.reached = threading.Event()
-        self.release = threading.Event()
-        self.computed: list[int] = []
-        self.wants_hints = True
-        self.hints: list[tuple[int, list[int], int]] = []
-
-    def hint(self, layer: int, experts: Sequence[int], stream: int) -> None:
-        self.hints.append((layer, list(experts), stream))
-
-    def check(self, call: ExpertCall) -> None:
-        if call.layer > 1:
-            raise errors.NotOwned(f"expert {call.experts[0]} of layer {call.layer} is not owned")
-
-    def pair_bytes(self, call: ExpertCall) -> int:
-        return 1000 if 3 in call.experts else 1
-
-    def is_resident(self, call: ExpertCall) -> bool:
-        return True
-
-    def grid(self, layer: int) -> int:
-        return 13
-
-    def open(self, call: ExpertCall, stream: int) -> "BlockedCall":
-        return BlockedCall(self, call)
-
-    try_open = open
-
-    def compute(self, call: ExpertCall) -> Computed:
-        if call.experts[0] == 3:
-            self.reached.set()
-            assert self.release.wait(30)
-        if call.experts[0] == 2:
-            raise ZeroDivisionError("a bug")
-        self.computed.append(int(call.experts[0]))
-        return Computed(np.full((call.rows.num_rows, DIM), call.experts[0], np.int64), 0.0)
-
-
-@dataclass
-class BlockedCall:
-    executor: BlockedExecutor
-    call: ExpertCall
-
-    def compute(self) -> Computed:
-        return self.executor.compute(self.call)
-
-    def abandon(self, error: BaseException) -> None:
-        """It does not wait for reads."""
-
-
-@dataclass
-class Peer:
-    """The other end of a session: what it got, and a clock that only it moves."""
-
-    executor: BlockedExecutor
-    worker: Worker
-    session: Session
-    frames: list[pb.NodeFrame] = field(default_factory=list)
-    now_s: float = 0.0
-    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def emit(self, data: bytes, credit_bytes: int) -> None:
-        self.frames.append(pb.NodeFrame.FromString(data))
-        self.session.sent(credit_bytes)
-        self._arrived.set()
-
-    def send(self, frame: pb.ClientFrame) -> None:
-        self.session.receive(frame.SerializeToString())
-
-    def call(self, call_id: int, expert: int = 0, **changes: int) -> None:
-        self.send(call_frame(call_id, expert, **changes))
-
-    def cancel(self, call_id: int) -> None:
-        self.send(pb.ClientFrame(cancel=pb.Cancel(call_id=call_id)))
-
-    async def block(self, call_id: int) -> None:
-        """Let a call reach the middle of its compute and stay there."""
-        self.call(call_id, expert=3)
-        assert await asyncio.to_thread(self.executor.reached.wait, 30)
-
-    async def settle(self) -> None:
-        """Let go of what is blocked and wait until no call is held."""
-        self.executor.release.set()
-        async with asyncio.timeout(30):
-            await self.worker.wait_idle()
-
-    async def next_frame(self, kind: str) -> pb.NodeFrame:
-        async with asyncio.timeout(30):
-            while True:
-                found = [frame for frame in self.frames if frame.WhichOneof("frame") == kind]
-                if found:
-                    return found[-1]
-                self._arrived.clear()
-                await self._arrived.wait()
-
-    def replies(self) -> dict[int, int]:
-        """Return call id -> the value that fills its sums."""
-        values = {}
-        for frame in self.frames:
-            if frame.WhichOneof("frame") == "reply":
-                num_rows = frame.reply.num_rows
-                into = np.zeros((num_rows, DIM), np.int64)
-                wire.add_reply(frame.reply, np.arange(num_rows, dtype=np.int32), 13, into)
-                values[frame.reply.call_id] = int(into[0, 0])
-        return values
-
-    def failures(self) -> dict[int, int]:
-        """Return call id -> failure code."""
-        found = [f.failure for f in self.frames if f.WhichOneof("frame") == "failure"]
-        assert len({failure.call_id for failure in found}) == len(found), "a call failed twice"
-        return {failure.call_id: failure.code for failure in found}
-
-
-def call_frame(
-    call_id: int, expert: int = 0, *, layer: int = 0, deadline_ms: int = 60_000, num_rows: int = 1
-) -> pb.ClientFrame:
-    rows = Rows(
-        Scheme.F32, DIM, np.ones((num_rows, DIM), np.float32), np.empty((num_rows, 0), np.float32)
-    )
-    call = ExpertCall(
-        layer,
-        rows,
-        np.arange(num_rows + 1, dtype=np.int32),
-        np.full(num_rows, expert, np.int32),
-        np.ones(num_rows, np.float32),
-    )
-    return wire.encode_call(call_id, deadline_ms, call)
-
-
-def open_frame(**changes: object) -> pb.ClientFrame:
-    fields: dict[str, object] = {
-        "protocol_version": limits.PROTOCOL_VERSION,
-        "identity": FACTS.identity,
-        "numerics": FACTS.numerics,
-        "lane": pb.LANE_INTERACTIVE,
-        "coordinator_nonce": bytes(16),
-        "stream_epoch": 1,
-    }
-    return pb.ClientFrame(open=fields | changes)
-
-
-@asynccontextmanager
-async def connected(*, is_open: bool = True, max_waiting: int = 4) -> AsyncIterator[Peer]:
-    executor = BlockedExecutor()
-    peer: Peer
-    worker = Worker(
-        executor,
-        asyncio.get_running_loop(),
-        clock=lambda: peer.now_s,
-        max_waiting=max_waiting,
-        inline_pair_bytes=100,
-    )
-    session = Session(1, FACTS, worker, lambda *a: peer.emit(*a), clock=lambda: peer.now_s)
-    peer = Peer(executor, worker, session)
-    try:
-        if is_open:
-            peer.send(open_frame())
-        yield peer
-    finally:
-        executor.release.set()
-        worker.close()
-
-
-def run(story: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(60):
-            await story()
-
-    asyncio.run(bounded())
+@pytest.fixture(autouse=True, scope="module", params=["short way", "long way"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Which way small calls go."""
+    BlockedExecutor.has_short_way = request.param == "short way"
+    yield request.param
+    BlockedExecutor.has_short_way = False
 
 
 def test_open_is_answered_with_the_limits() -> None:
@@ -264,11 +87,88 @@ def test_a_call_before_open_is_refused() -> None:
     run(story)
 
 
-def test_a_small_call_is_answered_where_it_arrived() -> None:
+def test_a_small_call_is_answered_where_it_arrived(way: str) -> None:
     async def story() -> None:
         async with connected() as peer:
             peer.call(1, expert=1)
             assert peer.replies() == {1: 1}, "no turn of the loop in between"
+            assert peer.executor.answered == ([1] if way == "short way" else [])
+
+    run(story)
+
+
+def test_a_small_call_waits_its_turn_where_others_are_held_and_leads_on_where_none_is(
+    way: str,
+) -> None:
+    """1. a large call computes, small ones come; 2. they follow; 3. then the way is free."""
+
+    async def story() -> None:
+        async with connected() as peer:
+            await peer.block(1)
+            for call_id in (2, 3):
+                peer.call(call_id, expert=call_id - 2)
+            assert peer.executor.answered == [] and peer.worker.num_held == 3
+            await peer.settle()
+            assert peer.executor.computed == [3, 0, 1]
+            await asyncio.sleep(0)  # the loop has turned
+            peer.call(4)
+            assert peer.executor.answered == ([4] if way == "short way" else [])
+
+    run(story)
+
+
+def test_calls_are_logged_whichever_way_they_would_go() -> None:
+    async def story() -> None:
+        async with connected() as peer:
+            peer.worker.configure(max_waiting=4, log_calls=True)
+            peer.call(1, expert=1)
+            assert peer.replies() == {1: 1} and peer.executor.answered == [], "the way that logs"
+
+    run(story)
+
+
+def test_a_call_that_took_long_lets_the_loop_turn_before_the_next() -> None:
+    async def story() -> None:
+        async with connected() as peer:
+
+            def spend() -> None:
+                peer.now_s += 2 * limits.INLINE_TURN_S
+
+            peer.executor.spend = spend
+            for call_id in (1, 2, 3):
+                peer.call(call_id, expert=1)
+            assert peer.replies().keys() == {1}
+            await peer.settle()
+            assert peer.replies().keys() == {1, 2, 3}
+
+    run(story)
+
+
+def test_a_call_is_observed_once_and_its_credit_comes_back_when_its_reply_is_out(way: str) -> None:
+    async def story() -> None:
+        async with connected(is_open=False) as peer:
+            seen: list[tuple[int, int, ExpertCall]] = []
+            unsent: list[int] = []
+            session = Session(
+                9,
+                FACTS,
+                peer.worker,
+                lambda _frame, credit: unsent.append(credit),
+                observe=lambda stream, rows, call: seen.append((stream, rows, call())),
+            )
+            session.receive(open_frame().SerializeToString())
+            frame = call_frame(1, 1, num_rows=2).SerializeToString()
+            for _ in range(1 + FACTS.credit_bytes // len(frame)):
+                session.receive(frame)  # the same id: the one before is answered
+            assert {credit for credit in unsent[1:]} == {len(frame)}
+            assert len(seen) == len(unsent) - 1 == len(peer.executor.computed)
+            assert [each[:2] for each in seen] == [(9, 2)] * len(seen)
+            assert seen[0][2].experts.tolist() == [1, 1]
+            session.receive(frame)
+            assert unsent[-1] == 0, "refused: nothing is in flight, but nothing has gone out"
+            session.sent(len(frame))
+            session.receive(frame)
+            assert unsent[-1] == len(frame)
 
     run(story)
 
