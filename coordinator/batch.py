@@ -1,6 +1,7 @@
 """Batch: the rows of one forward pass, of one or several sequences, as flat arrays (core)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,34 +47,35 @@ class Batch:
 
 def make_batch(pieces: list[Piece]) -> Batch:
     """Lay the pieces out one after the other. Every piece's blocks must be reserved."""
-    num_rows = np.array([piece.num_rows for piece in pieces], np.intp)
-    assert num_rows.min() > 0, "a piece has no rows"
-    assert all(0 <= piece.num_logits <= piece.num_rows for piece in pieces), "logits of which row?"
-    ends = np.cumsum(num_rows)
-    starts = np.array([piece.sequence.num_cached for piece in pieces], np.intp)
-    for piece, start, rows in zip(pieces, starts, num_rows, strict=True):
-        assert start + rows <= piece.sequence.num_tokens, "a piece is longer than its sequence"
-    row_sequence = np.repeat(np.arange(len(pieces)), num_rows)
-    positions = np.arange(ends[-1]) - (ends - num_rows)[row_sequence] + starts[row_sequence]
     tables = _block_tables(pieces)
-    blocks = tables[row_sequence, positions // limits.KV_BLOCK_TOKENS]
-    slots = blocks * limits.KV_BLOCK_TOKENS + positions % limits.KV_BLOCK_TOKENS
-    token_ids = np.concatenate(
-        [
-            piece.sequence.token_ids[start : start + rows]
-            for piece, start, rows in zip(pieces, starts, num_rows, strict=True)
-        ]
-    )
-    from_end = ends[row_sequence] - np.arange(ends[-1])  # 1 for the last row of a piece
-    wanted = from_end <= np.array([piece.num_logits for piece in pieces])[row_sequence]
+    token_ids, positions, row_sequence, slots, logit_rows = [], [], [], [], []
+    num_rows = 0
+    for index, (piece, table) in enumerate(zip(pieces, tables, strict=True)):
+        assert piece.num_rows > 0, "a piece has no rows"
+        assert 0 <= piece.num_logits <= piece.num_rows, "logits of which row?"
+        start = piece.sequence.num_cached
+        end = start + piece.num_rows
+        assert end <= piece.sequence.num_tokens, "a piece is longer than its sequence"
+        places = np.arange(start, end, dtype=np.int32)
+        blocks = table[places // limits.KV_BLOCK_TOKENS]
+        num_rows += piece.num_rows
+        token_ids.append(piece.sequence.token_ids[start:end].copy())
+        positions.append(places)
+        row_sequence.append(np.full(piece.num_rows, index, np.int32))
+        slots.append(blocks * limits.KV_BLOCK_TOKENS + places % limits.KV_BLOCK_TOKENS)
+        logit_rows.append(np.arange(num_rows - piece.num_logits, num_rows, dtype=np.intp))
     return Batch(
-        token_ids=token_ids,
-        positions=positions.astype(np.int32),
-        row_sequence=row_sequence.astype(np.int32),
-        slots=slots.astype(np.int32),
+        token_ids=_joined(token_ids),
+        positions=_joined(positions),
+        row_sequence=_joined(row_sequence),
+        slots=_joined(slots),
         block_tables=tables,
-        logit_rows=np.flatnonzero(wanted),
+        logit_rows=_joined(logit_rows),
     )
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _block_tables(pieces: list[Piece]) -> I32:

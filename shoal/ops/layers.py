@@ -144,8 +144,12 @@ class RoutedLayer:
         """
         if (gate is None) != (router.kind is RouterKind.ALL):
             raise ValueError(f"a router of kind {router.kind.value} with the gate {gate}")
+        # What each of some fifty calls a token would ask for again.
         self._router = router
+        self._is_everyone = gate is None
         self._scheme = scheme
+        self._num_quants = round_up(len(norms[0]), scheme.span)
+        self._num_scales = self._num_quants // scheme.span
         self._last_plan: RoutingPlan | None = None
         self._native = _kernels.DecoderLayer(
             attention_norm=norms[0],
@@ -177,11 +181,14 @@ class RoutedLayer:
         Raises:
             NumericError: its rows are rows of `hidden`. Slots of the others may be written.
         """
-        num_rows = _going(places, going_on)
+        num_rows = places.num_rows if going_on is None else len(going_on)
         dim = hidden.shape[1]
         residual = np.empty((num_rows, dim), np.float32)
         normed = np.empty((num_rows, dim), np.float32)
-        quants, scales = _empty_rows(self._scheme, num_rows, dim)
+        quants = scales = None
+        if self._scheme is not Scheme.F32:
+            quants = np.empty((num_rows, self._num_quants), np.int8)
+            scales = np.empty((num_rows, self._num_scales), np.float32)
         plan = self._empty_plan(num_rows)
         experts, weights = (None, None) if self._is_everyone else (plan.experts, plan.weights)
         stopped = _kernels.run_layer(
@@ -202,16 +209,11 @@ class RoutedLayer:
         )
         if stopped is not None:
             raise _numeric_error(*stopped, cache)
-        if quants is None:
+        if quants is None or scales is None:
             rows = Rows(Scheme.F32, dim, normed, np.empty((num_rows, 0), np.float32))
         else:
-            assert scales is not None
             rows = Rows(self._scheme, dim, quants, scales)
         return Routed(residual, normed, rows, plan)
-
-    @property
-    def _is_everyone(self) -> bool:
-        return self._router.kind is RouterKind.ALL
 
     def _empty_plan(self, num_rows: int) -> RoutingPlan:
         """Return a plan to be filled in; that of RouterKind.ALL is what it is."""
@@ -265,7 +267,7 @@ class DenseLayer:
 
         Arguments and errors as `RoutedLayer.run`.
         """
-        num_rows = _going(places, going_on)
+        num_rows = places.num_rows if going_on is None else len(going_on)
         residual = np.empty((num_rows, hidden.shape[1]), np.float32)
         normed, ffn = np.empty_like(residual), np.empty_like(residual)
         stopped = _kernels.run_layer(
@@ -305,22 +307,6 @@ def _split(branch: Branch | None) -> tuple[F32 | None, I64 | None, int]:
 def _native(linear: Linear) -> _kernels.Linear:
     matrix = linear.matrix
     return _kernels.Linear(matrix.format, matrix.rows, matrix.cols, matrix.data, linear.bias)
-
-
-def _going(places: Places, going_on: Index | None) -> int:
-    return places.num_rows if going_on is None else len(going_on)
-
-
-def _empty_rows(
-    scheme: Scheme, num_rows: int, dim: int
-) -> tuple[NDArray[np.int8] | None, F32 | None]:
-    if scheme is Scheme.F32:
-        return None, None
-    padded = round_up(dim, scheme.span)
-    return (
-        np.empty((num_rows, padded), np.int8),
-        np.empty((num_rows, padded // scheme.span), np.float32),
-    )
 
 
 def _numeric_error(stop: int, rows: list[int], cache: tuple[KvArray, KvArray]) -> NumericError:
