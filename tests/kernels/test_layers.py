@@ -1,6 +1,7 @@
 """A decoder layer in one native call, bit for bit against its ops one after the other."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -294,3 +295,19 @@ def test_a_layer_keeps_its_weights_and_places_alive() -> None:
     made = layer.run(own.hidden, own.branch, places, own.cache, None)
     assert_same([*flat(made), *own.cache], right)
     assert others
+
+
+def test_threads_may_run_one_layer_at_once() -> None:
+    parts = KINDS["qwen3"]()
+    layer, worlds = parts.layer(), [make_world(parts, n, "float16") for n in (1, 3, 17, 9)]
+    right = [expected(parts, world, None) for world in worlds]
+
+    def many(world: World) -> list[NDArray[np.generic]]:
+        for _ in range(20):
+            own = world.with_own_cache()
+            made = layer.run(own.hidden, own.branch, own.places(), own.cache, None)
+        return [*flat(made), *own.cache]
+
+    with ThreadPoolExecutor(4) as pool:
+        for made, expects in zip(pool.map(many, worlds), right, strict=True):
+            assert_same(made, expects)
