@@ -27,6 +27,7 @@ H2_HEADER_BYTES = 16 * KIB  # a header block, packed and unpacked; gRPC's own is
 MAX_H2_CONTINUATIONS = 16  # frames of one header block
 MAX_H2_SETTINGS = 64  # in one frame; ten are known
 MAX_H2_STREAMS = 256  # of one connection at a time
+MAX_H2_UNFINISHED_BYTES = 4 * MAX_MESSAGE_BYTES  # of messages begun, on one connection's streams
 MAX_H2_QUEUED_FRAMES = 65_536  # towards a peer that does not read: then the connection ends
 MAX_CONNECTIONS = 1024  # of a node at a time; a coordinator has two
 MAX_H2_CONTROL_FRAMES = 2000  # in one burst (shoal/http2/flood.py says what earns more)

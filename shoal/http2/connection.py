@@ -273,6 +273,10 @@ class Connection:
                 if isinstance(event, MessageReceived):
                     self._flood.on_message(len(event.payload))
                 events.append(event)
+            if stream.partial:
+                unfinished_bytes = sum(len(each.partial) for each in self._streams.values())
+                if unfinished_bytes > limits.MAX_H2_UNFINISHED_BYTES:
+                    raise Http2Error(Code.ENHANCE_YOUR_CALM, "too many unfinished messages")
         if flags & frames.END_STREAM:
             self._end_remote(stream_id, stream, events)
         self._grant(stream_id, stream)

@@ -337,6 +337,20 @@ def test_more_data_than_the_window_is_refused() -> None:
     assert caught.value.code is Code.FLOW_CONTROL_ERROR
 
 
+def test_messages_that_never_end_do_not_pile_up_stream_by_stream() -> None:
+    """Each stream may begin a message of 16 MiB, and windows are given back as bytes come."""
+    server, client = opened_server(headers=False), Connection(is_client=True)
+    for _ in range(limits.MAX_H2_STREAMS):
+        client.open(REQUEST)
+    server.receive(client.take_output().removeprefix(frames.start_of(is_client=True)), 0.0)
+    begun = b"\0" + limits.MAX_MESSAGE_BYTES.to_bytes(4, "big") + bytes(1_000_000)
+    with pytest.raises(Http2Error, match="too many unfinished messages") as caught:
+        for stream_id in range(1, 2 * limits.MAX_H2_STREAMS, 2):
+            server.receive(frames.pack(Kind.DATA, 0, stream_id, begun), 0.0)
+            server.take_output()
+    assert caught.value.code is Code.ENHANCE_YOUR_CALM
+
+
 def test_more_streams_than_allowed_are_refused_one_by_one() -> None:
     server = opened_server(headers=False)
     server.take_output()
