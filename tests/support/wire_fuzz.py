@@ -109,7 +109,7 @@ class Host:
 
     def on_stream(self, stream_id: int) -> None: ...
     def on_stream_end(self, stream_id: int) -> None: ...
-    def on_call(self, stream_id: int, call: Any) -> None: ...
+    def on_call(self, stream_id: int, num_rows: int, read: Any) -> None: ...
 
 
 class NodeWorld:
@@ -248,7 +248,8 @@ class NodeWorld:
 
     def _check_serves(self, connection: FastConnection, transport: Wire) -> None:
         """A connection that is still open between two frames answers a new call."""
-        if not is_between_frames(connection._connection):
+        http2 = connection._connection
+        if not is_between_frames(http2) or http2._last_remote_id >= PROBE_STREAM:
             return
         transport.written.clear()
         client = Connection(is_client=True)
