@@ -33,7 +33,8 @@ from expert_node.session import NodeFacts
 from expert_node.worker import Worker
 from shoal import errors, limits, log, wire
 from shoal.artifact import Artifact
-from shoal.experts.ownership import OwnedRange
+from shoal.experts.local import LocalExperts
+from shoal.experts.ownership import OwnedRange, Ownership
 from shoal.http2 import frames, grpc_headers
 from shoal.http2.connection import Connection
 from shoal.http2.events import MessageReceived
@@ -43,7 +44,6 @@ from shoal.shard_map import Endpoint, EndpointKind
 from shoal.v1 import expert_pb2 as pb
 from support.fables import NUM_EXPERTS, NUM_LAYERS, fables
 from support.streaming import call_of
-from support.whole_store import whole_executor
 from support.wire_mutations import hostile, split
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +130,9 @@ class NodeWorld:
             max_rows_per_call=limits.MAX_ROWS_PER_CALL,
         )
         loop = asyncio.get_running_loop()
-        self.worker = Worker(whole_executor(artifact), loop)
+        self._experts = LocalExperts(artifact, Ownership(artifact.owned_experts))
+        self._experts.warm_up(lambda _: None)  # so that calls go the native way, as a node's do
+        self.worker = Worker(self._experts.executor, loop)
         self.health = Health()
         self.service = ExpertService(facts, self.worker, Host())
         self._open: set[FastConnection] = set()
@@ -146,6 +148,10 @@ class NodeWorld:
         world.conversation, world.answers = await world._record()
         world._expected = await world._answer_to_call()
         return world
+
+    def close(self) -> None:
+        self.worker.close()
+        self._experts.close()
 
     def connect(self) -> tuple[FastConnection, Wire]:
         connection = FastConnection(self.service, self.health, self._open.add, self._open.discard)
@@ -345,7 +351,7 @@ async def fuzz(seeds: Iterator[int], give_up_s: float) -> int:
                 error.add_note(f"seed {seed}")
                 raise
             num_tried += 1
-    world.worker.close()
+    world.close()
     return num_tried
 
 
