@@ -20,9 +20,10 @@ from coordinator.expert_branch import DispatchedExperts, ExpertBranch
 from coordinator.expert_dispatch import ExpertDispatch
 from coordinator.kv_arrays import KvArrays, KvPair
 from coordinator.row_forms import RowForms
-from coordinator.weights import AttentionWeights, LayerWeights, ModelWeights, load_weights
+from coordinator.weights import ModelWeights, load_weights
 from shoal import ops
 from shoal.artifact import Artifact
+from shoal.artifact.layer_weights import LayerWeights
 from shoal.errors import NumericError
 from shoal.model_spec import ModelSpec
 
@@ -114,11 +115,7 @@ class _RoutedLayer:
         self._index = index
         self._experts = experts
         self._layer = ops.RoutedLayer(
-            (weights.attention.norm, weights.ffn_norm),
-            _attention(spec, index, weights.attention),
-            router,
-            weights.router,
-            experts.scheme(index),
+            weights.norms, weights.attention, router, weights.router, experts.scheme(index)
         )
 
     def run(
@@ -148,24 +145,9 @@ class _RoutedLayer:
 def _layer(
     spec: ModelSpec, index: int, weights: LayerWeights, experts: ExpertBranch
 ) -> _RoutedLayer | ops.DenseLayer:
-    ffn = weights.dense_ffn
-    if ffn is None:
+    if weights.dense_ffn is None:
         return _RoutedLayer(spec, index, weights, experts)
-    attention = _attention(spec, index, weights.attention)
-    norms = (weights.attention.norm, weights.ffn_norm)
-    return ops.DenseLayer(norms, attention, ffn.layout, ffn.weights)
-
-
-def _attention(spec: ModelSpec, index: int, weights: AttentionWeights) -> ops.GroupedQuery:
-    return ops.GroupedQuery(
-        spec.attention,
-        spec.norm_eps,
-        spec.layers[index].window,
-        weights.qkv,
-        weights.o,
-        weights.q_norm,
-        weights.k_norm,
-    )
+    return ops.DenseLayer(weights.norms, weights.attention, *weights.dense_ffn)
 
 
 def _batch_rows(rows: tuple[int, ...], index: NDArray[np.intp]) -> tuple[int, ...]:

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal import ops
+from shoal.artifact.layer_weights import load_layer
 from shoal.artifact.reader import Artifact
 from shoal.limits import KV_BLOCK_TOKENS, MAX_SHADOW_TEXT_TOKENS
-from shoal.model_spec import LayerSpec, QkNorm
 from shoal.quant import Scheme
 
 F32 = NDArray[np.float32]
@@ -40,16 +40,16 @@ class TextPass:
         self._target, self._spec = target, target.spec
         self._hidden = ops.embed(target.matrix("embed"), token_ids)
         num_rows = len(token_ids)
-        self._positions = np.arange(num_rows, dtype=np.int32)
+        positions = np.arange(num_rows, dtype=np.int32)
         factor = self._spec.rope_attention_factor
-        self._cos, self._sin = ops.rope_table(
-            target.vector("rope.inv_freq"), self._positions, factor
-        )
+        rope = ops.rope_table(target.vector("rope.inv_freq"), positions, factor)
         attention = self._spec.attention
         num_blocks = -(-num_rows // KV_BLOCK_TOKENS)
         shape = ops.kv_shape(num_blocks, attention.num_kv_heads, attention.head_dim)
-        self._keys, self._values = np.zeros(shape[0], np.float32), np.zeros(shape[1], np.float32)
-        self._block_table = np.arange(num_blocks, dtype=np.int32).reshape(1, -1)
+        self._cache = np.zeros(shape[0], np.float32), np.zeros(shape[1], np.float32)
+        block_table = np.arange(num_blocks, dtype=np.int32).reshape(1, -1)
+        first = np.zeros_like(positions)
+        self._places = ops.Places(rope, positions, first, positions, block_table)
 
     @staticmethod
     def of(target: Artifact) -> "TextPass | None":
@@ -70,30 +70,25 @@ class TextPass:
 
     def enter(self, layer: int) -> None:
         """Run the layer's attention; the rows that its experts see are ready."""
-        spec = self._spec
-        name = f"layers.{layer}."
-        normed = ops.rms_norm(
-            self._hidden, self._target.vector(f"{name}attention.norm"), spec.norm_eps
+        weights = load_layer(self._target, layer)
+        router = self._spec.layers[layer].router
+        if router is None:
+            assert weights.dense_ffn is not None, f"layer {layer} has no FFN"
+            dense = ops.DenseLayer(weights.norms, weights.attention, *weights.dense_ffn)
+            self._hidden, self._branch = dense.run(
+                self._hidden, None, self._places, self._cache, None
+            )
+            return
+        routed = ops.RoutedLayer(
+            weights.norms, weights.attention, router, weights.router, Scheme.F32
         )
-        self._hidden = ops.add(self._hidden, self._attention(name, spec.layers[layer], normed))
-        self._rows = ops.rms_norm(
-            self._hidden, self._target.vector(f"{name}ffn.norm"), spec.norm_eps
+        self._hidden, self._rows, _, self._plan = routed.run(
+            self._hidden, None, self._places, self._cache, None
         )
         self._branch = np.zeros_like(self._hidden)
         # An error counts relative to the residual that it is added to.
         squares = (self._hidden.astype(np.float64) ** 2).mean(axis=1, keepdims=True)
         self._row_weights = 1 / np.maximum(squares, 1e-30)
-        router = spec.layers[layer].router
-        if router is None:
-            layout, weights = self._target.dense_ffn(f"{name}ffn.dense")
-            rows = ops.quantise_rows(layout.scheme, self._rows)
-            self._branch += ops.expert_ffn(layout, weights, rows)
-            return
-        logits = np.zeros((len(self._rows), router.num_experts), np.float32)
-        if self._target.has(f"{name}router"):
-            gate = self._target.matrix(f"{name}router")
-            logits = ops.matmul(gate, ops.quantise_rows(Scheme.F32, self._rows))
-        self._plan = ops.route(router.kind, logits, router.experts_per_token, router.renormalise)
 
     def input_weights(self) -> F32:
         """Return how much each column of gate and up matters, [D]."""
@@ -119,38 +114,6 @@ class TextPass:
     def leave(self) -> None:
         """Add what the experts of the layer made."""
         self._hidden = ops.add(self._hidden, self._branch)
-
-    def _attention(self, name: str, layer: LayerSpec, normed: F32) -> F32:
-        attention = self._spec.attention
-        q = self._heads(name, "q", normed, attention.num_heads)
-        k = self._heads(name, "k", normed, attention.num_kv_heads)
-        v = self._heads(name, "v", normed, attention.num_kv_heads)
-        ops.rope(q, self._cos, self._sin)
-        ops.rope(k, self._cos, self._sin)
-        ops.kv_write(self._keys, self._values, k, v, self._positions)
-        mixed = ops.attention(
-            q, self._keys, self._values, self._block_table, np.zeros_like(self._positions),
-            self._positions, attention.scale, layer.window,
-        )  # fmt: skip
-        return self._project(f"{name}attention.o", mixed.reshape(len(normed), -1))
-
-    def _heads(self, name: str, letter: str, normed: F32, num_heads: int) -> F32:
-        attention = self._spec.attention
-        values = self._project(f"{name}attention.{letter}", normed)
-        heads = (len(normed), num_heads, attention.head_dim)
-        norm = f"{name}attention.{letter}_norm"
-        if self._target.has(norm):
-            whole = attention.qk_norm is QkNorm.PROJECTION
-            shaped = values if whole else values.reshape(heads)
-            values = ops.rms_norm(shaped, self._target.vector(norm), self._spec.norm_eps)
-        if attention.clip_qkv is not None:
-            values = ops.clamp(values, attention.clip_qkv)
-        return np.ascontiguousarray(values.reshape(heads))
-
-    def _project(self, name: str, rows: F32) -> F32:
-        matrix = self._target.matrix(name)
-        bias = self._target.vector(f"{name}.bias") if self._target.has(f"{name}.bias") else None
-        return ops.matmul(matrix, ops.quantise_rows(matrix.scheme, rows), bias)
 
 
 def _floored(squares: F64) -> F32:

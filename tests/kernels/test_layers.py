@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from coordinator.weights import stacked
 from shoal import ops
+from shoal.artifact.layer_weights import stacked
 from shoal.errors import NumericError
 from shoal.model_spec import QkNorm, RouterKind
 from shoal.quant import Format, Scheme

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from coordinator.weights import stacked
 from shoal import ops
+from shoal.artifact.layer_weights import stacked
 from shoal.quant import Format, Scheme
 from support.checkpoints import random_values
 
