@@ -303,9 +303,10 @@ def test_threads_may_run_one_layer_at_once() -> None:
     right = [expected(parts, world, None) for world in worlds]
 
     def many(world: World) -> list[NDArray[np.generic]]:
+        own = world.with_own_cache()
         for _ in range(20):
-            own = world.with_own_cache()
-            made = layer.run(own.hidden, own.branch, own.places(), own.cache, None)
+            layer.run(own.hidden, own.branch, own.places(), own.cache, None)
+        made = layer.run(own.hidden, own.branch, own.places(), own.cache, None)
         return [*flat(made), *own.cache]
 
     with ThreadPoolExecutor(4) as pool:
