@@ -35,6 +35,19 @@ std::vector<const uint8_t*> pointers(const ExpertShape& shape, const std::vector
   return experts;
 }
 
+// Of any shape: a call has a list of pairs, a routing plan a row of them for each of its rows.
+template <class T>
+using PairArray = nb::ndarray<const T, nb::numpy, nb::c_contig, nb::device::cpu>;
+
+// As many pairs for each row.
+std::vector<int32_t> even_offsets(int num_rows, size_t num_pairs) {
+  require(num_rows > 0 && num_pairs % size_t(num_rows) == 0, "experts: not as many for each row");
+  std::vector<int32_t> offsets(size_t(num_rows) + 1);
+  for (size_t row = 0; row < offsets.size(); ++row)
+    offsets[row] = int32_t(row * (num_pairs / size_t(num_rows)));
+  return offsets;
+}
+
 void require_offsets(const Indices& offsets, int num_rows, size_t num_pairs) {
   require_equal("length of row_offsets", int64_t(num_rows) + 1, int64_t(offsets.size()));
   require_equal("first of row_offsets", 0, offsets.data()[0]);
@@ -52,14 +65,19 @@ class Table {
         memory_(std::move(weights)) {}
 
   std::optional<BadRows> sums(int scheme, int dim, const ActivationArray& values,
-                              const ConstFloats& scales, const Indices& row_offsets,
-                              const Indices& experts, const Array<const float, 1>& weights,
+                              const ConstFloats& scales, const std::optional<Indices>& row_offsets,
+                              const PairArray<int32_t>& experts, const PairArray<float>& weights,
                               int grid, const Array<int64_t, 2>& out) {
     const ExpertShape& shape = table_.shape();
     if (dim != shape.dim || scheme != int(scheme_of(shape.gate_up))) return std::nullopt;
-    const RoutedRows call{view_rows(scheme, dim, values, scales), row_offsets.data(),
-                          experts.data(), weights.data(), grid};
-    require_offsets(row_offsets, call.rows.num_rows, experts.size());
+    const RowsView rows = view_rows(scheme, dim, values, scales);
+    std::vector<int32_t> even;
+    if (row_offsets)
+      require_offsets(*row_offsets, rows.num_rows, experts.size());
+    else
+      even = even_offsets(rows.num_rows, experts.size());
+    const RoutedRows call{rows, row_offsets ? row_offsets->data() : even.data(), experts.data(),
+                          weights.data(), grid};
     require_equal("length of weights", int64_t(experts.size()), int64_t(weights.size()));
     require(grid >= -100 && grid <= 100, "grid must be in -100..100");
     require_equal("rows of out", call.rows.num_rows, int64_t(out.shape(0)));
@@ -164,7 +182,7 @@ void bind_experts(nb::module_& m) {
       .def(nb::init<int, int, int, int, const std::vector<int>&, std::vector<ConstBytes>>(),
            "dim"_a, "ffn_dim"_a, "gate_up"_a, "down"_a, "numbers"_a, "weights"_a)
       .def("sums", &Table::sums, "scheme"_a, "dim"_a, "values"_a.noconvert(),
-           "scales"_a.noconvert(), "row_offsets"_a.noconvert(), "experts"_a.noconvert(),
+           "scales"_a.noconvert(), "row_offsets"_a.noconvert().none(), "experts"_a.noconvert(),
            "weights"_a.noconvert(), "grid"_a, "out"_a.noconvert(),
            "Write weighted integer outputs, added up; return the rows out of range. None, and "
            "nothing is written: it was withdrawn, or the call is not for it.")

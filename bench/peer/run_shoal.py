@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.peer.phases import FILL_ROWS, Phase, serve
 from coordinator.app import CoordinatorConfig, Feedback, open_dispatch
@@ -42,6 +43,7 @@ class Engine:
         experts = DispatchedExperts(artifact, dispatch)
         self._transformer = Transformer(self._spec, load_weights(artifact), experts)
         self._num_blocks = -(-max_context // limits.KV_BLOCK_TOKENS)
+        self._made_ids: dict[tuple[int, int], NDArray[np.int32]] = {}
         self._cache = KvArrays(self._spec, artifact.kv_dtype, self._num_blocks)
         self._forward(FILL_ROWS, 0)
         filled = FILL_ROWS // limits.KV_BLOCK_TOKENS
@@ -59,9 +61,9 @@ class Engine:
 
     def _forward(self, num_rows: int, context: int, num_logits: int = 1) -> None:
         positions = np.arange(context, context + num_rows, dtype=np.int32)
-        ids = np.random.default_rng(context).integers(self._spec.vocab_size, size=num_rows)
+        ids = self._ids(num_rows, context)
         batch = Batch(
-            token_ids=ids.astype(np.int32),
+            token_ids=ids,
             positions=positions,
             row_sequence=np.zeros(num_rows, np.int32),
             slots=positions,
@@ -69,6 +71,15 @@ class Engine:
             logit_rows=np.arange(num_rows - num_logits, num_rows),
         )
         self._transformer.forward(batch, self._cache, Cancellation())
+
+    def _ids(self, num_rows: int, context: int) -> NDArray[np.int32]:
+        # Made once: a generator takes longer than a layer does between its matrices.
+        ids = self._made_ids.get((num_rows, context))
+        if ids is None:
+            generator = np.random.default_rng(context)
+            ids = generator.integers(self._spec.vocab_size, size=num_rows, dtype=np.int32)
+            self._made_ids[num_rows, context] = ids
+        return ids
 
 
 def visiting(spec: ModelSpec, experts_per_token: int | None) -> ModelSpec:

@@ -19,6 +19,8 @@ from shoal.experts.store import Acquisition, ExpertLender
 from shoal.model_spec import ModelSpec
 from shoal.ops.frames import CallView
 from shoal.quant import Scheme
+from shoal.router import RoutingPlan
+from shoal.rows import Rows
 
 
 class ExpertModel(Protocol):
@@ -157,7 +159,7 @@ class ExpertExecutor:
             MalformedMessage, NotOwned: as `check`.
             NumericError: as `compute`.
         """
-        sums = self._table_sums(call)
+        sums = self._table_sums(call.layer, call.rows, call.row_offsets, call.experts, call.weights)
         if sums is None:
             self.check(call)
             return None
@@ -211,29 +213,44 @@ class ExpertExecutor:
             NumericError: naming layer and rows that are not finite or beyond the grid.
             CorruptArtifact, ExpertUnavailable: an expert could not be read.
         """
-        sums = self._table_sums(call)
+        sums = self._table_sums(call.layer, call.rows, call.row_offsets, call.experts, call.weights)
         return self.open(call).compute().sums if sums is None else sums
 
-    def _table_sums(self, call: ExpertCall) -> NDArray[np.int64] | None:
+    def compute_plan(self, layer: int, rows: Rows, plan: RoutingPlan) -> NDArray[np.int64] | None:
+        """Return what `compute` does if that takes no read; None as `compute_resident`.
+
+        For the coordinator's own rows: the plan is trusted, and nothing is made of it on the way.
+
+        Raises: NumericError: as `compute`.
+        """
+        return self._table_sums(layer, rows, None, plan.experts, plan.weights)
+
+    def _table_sums(
+        self,
+        layer: int,
+        rows: Rows,
+        row_offsets: NDArray[np.int32] | None,
+        experts: NDArray[np.int32],
+        weights: NDArray[np.float32],
+    ) -> NDArray[np.int64] | None:
         # A prefetcher hears of every call.
-        table = self._tables.get(call.layer)
+        table = self._tables.get(layer)
         if table is None or self._prefetcher is not None:
             return None
-        rows = call.rows
         sums = np.empty((rows.values.shape[0], self._dim), np.int64)
         bad_rows = table.sums(
             rows.scheme,
             rows.dim,
             rows.values,
             rows.scales,
-            call.row_offsets,
-            call.experts,
-            call.weights,
-            self._layers[call.layer].grid,
+            row_offsets,
+            experts,
+            weights,
+            self._layers[layer].grid,
             sums,
         )
         if bad_rows:
-            raise _numeric_error(call.layer, bad_rows)
+            raise _numeric_error(layer, bad_rows)
         return None if bad_rows is None else sums
 
     def _opened(

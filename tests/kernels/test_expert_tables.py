@@ -87,6 +87,22 @@ def test_a_table_gives_the_sums_of_its_experts_and_counts_them(
     assert table.num_hits == total
 
 
+def test_a_plan_needs_no_offsets() -> None:
+    layer = make_layer()
+    table, call = layer.table(), call_on(layer, [3] * 5)
+    expected, out = by_list(layer, call), nonsense(5)
+    rows, grid = call.rows, GRID
+    experts, weights = call.experts.reshape(5, 3), call.weights.reshape(5, 3)
+    bad = table.sums(
+        rows.scheme, rows.dim, rows.values, rows.scales, None, experts, weights, grid, out
+    )
+    assert bad == [] and np.array_equal(out, expected)
+    with pytest.raises(ValueError, match="as many for each row"):
+        table.sums(
+            rows.scheme, rows.dim, rows.values, rows.scales, None, experts[:4], weights, grid, out
+        )
+
+
 def test_rows_that_are_not_finite_are_named_and_the_others_are_right() -> None:
     layer = make_layer()
     call = call_on(layer, [2, 3, 1, 4])

@@ -8,12 +8,14 @@ from contextlib import ExitStack, suppress
 import numpy as np
 import pytest
 
+from coordinator.expert_dispatch import LocalDispatch, call_of_plan
 from shoal import ops
 from shoal.artifact import Artifact
 from shoal.errors import MalformedMessage, NotOwned, NumericError
 from shoal.experts.call import ExpertCall
 from shoal.experts.executor import ExpertExecutor
 from shoal.experts.ownership import Ownership
+from shoal.router import RoutingPlan
 from support.held_reader import until
 from support.stores import LAYER, expected, held, size_of, take, whole
 from support.streaming import call_of
@@ -115,6 +117,30 @@ def test_a_table_refuses_what_the_long_way_refuses(artifact: Artifact, opened: E
     assert caught.value.rows == (0,)
     former = call_of(artifact, LAYER, [0, 8])  # of a call that was let in before `rebind`
     assert (executor.compute(former) == whole_executor(artifact).compute(former)).all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_the_coordinators_own_rows_come_to_the_same_with_a_table_and_without(
+    artifact: Artifact, opened: ExitStack, num_rows: int
+) -> None:
+    store = whole(artifact, opened)
+    dispatch, oracle = LocalDispatch(ExpertExecutor(artifact, store)), whole_executor(artifact)
+    rng = np.random.default_rng(num_rows)
+    x = rng.normal(size=(num_rows, artifact.spec.model_dim)).astype(np.float32)
+    rows = ops.quantise_rows(artifact.scheme(LAYER), x)
+    experts = np.array([rng.permutation(16)[:3] for _ in range(num_rows)], np.int32)
+    plan = RoutingPlan(experts, rng.random((num_rows, 3)).astype(np.float32))
+    right = oracle.compute(call_of_plan(LAYER, rows, plan))
+    for is_whole in (False, True):
+        assert bool(store.tables) is is_whole
+        assert (dispatch.start(LAYER, rows, plan).wait() == right).all()
+        for _ in range(2):
+            take(store, LAYER, range(16))
+    assert dispatch.stats.summary().num_fanouts == 2
+    plan.weights[num_rows - 1, 1] = np.inf
+    with pytest.raises(NumericError, match="layer 1") as caught:
+        dispatch.start(LAYER, rows, plan).wait()
+    assert caught.value.rows == (num_rows - 1,)
 
 
 def test_tables_make_room_for_a_demand_that_finds_none(
