@@ -229,6 +229,8 @@ class Worker:
         # is computed inline per turn of the loop; of those that come in one piece, as many as are
         # short.
         self._is_pump_due = False
+        if not self._jobs:  # it was for the loop to turn
+            return
         job = self._next_to_run()
         self._start_loading()
         if job is None:
