@@ -14,8 +14,9 @@
 
 Nothing waits for ever: a call waits only while it holds nothing (going on to the next wave lets go
 of the last one, and what was granted meanwhile is taken without waiting). So each held expert
-belongs to a call that computes and then lets go; each read ends; then all but the pins can be
-evicted, and pins leave places for two of the largest experts. So the first demand gets its place.
+belongs to a call that computes and then lets go, or to a table of a layer (resident_layers.py),
+which goes when a demand `lacks_room`; each read ends; then all but the pins can be evicted, and
+pins leave places for two of the largest experts. So the first demand gets its place.
 """
 
 from collections import Counter, deque
