@@ -12,6 +12,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace shoal {
 
@@ -38,6 +42,22 @@ bool cpuid_has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
 }
+
+bool cpuid_has_amx() {
+  unsigned eax, ebx, ecx, edx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  return (edx >> 24 & 1) != 0 && (edx >> 25 & 1) != 0;  // AMX-TILE, AMX-INT8
+}
+
+// Tile registers are 8 KiB of each thread's state, so Linux saves them only for a process that
+// asked (ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA); what other systems do is not known here.
+bool may_use_tiles() {
+#if defined(__linux__)
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 }  // namespace
@@ -50,6 +70,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::amx:
+      return "amx";
   }
   return "?";
 }
@@ -66,6 +88,10 @@ bool isa_available(Isa isa) {
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");
+  if (isa == Isa::amx) {
+    static const bool allowed = cpuid_has_amx() && may_use_tiles();
+    return allowed && isa_available(Isa::avx512);
+  }
 #endif
   return isa == Isa::scalar;
 }

@@ -11,6 +11,7 @@ namespace shoal {
 
 const MatrixKernels& matrix_kernels(Isa isa) {
 #if defined(__x86_64__)
+  if (isa == Isa::amx) return kMatrixAmx;
   if (isa == Isa::avx512) return kMatrixAvx512;
   if (isa == Isa::avx2) return kMatrixAvx2;
 #endif

@@ -173,6 +173,7 @@ extern const MatrixKernels kMatrixScalar;
 #if defined(__x86_64__)
 extern const MatrixKernels kMatrixAvx2;
 extern const MatrixKernels kMatrixAvx512;
+extern const MatrixKernels kMatrixAmx;
 #endif
 const MatrixKernels& matrix_kernels(Isa isa);
 

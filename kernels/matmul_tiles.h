@@ -12,13 +12,10 @@
 // in an anonymous namespace, then includes this file, which builds its MatrixKernels from them.
 #pragma once
 #include "matmul.h"
+#include "matmul_entries.h"
 
 namespace shoal {
 namespace {
-
-constexpr int kGroupsAtOnce = 4;
-
-SHOAL_INLINE int lesser(int a, int b) { return a < b ? a : b; }
 
 // --- F32, F16, BF16: acc = fma(w, x, acc), k ascending -----------------------------------------
 
@@ -114,8 +111,6 @@ __attribute__((noinline)) void group_kernel(const uint8_t* groups, int64_t strid
   }
 }
 
-using GroupKernel = void (*)(const uint8_t*, int64_t, int, int, const Tile&, Lanes*);
-
 constexpr int tile_limit(Format f) {
   return block_cols(f) == 1  ? (kFloatAccumulators < 8 ? 4 : 8)
          : f == Format::q4_k ? kQ4KTile
@@ -159,67 +154,8 @@ GroupKernel kernel_of(Format format, int n) {
   return nullptr;
 }
 
-// --- The three entries -------------------------------------------------------------------------
-
-void matmul_tile(Format format, const uint8_t* groups, int count, int lanes, int cols,
-                 const Tile& tile, int n, const float* bias, float* out, int64_t out_stride) {
-  const int64_t stride = group_bytes(format, cols);
-  const GroupKernel kernel = kernel_of(format, n);
-  Lanes acc[kGroupsAtOnce * kMaxTile];
-  for (int done = 0; done < count; done += kGroupsAtOnce) {
-    const int now = lesser(kGroupsAtOnce, count - done);
-    for (int g = 0; g < now; ++g) {
-      const int first = (done + g) * kLanes, valid = lesser(kLanes, lanes - first);
-      const Lanes start = bias == nullptr   ? zero()
-                          : valid == kLanes ? load(bias + first)
-                                            : load_first(bias + first, valid);
-      for (int t = 0; t < n; ++t) acc[g * n + t] = start;
-    }
-    kernel(groups + done * stride, stride, now, cols, tile, acc);
-    for (int g = 0; g < now; ++g) {
-      const int first = (done + g) * kLanes, valid = lesser(kLanes, lanes - first);
-      for (int t = 0; t < n; ++t) {
-        float* to = out + t * out_stride + first;
-        if (valid == kLanes)
-          store(to, acc[g * n + t]);
-        else
-          store_first(to, acc[g * n + t], valid);
-      }
-    }
-  }
-}
-
-// up * (gate / (1 + exp(0 - gate)))
-SHOAL_INLINE Lanes swiglu(const Lanes& gate, const Lanes& up) {
-  return mul(up, div(gate, add(set1(1.0f), exp(sub(zero(), gate)))));
-}
-
-void gate_up_tile(Format format, const uint8_t* groups, int cols, const Tile& tile, int n, float* h,
-                  int64_t h_stride) {
-  Lanes acc[2 * kMaxTile];
-  for (int i = 0; i < 2 * n; ++i) acc[i] = zero();
-  kernel_of(format, n)(groups, group_bytes(format, cols), 2, cols, tile, acc);
-  for (int t = 0; t < n; ++t) store(h + t * h_stride, swiglu(acc[t], acc[n + t]));
-}
-
-uint32_t down_sums_tile(Format format, const uint8_t* group, int lanes, int cols, const Tile& tile,
-                        int n, const float* weights, double two_to_grid, int64_t* const* sums) {
-  Lanes acc[kMaxTile];
-  for (int t = 0; t < n; ++t) acc[t] = zero();
-  kernel_of(format, n)(group, group_bytes(format, cols), 1, cols, tile, acc);
-  uint32_t bad = 0;
-  for (int t = 0; t < n; ++t) {
-    if (lanes == kLanes) {
-      bad |= uint32_t(!add_quanta(sums[t], acc[t], weights[t], two_to_grid)) << t;
-      continue;
-    }
-    int64_t all[kLanes] = {0};
-    const bool good = add_quanta(all, acc[t], weights[t], two_to_grid);
-    bad |= uint32_t(!good) << t;
-    for (int i = 0; good && i < lanes; ++i) sums[t][i] += all[i];
-  }
-  return bad;
-}
+}  // namespace
+}  // namespace shoal
 
 #define SHOAL_MATRIX_KERNELS                                                       \
   {{tile_limit(Format::f32), tile_limit(Format::f16), tile_limit(Format::bf16),    \
@@ -228,6 +164,3 @@ uint32_t down_sums_tile(Format format, const uint8_t* group, int lanes, int cols
    matmul_tile,                                                                    \
    gate_up_tile,                                                                   \
    down_sums_tile}
-
-}  // namespace
-}  // namespace shoal

@@ -60,12 +60,16 @@ def targets() -> list[Target]:
 def sources(target: Target) -> list[Path]:
     """Return the kernel files that know no Python, as CMakeLists.txt chooses them."""
     files = [p for p in sorted(KERNELS.glob("*.cpp")) if not p.name.startswith("bind")]
-    return files if target.x86 else [p for p in files if not p.stem.endswith(("_avx2", "_avx512"))]
+    return (
+        files
+        if target.x86
+        else [p for p in files if not p.stem.endswith(("_avx2", "_avx512", "_amx"))]
+    )
 
 
 def isa_flags(source: Path) -> list[str]:
     """Return the instruction-set flags that CMakeLists.txt gives to that file."""
-    for isa in ("AVX512", "AVX2"):
+    for isa in ("AMX", "AVX512", "AVX2"):
         if source.stem.endswith(f"_{isa.lower()}"):
             text = (ROOT / "CMakeLists.txt").read_text()
             found = re.search(rf"set\(SHOAL_{isa}_FLAGS ([^)]*)\)", text)

@@ -116,7 +116,7 @@ def num_threads() -> int:
 
 
 def isa() -> str:
-    """Return the instruction set in use: `scalar`, `avx2` or `avx512`."""
+    """Return the instruction set in use: `scalar`, `avx2`, `avx512` or `amx`."""
     return _kernels.isa()
 
 
@@ -132,7 +132,9 @@ def set_isa(name: str) -> None:
         UsageError: unknown, or this CPU cannot run it; lists those it can.
     """
     if name not in available_isas():
-        known = "unknown" if name not in ("scalar", "avx2", "avx512") else "not possible here"
+        known = (
+            "unknown" if name not in ("scalar", "avx2", "avx512", "amx") else "not possible here"
+        )
         raise UsageError(
             f"instruction set {name!r}: {known}; this CPU has {', '.join(available_isas())}"
         )

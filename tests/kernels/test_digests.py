@@ -1,4 +1,4 @@
-"""This build gives the golden digests on every instruction set; AVX-512 emulated if need be."""
+"""This build gives the golden digests on every instruction set; what the CPU lacks is emulated."""
 
 import re
 import shutil
@@ -51,6 +51,8 @@ def test_every_op_has_a_digest_of_its_own() -> None:
     covered = {op for op, _, _ in lines}
     named_otherwise = {
         "embed": "unpack",
+        "add_branch": "finish_sums",
+        "expert_table": "expert_sums",
         "unpack_matrix": "unpack",
         "quantise_q4_k": "quantise_weights",
         "quantise_table": "quantise_weights",
@@ -78,21 +80,41 @@ def test_a_kernel_that_computes_other_bits_is_named() -> None:
         numerics.check(GOLDEN.replace(line + "\n", ""), GOLDEN, "scalar")
 
 
+@pytest.mark.parametrize(
+    ("on_amx", "chosen", "used"),
+    [(GOLDEN, "", "amx"), ("", "", "avx512"), (GOLDEN, "avx512", "avx512")],
+)
+def test_amx_is_used_if_its_digests_hold_and_nobody_chose_otherwise(
+    on_amx: str, chosen: str, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_use = ["avx512"]
+    monkeypatch.setenv("SHOAL_ISA", chosen)
+    monkeypatch.setattr(numerics, "available_isas", lambda: ("scalar", "avx2", "avx512", "amx"))
+    monkeypatch.setattr(numerics, "isa", lambda: in_use[-1])
+    monkeypatch.setattr(numerics, "set_isa", in_use.append)
+    monkeypatch.setattr(numerics, "compute", lambda: on_amx if in_use[-1] == "amx" else GOLDEN)
+    assert numerics.verify() == numerics.NUMERICS
+    assert in_use[-1] == used
+
+
 @pytest.mark.processes
 @pytest.mark.skipif(
     not ON_X86 or not COMPILERS or not HAS_SIMDE, reason="needs a compiler and libsimde-dev"
 )
-def test_emulated_avx512_reproduces_the_golden_digests(tmp_path: Path) -> None:
-    """The whole of kernels/ in one program: scalar and AVX2 natively, AVX-512 through SIMDe."""
+def test_emulated_avx512_and_amx_reproduce_the_golden_digests(tmp_path: Path) -> None:
+    """The whole of kernels/ in one program: scalar and AVX2 natively, AVX-512 through SIMDe.
+
+    AMX by a model of its tile registers.
+    """
     tests = KERNELS / "tests"
     every = {path for path in KERNELS.glob("*.cpp") if not path.name.startswith("bind")}
-    avx512 = {path for path in every if path.stem.endswith("_avx512")}
+    wide = {path for path in every if path.stem.endswith(("_avx512", "_amx"))}
     avx2 = {path for path in every if path.stem.endswith("_avx2")}
-    plain = every - avx512 - avx2 - {KERNELS / "cpu_features.cpp"}
+    plain = every - wide - avx2 - {KERNELS / "cpu_features.cpp"}
     plain |= {tests / "digest_main.cpp", tests / "emulated_features.cpp"}
     emulated = [*AVX2, "-isystem", str(tests / "simde")]
     compiler = COMPILERS[0]
-    jobs = [(path, [*FLAGS, *emulated]) for path in sorted(avx512)]  # what takes longest is first
+    jobs = [(path, [*FLAGS, *emulated]) for path in sorted(wide)]  # what takes longest is first
     jobs += [(path, [*FLAGS, *AVX2]) for path in sorted(avx2)]
     jobs += [(path, FLAGS) for path in sorted(plain)]
     objects = compile_objects(compiler, jobs, tmp_path)
@@ -102,6 +124,6 @@ def test_emulated_avx512_reproduces_the_golden_digests(tmp_path: Path) -> None:
     run = subprocess.run([program], check=True, capture_output=True, text=True, timeout=120)
     sections = run.stdout.split("# ")[1:]
     names = [section.partition("\n")[0] for section in sections]
-    assert names == ["scalar", "avx2", "avx512"]
+    assert names == ["scalar", "avx2", "avx512", "amx"]
     for name, section in zip(names, sections, strict=True):
         numerics.check(section.partition("\n")[2], GOLDEN, name)

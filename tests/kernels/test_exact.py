@@ -1,7 +1,8 @@
 """The same bits for any number of rows and threads, on every instruction set, from fresh objects.
 
-Compiles the kernels without Python, so that AVX-512 can be emulated where the CPU lacks it (SIMDe)
-and every object can be searched for symbols that a linker might share between instruction sets.
+Compiles the kernels without Python, so that AVX-512 and AMX can be emulated where the CPU lacks
+them (SIMDe, and a model of the tile registers), and every object can be searched for symbols that a
+linker might share between instruction sets.
 """
 
 import platform
@@ -20,6 +21,7 @@ SIMDE = Path("/usr/include/simde/x86/avx512.h")
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-w", "-Wno-psabi", f"-I{KERNELS}"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
+WIDE = {"_avx512": AVX512, "_amx": [*AVX512, "-mamx-tile", "-mamx-int8"]}
 
 pytestmark = [
     pytest.mark.processes,
@@ -31,9 +33,10 @@ pytestmark = [
 def flags_of(source: Path, emulate: bool) -> list[str]:
     if source.stem.endswith("_avx2"):
         return [*FLAGS, *AVX2]
-    if source.stem.endswith("_avx512"):
-        emulated = [*AVX2, f"-isystem{KERNELS / 'tests' / 'simde'}"]
-        return [*FLAGS, *(emulated if emulate else AVX512)]
+    for ending, flags in WIDE.items():
+        if source.stem.endswith(ending):
+            emulated = [*AVX2, f"-isystem{KERNELS / 'tests' / 'simde'}"]
+            return [*FLAGS, *(emulated if emulate else flags)]
     return FLAGS
 
 
@@ -42,7 +45,7 @@ def test_matrix_products_and_expert_calls_are_bit_identical(tmp_path: Path) -> N
     emulate = "avx512" not in ops.available_isas() and SIMDE.exists()
     names = "matmul expert_sums pack tiles thread_pool quantise_scalar quantise_avx2"
     sources = [KERNELS / f"{name}.cpp" for name in names.split()]
-    sources += [KERNELS / f"matmul_{isa}.cpp" for isa in ("scalar", "avx2", "avx512")]
+    sources += [KERNELS / f"matmul_{isa}.cpp" for isa in ("scalar", "avx2", "avx512", "amx")]
     features = "tests/emulated_features.cpp" if emulate else "cpu_features.cpp"
     sources += [KERNELS / features, KERNELS / "tests" / "matrices_exact.cpp"]
     jobs = [(source, flags_of(source, emulate)) for source in sources]
@@ -51,7 +54,7 @@ def test_matrix_products_and_expert_calls_are_bit_identical(tmp_path: Path) -> N
     subprocess.run([COMPILER, "-pthread", *objects, "-o", str(program)], check=True)
     ran = subprocess.run([str(program)], capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stdout
-    expected = ops.available_isas() + (("avx512",) if emulate else ())
+    expected = ops.available_isas() + (("avx512", "amx") if emulate else ())
     assert ran.stdout.splitlines()[0] == "instruction sets: " + " ".join(expected)
     digests = [line.split("digest ")[1] for line in ran.stdout.splitlines() if "digest" in line]
     assert digests == GOLDEN, ran.stdout
@@ -68,7 +71,11 @@ GOLDEN = [
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-@pytest.mark.parametrize("source", sorted(KERNELS.glob("*_avx*.cpp")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "source",
+    sorted(path for path in KERNELS.glob("*_a*.cpp") if path.stem.endswith(("_avx2", *WIDE))),
+    ids=lambda path: path.stem,
+)
 def test_objects_of_an_instruction_set_share_no_symbol(source: Path, tmp_path: Path) -> None:
     """A weak symbol compiled for AVX-512 could be the one that an older CPU gets."""
     assert COMPILER is not None

@@ -1,5 +1,6 @@
-// AVX-512 for CPUs that lack it: put this folder before the compiler's own headers and every
-// _mm512 function of a kernel file becomes SIMDe's, computed with AVX2.  For tests only.
+// AVX-512 and AMX for CPUs that lack them: put this folder before the compiler's own headers and every
+// _mm512 function of a kernel file becomes SIMDe's, computed with AVX2, every _tile function that of
+// amx_model.h.  For tests only.
 #pragma once
 #include_next <immintrin.h>
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -101,3 +102,5 @@ SHOAL_EMULATED simde__m512d shoal_cvtps_pd(__m256 a) {
   out.doubles256[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1));
   return out.doubles;
 }
+
+#include "amx_model.h"
