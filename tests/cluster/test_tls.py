@@ -77,7 +77,8 @@ def test_tokens_over_two_nodes_with_mutual_tls_are_those_of_one_process(known: A
             ended = shoal(*run, "--json", *to)
             assert ended.status == 0, ended.err
             assert json.loads(ended.out)["token_ids"] == json.loads(alone.out)["token_ids"]
-            assert ended.err == "TLS: the connections to this map's nodes are carried by grpcio"
+            said = "TLS: the connections to this map's nodes are carried by grpcio"
+            assert ended.err.startswith(said), ended.err  # a busy machine may add advice
 
 
 @dataclass(frozen=True, slots=True)
