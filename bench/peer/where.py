@@ -16,16 +16,24 @@ from bench.measure import BandwidthProbe, Row, save, show
 from bench.peer.phases import FILL_ROWS, Phase
 from bench.peer.run_shoal import Engine
 from shoal import _kernels, ops
+from shoal.artifact import Artifact
+from shoal.ops.expert_tables import ExpertTable
 from shoal.quant import Format
 
 WEIGHTS = 3  # of matmul's arguments: format, rows, columns, weights
+TABLE, METHOD = "experts of a table", "sums"
+TABLE_EXPERTS = 6  # of its arguments: itself, scheme, width, rows, scales, offsets, experts
 GAPS = "between native calls"
 
 
 class Diary:
-    """Wraps the native functions; sums each one's seconds, and those between calls, by pass."""
+    """Wraps the native functions; sums each one's seconds, and those between calls, by pass.
 
-    def __init__(self) -> None:
+    expert_bytes: of one expert.
+    """
+
+    def __init__(self, expert_bytes: int) -> None:
+        self._expert_bytes = expert_bytes
         self.passes: list[dict[str, float]] = []
         self.weight_bytes: dict[str, int] = {}  # of the last pass
         self._bytes: dict[str, int] = defaultdict(int)
@@ -35,6 +43,7 @@ class Diary:
             function = getattr(_kernels, name)
             if callable(function) and not isinstance(function, type):
                 setattr(_kernels, name, self._timed(name, function))
+        setattr(ExpertTable, METHOD, self._timed(TABLE, getattr(ExpertTable, METHOD)))
 
     def mark(self) -> float:
         """Begin a pass; the former one is kept."""
@@ -70,6 +79,8 @@ class Diary:
             self._bytes[name] += arguments[0].num_bytes
         if name == "expert_sums":
             self._bytes[name] += sum(weights.size for weights in arguments[4])
+        if name == TABLE:
+            self._bytes[name] += arguments[TABLE_EXPERTS].size * self._expert_bytes
         return name
 
 
@@ -93,7 +104,8 @@ def main() -> None:
 
     engine.run(phase, mark)
     plain_ms = 1e3 * statistics.median(b - a for a, b in itertools.pairwise(plain_s))
-    diary = Diary()
+    artifact = Artifact.open(chosen.model)
+    diary = Diary(artifact.expert_layer(min(artifact.owned_experts)).expert_bytes)
     engine.run(phase, diary.mark)
     rows = table_of(diary.passes[2:], diary.weight_bytes)
     probe_gb_per_s = probe.gb_per_s(chosen.threads)
