@@ -5,13 +5,13 @@ calls of a slot cover its rows in ascending order; how they are cut cannot chang
 result, only its speed.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shoal import limits
+from shoal.ops import fanout
 from shoal.quant import round_up
 from shoal.router import RoutingPlan
 
@@ -26,7 +26,7 @@ _FIRST_ROW = _constant((0,))
 _OFFSETS = [_constant((0, num_pairs)) for num_pairs in range(limits.MAX_EXPERTS_PER_TOKEN + 1)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which costs a microsecond a part
 class Part:
     """Rows of one layer for one slot.
 
@@ -60,14 +60,16 @@ class Part:
 def by_owner(plan: RoutingPlan, owners: NDArray[np.int32]) -> list[Part]:
     """Split a plan into one part per slot that owns any of its experts.
 
+    Of a single row, the part with the most experts comes first.
+
     Args:
         owners: [E] int32, from Placement.owners.
     """
     num_rows, per_row = plan.experts.shape
+    if num_rows == 1:
+        return parts_of_row(split_row(plan, owners))
     experts, weights = plan.experts.reshape(-1), plan.weights.reshape(-1)
     owner = owners[experts]
-    if num_rows == 1:
-        return _one_row(owner, experts, weights)
     first_owner = int(owner[0])
     if (owner == first_owner).all():
         return [_whole(plan, first_owner)]
@@ -84,21 +86,39 @@ def by_owner(plan: RoutingPlan, owners: NDArray[np.int32]) -> list[Part]:
     return parts
 
 
-def _one_row(
-    owner: NDArray[np.int32], experts: NDArray[np.int32], weights: NDArray[np.float32]
-) -> list[Part]:
-    # Decode. In a running pass, with cold caches, a NumPy call costs 5 us: the general way takes
-    # 200 us a layer, this 40 (bench: two nodes, 8 experts).
-    order = owner.argsort(kind="stable")
-    experts, weights = experts[order], weights[order]
-    counts = Counter(owner.tolist())
-    parts, begin = [], 0
-    for slot in sorted(counts):
-        end = begin + counts[slot]
-        offsets = _OFFSETS[end - begin]
-        parts.append(Part(slot, _FIRST_ROW, offsets, experts[begin:end], weights[begin:end]))
-        begin = end
-    return parts
+def parts_of_row(split: "RowSplit") -> list[Part]:
+    """Return a split row as parts, one for each group."""
+    return [
+        Part(
+            slot,
+            _FIRST_ROW,
+            _OFFSETS[end - begin],
+            split.experts[begin:end],
+            split.weights[begin:end],
+        )
+        for slot, begin, end in split.groups
+    ]
+
+
+@dataclass(slots=True)
+class RowSplit:
+    """A single row's experts, grouped by slot.
+
+    groups: (slot, begin, end), the one with the most experts first: it takes longest.
+    experts: [K] int32, weights: [K] float32; group g has those from its begin to its end.
+    """
+
+    groups: list[tuple[int, int, int]]
+    experts: NDArray[np.int32]
+    weights: NDArray[np.float32]
+
+
+def split_row(plan: RoutingPlan, owners: NDArray[np.int32]) -> RowSplit:
+    """Split a plan of one row. Args: as `by_owner`."""
+    per_row = plan.experts.shape[1]
+    experts, weights = np.empty(per_row, np.int32), np.empty(per_row, np.float32)
+    groups = fanout.split_row(plan.experts, plan.weights, owners, experts, weights)
+    return RowSplit(groups, experts, weights)
 
 
 def _whole(plan: RoutingPlan, slot: int) -> Part:

@@ -13,9 +13,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.call_split import Part
 from coordinator.dispatch import Dispatcher
 from coordinator.dispatch_events import (
     Accept,
+    Adopted,
+    Answered,
     Cancel,
     CloseNode,
     Command,
@@ -34,6 +37,7 @@ from coordinator.dispatch_events import (
     NodeOpened,
     NodeRetired,
     Progressed,
+    RanAhead,
     ReleaseNode,
     Replied,
     Send,
@@ -41,27 +45,53 @@ from coordinator.dispatch_events import (
     TimeOut,
 )
 from coordinator.node_health import NodeHealth
+from coordinator.run_ahead import Lead
 from shoal import errors, wire
+from shoal.experts.call import ExpertCall
+from shoal.ops.frames import ReplyView
+from shoal.rows import Rows
+from shoal.transport import Wire
 from shoal.v1 import expert_pb2 as pb
 
+NodeNews = pb.NodeFrame | ReplyView  # a reply is read in place, everything else by protobuf
 _fanout_ids = itertools.count(1)
 
 
-@dataclass(frozen=True, slots=True)
-class OutgoingCall:
-    """An encoded call.
+@dataclass(slots=True)
+class Asked:
+    """What the calls of a fan-out have in common.
 
-    candidates: nodes that own its experts, the preferred one first. shard: their range, in words.
-    rows: [T'] int32, which rows of the layer it carries. work: see NewCall.
+    rows: [T] of the layer, quantised. grid: of its sums. replies: the form that they travel in.
     """
 
-    call_id: int
-    candidates: tuple[int, ...]
-    lane: Lane
-    frame: bytes
-    rows: NDArray[np.int32]
-    work: float
+    layer: int
+    rows: Rows
+    grid: int
+    deadline_ms: int
+    replies: Wire
+
+
+@dataclass(slots=True)
+class OutgoingCall(NewCall):
+    """A call to make, as the dispatch core sees it and as a node does.
+
+    shard: the range of its experts, in words.
+    """
+
+    asked: Asked
+    part: Part
     shard: str
+
+    def expert_call(self) -> ExpertCall:
+        """Return what it asks."""
+        part, rows = self.part, self.asked.rows
+        own = rows if part.num_rows == rows.num_rows else rows.take(part.rows.astype(np.intp))
+        return ExpertCall(self.asked.layer, own, part.row_offsets, part.experts, part.weights)
+
+    def frame(self, attempt_id: int) -> bytes:
+        """Return the frame of an attempt."""
+        asked = self.asked
+        return wire.call_frame(attempt_id, asked.deadline_ms, self.expert_call(), asked.replies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +107,21 @@ class Hint:
 class Fanout:
     """One layer's calls on their way. Ended once, by whoever moves the frames.
 
-    replies, answered_by: of each call, by its id. retries: ids of further attempts.
+    sums: [T, D] int64, what replies are added to as they come. retries: ids of further attempts.
+    compute_us: of each node that answered, what it spent on this fan-out: it computes one call
+        after the other.
+    fault: a reply that could not be added, and the node that sent it.
     """
 
     calls: Sequence[OutgoingCall]
+    sums: NDArray[np.int64]
     fanout_id: int = field(default_factory=lambda: next(_fanout_ids))
-    replies: dict[int, pb.Reply] = field(default_factory=dict)
-    answered_by: dict[int, int] = field(default_factory=dict)
+    compute_us: dict[int, int] = field(default_factory=dict)
     retries: list[int] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
     error: errors.ShoalError | None = None
+    fault: errors.MalformedMessage | None = None
     is_ended: bool = False
     # Released when it ends: a bare lock wakes its waiter faster than an Event does.
     _ended: threading.Lock = field(default_factory=threading.Lock)
@@ -97,7 +131,7 @@ class Fanout:
 
     def end(self, error: errors.ShoalError | None) -> None:
         """Let the waiter go. Called exactly once."""
-        self.error = error
+        self.error = error or self.fault
         self.is_ended = True
         self._ended.release()
 
@@ -154,16 +188,26 @@ class CallsInFlight:
 
     def start(self, fanout: Fanout, now_s: float) -> None:
         """Send a fan-out's calls, or queue them for credit or a node."""
+        self._keep(fanout)
+        self._on(FanoutStarted(fanout.fanout_id, tuple(fanout.calls), now_s))
+
+    def run_ahead(self, calls: Sequence[OutgoingCall], now_s: float) -> Lead | None:
+        """Say where a fan-out's calls may be sent without `start`: see `RunsAhead`."""
+        return self._dispatcher.run_ahead(calls, now_s)
+
+    def ran_ahead(self, answered: list[Answered], sent_s: float) -> None:
+        """Learn from calls that were sent so and answered."""
+        self._on(RanAhead(answered, sent_s))
+
+    def adopt(self, fanout: Fanout, nodes: tuple[int, ...], sent_s: float, now_s: float) -> None:
+        """Look after calls that were sent so, to these nodes, and have no answer yet."""
+        self._keep(fanout)
+        self._on(Adopted(fanout.fanout_id, tuple(fanout.calls), nodes, sent_s, now_s))
+
+    def _keep(self, fanout: Fanout) -> None:
         self._fanouts[fanout.fanout_id] = fanout
-        new_calls = []
         for call in fanout.calls:
             self._calls[call.call_id] = fanout, call
-            num_bytes = len(call.frame)
-            fanout.bytes_up += num_bytes
-            new_calls.append(
-                NewCall(call.call_id, call.candidates, call.lane, num_bytes, call.work)
-            )
-        self._on(FanoutStarted(fanout.fanout_id, tuple(new_calls), now_s))
 
     def hint(self, hints: Sequence[Hint], wanted_by: Container[int], now_s: float) -> None:
         """Send each hint to the node that its call would go to, if that one wants any."""
@@ -183,8 +227,11 @@ class CallsInFlight:
         for fanout_id in list(self._fanouts):
             self._end(fanout_id, closed())
 
-    def on_frame(self, node: int, frame: pb.NodeFrame, num_bytes: int, now_s: float) -> None:
+    def on_frame(self, node: int, frame: NodeNews, num_bytes: int, now_s: float) -> None:
         """Take a frame of a node. Raises MalformedMessage: it makes no sense there."""
+        if isinstance(frame, ReplyView):
+            self._on_reply(node, frame, num_bytes, now_s)
+            return
         match frame.WhichOneof("frame"):
             case "reply":
                 self._on_reply(node, frame.reply, num_bytes, now_s)
@@ -204,18 +251,27 @@ class CallsInFlight:
                     f"node {self._names[node]} sent a frame that nobody asked for"
                 )
 
-    def _on_reply(self, node: int, reply: pb.Reply, num_bytes: int, now_s: float) -> None:
-        queue_s = reply.queue_us * 1e-6
-        busy_s = queue_s + reply.compute_us * 1e-6
-        event = Replied(reply.call_id, node, now_s, busy_s, reply.load_us * 1e-6, queue_s)
-        for command in self._dispatcher.on(event):
+    def _on_reply(
+        self, node: int, reply: ReplyView | pb.Reply, num_bytes: int, now_s: float
+    ) -> None:
+        for command in self._dispatcher.on(replied(reply, node, now_s)):
             if isinstance(command, Accept):
-                fanout, _ = self._calls[command.call_id]
-                fanout.replies[command.call_id] = reply
-                fanout.answered_by[command.call_id] = node
+                fanout, call = self._calls[command.call_id]
                 fanout.bytes_down += num_bytes
+                spent_us = fanout.compute_us.get(node, 0) + reply.compute_us
+                fanout.compute_us[node] = spent_us
+                self._add(reply, fanout, call, node)
             else:
                 self._do(command)
+
+    def _add(
+        self, reply: ReplyView | pb.Reply, fanout: Fanout, call: OutgoingCall, node: int
+    ) -> None:
+        asked = call.asked
+        try:
+            wire.add_reply(reply, call.part.rows, asked.grid, fanout.sums, asked.replies)
+        except errors.MalformedMessage as error:
+            fanout.fault = errors.MalformedMessage(f"node {self._names[node]}: {error}")
 
     def _error_of(self, failure: pb.Failure, name: str) -> errors.ShoalError:
         error = wire.error_of(failure, name)
@@ -224,7 +280,8 @@ class CallsInFlight:
             return error
         # The node speaks of its call's rows; the caller knows the layer's.
         _, call = self._calls[call_id]
-        rows = tuple(int(call.rows[row]) for row in error.rows if row < call.rows.size)
+        mine = call.part.rows
+        rows = tuple(int(mine[row]) for row in error.rows if row < mine.size)
         return errors.NumericError(str(error), rows)
 
     def _on(self, event: Event) -> None:
@@ -234,9 +291,12 @@ class CallsInFlight:
     def _do(self, command: Command) -> None:
         match command:
             case Send(attempt_id, call_id, node, lane):
-                frame = self._calls[call_id][1].frame
+                fanout, call = self._calls[call_id]
                 if attempt_id != call_id:
-                    frame = self._again(attempt_id, call_id, frame)
+                    self._call_of_retry[attempt_id] = call_id
+                    fanout.retries.append(attempt_id)
+                frame = call.frame(attempt_id)
+                fanout.bytes_up += len(frame)
                 self._wires.send(node, lane, frame)
             case Finish(fanout_id):
                 self._end(fanout_id, None)
@@ -255,15 +315,6 @@ class CallsInFlight:
                 self._wires.release_node(node)
             case Accept():
                 raise AssertionError("only a reply is accepted")
-
-    def _again(self, attempt_id: int, call_id: int, frame: bytes) -> bytes:
-        fanout, _ = self._calls[call_id]
-        self._call_of_retry[attempt_id] = call_id
-        fanout.retries.append(attempt_id)
-        fanout.bytes_up += len(frame)
-        message = pb.ClientFrame.FromString(frame)
-        message.call.call_id = attempt_id
-        return message.SerializeToString()
 
     def _timeout_of(self, node: int) -> errors.CallTimeout:
         return errors.CallTimeout(
@@ -306,6 +357,13 @@ class Wires(Protocol):
     def release_node(self, node: int) -> None:
         """Close the connections of a node that the map names no more."""
         ...
+
+
+def replied(reply: ReplyView | pb.Reply, node: int, now_s: float) -> Replied:
+    """Return what a reply is to the dispatch core."""
+    queue_s = reply.queue_us * 1e-6
+    busy_s = queue_s + reply.compute_us * 1e-6
+    return Replied(reply.call_id, node, now_s, busy_s, reply.load_us * 1e-6, queue_s)
 
 
 def closed() -> errors.NodeUnreachable:

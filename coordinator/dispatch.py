@@ -22,14 +22,14 @@ two nodes died of fails and takes no third one with it: a node has died when it 
 another process or not at all (`NodeAbsent`), not when a connection merely broke.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from coordinator import calls_and_nodes
 from coordinator.attempt_watch import Verdict, judge, silence
 from coordinator.calls_and_nodes import Attempt, Call, Fanout, Node, Stream
-from coordinator.dispatch_attempts import Attempts
 from coordinator.dispatch_events import (
     Accept,
+    Adopted,
     Cancel,
     CloseNode,
     Command,
@@ -48,6 +48,7 @@ from coordinator.dispatch_events import (
     NodeOpened,
     NodeRetired,
     Progressed,
+    RanAhead,
     ReleaseNode,
     Replied,
     Ticked,
@@ -55,6 +56,7 @@ from coordinator.dispatch_events import (
 )
 from coordinator.node_health import SLOW_RESIDUAL, NodeHealth
 from coordinator.replica_choice import choose, judge_cancelled, judge_slow
+from coordinator.run_ahead import RunsAhead
 from shoal import errors
 
 HEDGE_SHARE, HEDGE_BURST = 0.05, 16.0  # of calls that have a choice (Tail at Scale: 2 to 5 %)
@@ -62,7 +64,7 @@ MAX_ATTEMPTS = 16  # of one call: then the network is not what it could be retri
 DEATHS = 2
 
 
-class Dispatcher(Attempts):
+class Dispatcher(RunsAhead):
     """Owns every expert call in flight. `on` is the only way to change it.
 
     Args:
@@ -80,24 +82,23 @@ class Dispatcher(Attempts):
         self._shard_wait_s = shard_wait_s
         self._calls: dict[int, Call] = {}
         self._fanouts: dict[int, Fanout] = {}
-        self._waiting: dict[int, Call] = {}
         self._hedge_tokens = HEDGE_BURST
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing can become late."""
-        return not (self._attempts or self._waiting)
 
     def on(self, event: Event) -> list[Command]:
         """Take one event; return the commands to carry out, in order."""
         out: list[Command] = []
         match event:  # the commonest first
+            case RanAhead():
+                self._earn_hedges(answer.call for answer in event.answered)
+                self._on_ran_ahead(event)
             case Replied():
                 self._on_replied(event, out)
             case FanoutStarted():
                 self._on_started(event, out)
             case Ticked(now_s):
                 self._on_ticked(now_s, out)
+            case Adopted():
+                self._on_adopted(event, out)
             case Progressed(node, attempt_ids, now_s):
                 self._on_progressed(node, attempt_ids, now_s)
             case Failed():
@@ -129,23 +130,47 @@ class Dispatcher(Attempts):
     # Calls.
 
     def _on_started(self, event: FanoutStarted, out: list[Command]) -> None:
-        assert event.fanout_id not in self._fanouts, f"fan-out {event.fanout_id} started twice"
-        assert event.calls, f"fan-out {event.fanout_id} calls nobody"
+        calls = self._register(event.fanout_id, event.calls)
         self._now_s = event.now_s
-        fanout = Fanout(event.fanout_id)
-        calls = [Call(new, fanout) for new in event.calls]
         for call in calls:
-            call_id = call.new.call_id
-            assert call_id not in self._calls, f"call {call_id} made twice"
-            self._calls[call_id] = call
-            fanout.calls[call_id] = call
-        self._fanouts[event.fanout_id] = fanout
-        for call in calls:
-            if len(call.new.candidates) > 1 and self._hedge_tokens < HEDGE_BURST:
-                self._hedge_tokens += HEDGE_SHARE
+            self._earn_hedges((call.new,))
             self._place(call, event.now_s, out)
-            if fanout.is_over:
+            if call.fanout.is_over:
                 return
+
+    def _on_adopted(self, event: Adopted, out: list[Command]) -> None:
+        calls = self._register(event.fanout_id, event.calls)
+        self._now_s = event.now_s
+        self._earn_hedges(event.calls)
+        for call, node_id in zip(calls, event.nodes, strict=True):
+            if call.fanout.is_over:
+                return
+            node = self._nodes.get(node_id)
+            if node is None or not node.is_open:
+                self._place(call, event.now_s, out)
+                continue
+            stream = node.streams[call.new.lane]
+            if stream.queue or not stream.has_credit(call.new.num_bytes):
+                # Others have used the credit up meanwhile: it is taken back and sent in its turn.
+                out.append(Cancel(call.new.call_id, node_id, call.new.lane))
+                call.num_attempts = 1
+                self._place(call, event.now_s, out)
+            else:
+                self._send(self._new_attempt(call, node, event.sent_s), stream, [])
+
+    def _register(self, fanout_id: int, new_calls: Sequence[NewCall]) -> list[Call]:
+        assert fanout_id not in self._fanouts, f"fan-out {fanout_id} started twice"
+        assert new_calls, f"fan-out {fanout_id} calls nobody"
+        fanout = self._fanouts[fanout_id] = Fanout(fanout_id)
+        for new in new_calls:
+            assert new.call_id not in self._calls, f"call {new.call_id} made twice"
+            self._calls[new.call_id] = fanout.calls[new.call_id] = Call(new, fanout)
+        return list(fanout.calls.values())
+
+    def _earn_hedges(self, new_calls: Iterable[NewCall]) -> None:
+        for new in new_calls:
+            if len(new.candidates) > 1 and self._hedge_tokens < HEDGE_BURST:
+                self._hedge_tokens += HEDGE_SHARE
 
     def _place(self, call: Call, now_s: float, out: list[Command]) -> bool:
         """Send a call that nobody is known to work on; without a node for it, let it wait."""

@@ -19,6 +19,14 @@ class Attempts:
         self._now_s = 0.0  # of the last event that told
 
     def _attempt(self, call: Call, node: Node, now_s: float, out: list[Command]) -> None:
+        attempt = self._new_attempt(call, node, now_s)
+        stream = node.streams[call.new.lane]
+        if stream.queue or not stream.has_credit(call.new.num_bytes):
+            stream.queue.append(attempt)
+        else:
+            self._send(attempt, stream, out)
+
+    def _new_attempt(self, call: Call, node: Node, now_s: float) -> Attempt:
         if call.num_attempts:
             attempt_id, self._next_attempt_id = self._next_attempt_id, self._next_attempt_id + 1
         else:
@@ -29,11 +37,7 @@ class Attempts:
         self._attempts[attempt_id] = attempt
         call.attempts.append(attempt)
         node.work += call.new.work
-        stream = node.streams[call.new.lane]
-        if stream.queue or not stream.has_credit(call.new.num_bytes):
-            stream.queue.append(attempt)
-        else:
-            self._send(attempt, stream, out)
+        return attempt
 
     def _send(self, attempt: Attempt, stream: Stream, out: list[Command]) -> None:
         new, node = attempt.call.new, attempt.node

@@ -57,6 +57,37 @@ class Replied:
 
 
 @dataclass(slots=True)
+class Answered:
+    """A call of a fan-out that ran ahead. wait_s: see `Attempt`."""
+
+    call: NewCall
+    wait_s: float
+    reply: Replied
+
+
+@dataclass(slots=True)
+class RanAhead:
+    """Calls of a fan-out that was sent as `run_ahead` said, and all of these were answered."""
+
+    answered: list[Answered]
+    sent_s: float
+
+
+@dataclass(slots=True)
+class Adopted:
+    """A fan-out that ran ahead has to be looked after: these of its calls have no answer.
+
+    nodes: where each call was sent, under its own id.
+    """
+
+    fanout_id: int
+    calls: tuple[NewCall, ...]
+    nodes: tuple[int, ...]
+    sent_s: float
+    now_s: float
+
+
+@dataclass(slots=True)
 class Ticked:
     now_s: float
 
@@ -144,6 +175,8 @@ Event = (
     | FanoutStarted
     | FanoutAbandoned
     | Replied
+    | RanAhead
+    | Adopted
     | Failed
     | Progressed
     | Ticked

@@ -4,10 +4,12 @@ Not thread-safe: its client calls it under one lock. The socket does not block o
 """
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Iterator
 
+from coordinator.calls_in_flight import NodeNews
 from coordinator.dispatch_events import Lane
 from coordinator.node_link import (
     CONNECT_TIMEOUT_S,
@@ -137,8 +139,10 @@ class FastLane:
         except OSError as error:
             raise self._unreachable(error) from error
 
-    def receive(self, buffer: memoryview) -> Iterator[tuple[pb.NodeFrame, int]]:
+    def receive(self, buffer: memoryview) -> Iterator[tuple[NodeNews, int]]:
         """Read what the socket has, into the buffer; yield its frames and their sizes.
+
+        A frame may be a view of the buffer: it is good until the next is asked for.
 
         Raises NodeUnreachable when the stream has ended, MalformedMessage when it makes no sense.
         """
@@ -152,10 +156,18 @@ class FastLane:
         except OSError as error:
             raise self._unreachable(error) from error
         if not num_bytes:
-            raise error_of_status(self.node, "UNAVAILABLE", self._goodbye)
-        self._heard_s, self._pinged_s = time.monotonic(), None
+            raise self.ended(0)
+        yield from self.take(buffer[:num_bytes], time.monotonic())
+
+    def take(self, data: memoryview, now_s: float) -> Iterator[tuple[NodeNews, int]]:
+        """Take bytes that came from the socket; see `receive`."""
+        self._heard_s, self._pinged_s = now_s, None
+        message = self._connection.take_message(data)
+        if message is not None:
+            yield frame_of(self.node, message[1]), len(message[1])
+            return
         try:
-            events = self._connection.receive(buffer[:num_bytes], self._heard_s)
+            events = self._connection.receive(data, now_s)
         except Http2Error as error:
             raise errors.MalformedMessage(f"node {self.node} broke the wire: {error}") from error
         for event in events:
@@ -163,6 +175,31 @@ class FastLane:
                 yield frame_of(self.node, event.payload), len(event.payload)
             else:
                 self._on(event)
+
+    def ended(self, number: int) -> errors.NodeError:
+        """Return the error of a socket that has ended: with an errno, or 0 in good order."""
+        why = os.strerror(number) if number else self._goodbye
+        return error_of_status(self.node, "UNAVAILABLE", why)
+
+    # What native code sends and receives beside this object (see `Connection.may_bypass`).
+
+    @property
+    def stream_id(self) -> int:
+        return self._stream_id
+
+    def may_bypass(self, num_bytes: int) -> bool:
+        """Whether a message of that many bytes may be sent, and others received, so."""
+        return not self._unwritten and self._connection.may_bypass(self._stream_id, num_bytes)
+
+    def sent_beside(self, num_bytes: int, unsent: bytes) -> None:
+        """Count a message; `unsent`: what of it the socket did not take, for `flush`."""
+        self._connection.sent_beside(self._stream_id, num_bytes)
+        self._unwritten = memoryview(unsent)
+
+    def received_beside(self, num_bytes: int, now_s: float) -> None:
+        """Count a message."""
+        self._heard_s, self._pinged_s = now_s, None
+        self._connection.received_beside(self._stream_id, num_bytes)
 
     def _on(self, event: Event) -> None:
         match event:
@@ -192,23 +229,32 @@ class FastLane:
             self._pinged_s = now_s
             self._connection.ping()
 
-    def close(self) -> None:
-        """Break the stream off and close the socket. Safe to call again."""
+    def close(self, *, is_read: bool = False) -> socket.socket | None:
+        """Break the stream off and close the socket. Safe to call again.
+
+        Args:
+            is_read: native code reads from it now: it is returned, for whoever closes it later.
+        """
         self._is_closed = True
         if self._socket is None:
-            return
+            return None
         if self._is_opening:  # in another thread, which closes what it opened
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
-            return
+            return None
         if not self._unwritten:  # a goodbye in the middle of a frame would be none
             self._connection.reset(self._stream_id, Code.CANCEL)
             self._connection.go_away()
             with contextlib.suppress(OSError):
                 self._socket.setblocking(False)
                 self._socket.send(self._connection.take_output())
-        self._socket.close()
-        self._socket = None
+        closing, self._socket = self._socket, None
+        if not is_read:
+            closing.close()
+            return None
+        with contextlib.suppress(OSError):
+            closing.shutdown(socket.SHUT_RDWR)  # which ends the reading
+        return closing
 
     def _unreachable(self, error: OSError) -> errors.NodeError:
         why = error.strerror or str(error)

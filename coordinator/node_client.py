@@ -1,8 +1,7 @@
 """The transport `grpcio`: frames travel on grpc.aio streams.
 
 All gRPC and the calls in flight live on one event-loop thread (`grpc_loop`). The forward thread
-encodes its calls, hands a whole fan-out over with one `submit`, and sleeps on its `Fanout` until it
-is ended; it decodes the replies itself. So the loop's thread does little more than move bytes.
+hands a whole fan-out over with one `submit`, and sleeps on its `Fanout` until it is ended.
 """
 
 import asyncio
@@ -12,7 +11,18 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from coordinator.calls_in_flight import CallsInFlight, Fanout, Hint, OutgoingCall, closed
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.call_split import RowSplit
+from coordinator.calls_in_flight import (
+    Asked,
+    CallsInFlight,
+    Fanout,
+    Hint,
+    OutgoingCall,
+    closed,
+)
 from coordinator.dispatch_events import Lane, NodeAbsent, NodeLost, NodeOpened, NodeRetired
 from coordinator.grpc_loop import grpc_loop
 from coordinator.handshake import NodeFacts
@@ -20,6 +30,7 @@ from coordinator.known_nodes import KnownNodes
 from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import NodeKeeper, OpenedLanes, Terms
 from coordinator.node_link import KEEPALIVE, Greeting, Keepalive, LaneLink, NodeLink
+from coordinator.row_fanout import RowFanout
 from coordinator.tls import Trust
 from shoal import errors
 from shoal.shard_map import Endpoint
@@ -79,8 +90,28 @@ class ExpertClient(Protocol):
         """Send each hint to the node that its call would go to. Any thread; nothing comes of it."""
         ...
 
-    def submit(self, calls: Sequence[OutgoingCall]) -> Fanout:
-        """Send a fan-out's calls. Any thread; the Fanout ends, whatever nodes do."""
+    def submit(self, calls: Sequence[OutgoingCall], sums: NDArray[np.int64]) -> Fanout:
+        """Send a fan-out's calls. Any thread; the Fanout ends, whatever nodes do.
+
+        Args: sums: [T, D] of the layer, what replies are added to as they come.
+        """
+        ...
+
+    def start_row(
+        self, asked: Asked, calls: list[OutgoingCall], split: RowSplit
+    ) -> RowFanout | None:
+        """Send a fan-out of one row the short way, if there is one now; None: `submit` it.
+
+        Args: calls: one for each group of the split. To be waited for, or abandoned.
+        """
+        ...
+
+    def wait_row(self, row: RowFanout) -> None:
+        """Return once its sums are whole; raises whatever else ended it."""
+        ...
+
+    def abandon_row(self, row: RowFanout) -> None:
+        """Nobody waits for it any more."""
         ...
 
     def wait(self, fanout: Fanout) -> None:
@@ -136,9 +167,18 @@ class NodeClient(KnownNodes):
         """Call these nodes no more (see ExpertClient)."""
         self._loop.call_soon_threadsafe(self._retire, nodes)
 
-    def submit(self, calls: Sequence[OutgoingCall]) -> Fanout:
+    def start_row(self, asked: Asked, calls: list[OutgoingCall], split: RowSplit) -> None:
+        """There is no short way through grpc.aio."""
+
+    def wait_row(self, row: RowFanout) -> None:
+        """None was started."""
+
+    def abandon_row(self, row: RowFanout) -> None:
+        """None was started."""
+
+    def submit(self, calls: Sequence[OutgoingCall], sums: NDArray[np.int64]) -> Fanout:
         """Send a fan-out's calls (see ExpertClient)."""
-        fanout = Fanout(calls)
+        fanout = Fanout(calls, sums)
         self._loop.call_soon_threadsafe(self._start, fanout)
         return fanout
 

@@ -18,8 +18,9 @@ from google.protobuf.message import DecodeError
 from coordinator.dispatch_events import Lane
 from coordinator.handshake import NodeFacts
 from coordinator.tls import Trust, why_untrusted
-from shoal import errors, limits
+from shoal import errors, limits, wire
 from shoal.experts.ownership import OwnedRange
+from shoal.ops.frames import ReplyView
 from shoal.shard_map import Endpoint, EndpointKind
 from shoal.v1 import expert_pb2 as pb
 
@@ -126,7 +127,7 @@ class LaneLink:
             if self._broken is None:
                 raise
 
-    async def read(self) -> tuple[pb.NodeFrame, int]:
+    async def read(self) -> tuple[pb.NodeFrame | ReplyView, int]:
         """Return the next frame and its size in bytes.
 
         Raises NodeUnreachable when there is none: the stream has ended, however politely.
@@ -268,17 +269,23 @@ def error_of_status(node: str, status: str, details: str) -> errors.NodeError:
             return errors.NodeError(f"node {node}: {details} ({status})")
 
 
-def frame_of(node: str, data: bytes) -> pb.NodeFrame:
-    """Return the frame that a message holds. Raises MalformedMessage: none."""
+def frame_of(node: str, data: bytes | memoryview) -> pb.NodeFrame | ReplyView:
+    """Return the frame that a message holds; a reply may be a view of the data.
+
+    Raises MalformedMessage: none.
+    """
+    reply = wire.parse_reply(data)
+    if reply is not None:
+        return reply
     try:
-        return pb.NodeFrame.FromString(data)
+        return pb.NodeFrame.FromString(bytes(data))
     except DecodeError as error:
         raise errors.MalformedMessage(f"node {node} sent bytes that are no frame") from error
 
 
-def opened_of(node: str, answer: pb.NodeFrame) -> pb.Opened:
+def opened_of(node: str, answer: pb.NodeFrame | ReplyView) -> pb.Opened:
     """Return a node's answer to Open. Raises MalformedMessage: it is none."""
-    if answer.WhichOneof("frame") != "opened":
+    if isinstance(answer, ReplyView) or answer.WhichOneof("frame") != "opened":
         raise errors.MalformedMessage(f"node {node} did not answer Open with Opened")
     return answer.opened
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from coordinator import call_split
 from coordinator.call_split import Part
-from coordinator.calls_in_flight import Fanout, Hint, OutgoingCall
+from coordinator.calls_in_flight import Asked, Fanout, Hint, OutgoingCall
 from coordinator.dispatch_events import Lane
 from coordinator.dispatch_stats import DispatchStats
 from coordinator.expert_dispatch import BULK_ROWS_PER_CALL, SHARD_WAIT_S, PendingSums
@@ -27,6 +27,7 @@ from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import Terms
 from coordinator.node_link import KEEPALIVE, Greeting, Keepalive
 from coordinator.placement import Placement
+from coordinator.row_fanout import RowFanout
 from coordinator.tls import settle_transport
 from shoal import __version__, errors, limits, numerics, shard_map, wire
 from shoal.allocator import keep_freed_memory
@@ -255,18 +256,30 @@ class RemoteDispatch:
         started_s = time.perf_counter()
         self._hinted.forget(layer)
         route = self.route
+        asked = Asked(layer, rows, self._grids[layer], self._deadline_ms, self._replies)
+        if rows.num_rows == 1:
+            split = call_split.split_row(plan, route.placement.owners(layer))
+            parts = call_split.parts_of_row(split)
+        else:
+            split, parts = None, call_split.by_owner(plan, route.placement.owners(layer))
         calls: list[OutgoingCall] = []
         local: Part | None = None
-        for part in call_split.by_owner(plan, route.placement.owners(layer)):
+        for part in parts:
             candidates = route.candidates[part.slot]
             if candidates is None:
                 local = part
                 continue
             shard = route.shards[part.slot]
             for piece in call_split.by_size(part, self._max_rows):
-                calls.append(self._encode(layer, rows, piece, candidates, shard))
-        fanout = self._client.submit(calls) if calls else None
-        return _RemoteSums(self, route, (layer, rows, plan), local, fanout, started_s)
+                calls.append(self._call(asked, piece, candidates, shard))
+        if split is not None and local is None:
+            row = self._client.start_row(asked, calls, split)
+            if row is not None:
+                return _RowSums(self, route, plan, row, started_s)
+        remote: Fanout | None = None
+        if calls:
+            remote = self._client.submit(calls, np.zeros((rows.num_rows, rows.dim), np.int64))
+        return _RemoteSums(self, route, (layer, rows, plan), local, remote, started_s)
 
     def hint(self, layer: int, plan: RoutingPlan) -> None:
         """Tell nodes that read experts ahead that a pass to come will likely be routed like this.
@@ -332,21 +345,19 @@ class RemoteDispatch:
         if self._executor is not None:
             self._executor.close()
 
-    def _encode(
-        self, layer: int, rows: Rows, part: Part, candidates: tuple[int, ...], shard: str
+    def _call(
+        self, asked: Asked, part: Part, candidates: tuple[int, ...], shard: str
     ) -> OutgoingCall:
-        call_id = self._client.next_call_id()
-        call = _call_of_part(layer, rows, part)
-        message = wire.encode_call(call_id, self._deadline_ms, call, self._replies)
-        frame = message.SerializeToString()
-        num_rows, num_pairs, num_bytes = part.num_rows, part.experts.size, len(frame)
+        num_rows, num_pairs = part.num_rows, part.experts.size
+        num_bytes = wire.call_bytes(num_rows, num_pairs, asked.rows)
         is_small = (
             num_rows <= self._interactive_reply_rows
             and num_bytes <= limits.INTERACTIVE_MESSAGE_BYTES
         )
         lane = Lane.INTERACTIVE if is_small else Lane.BULK
-        work = self._work(layer, num_pairs, num_bytes)
-        return OutgoingCall(call_id, candidates, lane, frame, part.rows, work, shard)
+        work = self._work(asked.layer, num_pairs, num_bytes)
+        call_id = self._client.next_call_id()
+        return OutgoingCall(call_id, candidates, lane, num_bytes, work, asked, part, shard)
 
     def _work(self, layer: int, num_pairs: int, num_bytes: int) -> float:
         # Each expert is read once, whatever its rows; the wire carries them there and back.
@@ -368,16 +379,22 @@ class RemoteDispatch:
         spread[part.rows] = sums
         return spread
 
-    def add_replies(self, layer: int, fanout: Fanout, into: NDArray[np.int64]) -> None:
-        """Wait for a fan-out and add what it brings. Raises what PendingSums.wait does."""
+    def finish(self, fanout: Fanout) -> NDArray[np.int64]:
+        """Wait for a fan-out; return what it brings. Raises what PendingSums.wait does."""
         self._client.wait(fanout)
-        for call in fanout.calls:
-            reply = fanout.replies[call.call_id]
-            try:
-                wire.add_reply(reply, call.rows, self._grids[layer], into, self._replies)
-            except errors.MalformedMessage as error:
-                name = self._client.name(fanout.answered_by[call.call_id])
-                raise errors.MalformedMessage(f"node {name}: {error}") from error
+        return fanout.sums
+
+    def finish_row(self, row: RowFanout, started_s: float) -> NDArray[np.int64]:
+        """Wait for a row's fan-out that runs ahead; as `finish`."""
+        self._client.wait_row(row)
+        done = row if row.adopted is None else row.adopted
+        compute_s = max(done.compute_us.values()) * 1e-6
+        elapsed_s = time.perf_counter() - started_s
+        self.stats.record(elapsed_s, compute_s, done.bytes_up, done.bytes_down)
+        return row.sums
+
+    def abandon_row(self, row: RowFanout) -> None:
+        self._client.abandon_row(row)
 
     def abandon(self, fanout: Fanout) -> None:
         self._client.abandon(fanout)
@@ -401,14 +418,18 @@ class _RemoteSums:
         layer, rows, _ = self._asked
         compute_s = 0.0
         try:
-            if self._local is None:
-                sums = np.zeros((rows.num_rows, rows.dim), np.int64)
-            else:
+            sums: NDArray[np.int64] | None = None
+            if self._local is not None:
                 began_s = time.perf_counter()
                 sums = dispatch.compute_local(layer, rows, self._local)
                 compute_s = time.perf_counter() - began_s
             if fanout is not None:
-                dispatch.add_replies(layer, fanout, sums)
+                remote = dispatch.finish(fanout)
+                if sums is None:
+                    sums = remote
+                else:
+                    sums += remote  # integers: exact in any order
+            assert sums is not None, "nobody was asked"
         except BaseException as error:
             if fanout is not None:
                 dispatch.abandon(fanout)
@@ -419,7 +440,7 @@ class _RemoteSums:
         bytes_up = bytes_down = 0
         if fanout is not None:
             bytes_up, bytes_down = fanout.bytes_up, fanout.bytes_down
-            compute_s = max(compute_s, _slowest_node_s(fanout))
+            compute_s = max(compute_s, max(fanout.compute_us.values()) * 1e-6)
         elapsed_s = time.perf_counter() - self._started_s
         dispatch.stats.record(elapsed_s, compute_s, bytes_up, bytes_down)
         return sums
@@ -427,6 +448,35 @@ class _RemoteSums:
     def abandon(self) -> None:
         if self._fanout is not None:
             self._dispatch.abandon(self._fanout)
+
+
+class _RowSums:
+    """Of one row, whose fan-out runs ahead."""
+
+    def __init__(
+        self,
+        dispatch: RemoteDispatch,
+        route: Route,
+        plan: RoutingPlan,
+        row: RowFanout,
+        started_s: float,
+    ) -> None:
+        self._dispatch, self._route, self._plan = dispatch, route, plan
+        self._row, self._started_s = row, started_s
+
+    def wait(self) -> NDArray[np.int64]:
+        dispatch = self._dispatch
+        try:
+            return dispatch.finish_row(self._row, self._started_s)
+        except BaseException as error:
+            dispatch.abandon_row(self._row)
+            if isinstance(error, errors.NodeError) and dispatch.route is not self._route:
+                asked = self._row.asked  # again, by the new map
+                return dispatch.start(asked.layer, asked.rows, self._plan).wait()
+            raise
+
+    def abandon(self) -> None:
+        self._dispatch.abandon_row(self._row)
 
 
 def _expert_us(artifact: Artifact, layer: int) -> float:
@@ -446,15 +496,6 @@ def _local_cells(placement: Placement) -> NDArray[np.bool_]:
         if endpoint.kind is EndpointKind.LOCAL
     ]
     return cells[0] if cells else np.zeros(0, np.bool_)
-
-
-def _slowest_node_s(fanout: Fanout) -> float:
-    # A node computes one call at a time: what it spent on this fan-out is the sum of its calls.
-    micros: dict[int, int] = {}
-    for call in fanout.calls:
-        node, reply = fanout.answered_by[call.call_id], fanout.replies[call.call_id]
-        micros[node] = micros.get(node, 0) + reply.compute_us
-    return max(micros.values()) / 1e6
 
 
 def _call_of_part(layer: int, rows: Rows, part: Part) -> ExpertCall:

@@ -11,5 +11,6 @@ void bind_layer(nanobind::module_& m);     // decoder layers
 void bind_store(nanobind::module_& m);     // io_uring
 void bind_guess(nanobind::module_& m);     // which experts to read ahead
 void bind_wire(nanobind::module_& m);      // frames of calls and replies
+void bind_fanout(nanobind::module_& m);    // a row's calls and replies on sockets
 
 }  // namespace shoal

@@ -44,6 +44,15 @@ def request_row_bytes(dim: int, scheme: Scheme, experts_per_token: int) -> int:
     return rows + 2 + experts_per_token * _PAIR_BYTES
 
 
+def call_bytes(num_rows: int, num_pairs: int, rows: Rows) -> int:
+    """Return the bytes of a call's message, at most.
+
+    Args: rows: whose first `num_rows` are those of the call, as far as sizes go.
+    """
+    per_row: int = rows.values.itemsize * rows.values.shape[1] + 4 * rows.scales.shape[1] + 2
+    return ENVELOPE_BYTES + num_rows * per_row + num_pairs * _PAIR_BYTES
+
+
 def reply_row_bytes(dim: int, width: int = 8) -> int:
     """Return the bytes that one row adds to a reply's message at that width; 8 is the widest."""
     return width * dim + 1
@@ -157,6 +166,11 @@ def decode_call(message: pb.ExpertCall) -> ExpertCall:
     rows = _decode_rows(message, Scheme(message.scheme - 1), num_rows, dim)
     row_offsets, experts, weights = _decode_pairs(message, num_rows)
     return ExpertCall(layer, rows, row_offsets, experts, weights)
+
+
+def reply_format(wire: Wire) -> int:
+    """Return the number that a call asks for that form of its reply with."""
+    return int(_FORMAT_OF_WIRE[wire])
 
 
 def encode_hint(layer: int, experts: Sequence[int]) -> pb.ClientFrame:

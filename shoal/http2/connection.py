@@ -28,11 +28,10 @@ from shoal.http2.events import (
 from shoal.http2.flood import FloodGuard
 from shoal.http2.frames import Code, Http2Error, Kind, Setting
 from shoal.http2.header_blocks import HeaderBlock, HeaderBlocks
-from shoal.http2.stream import PREFIX_BYTES, Stream
+from shoal.http2.stream import GRANT_BYTES, PREFIX_BYTES, Stream, Windows
 
 MAX_UNREAD_BYTES: Final = limits.MIB
 _MESSAGE_HEAD: Final = struct.Struct(">BHBBIBI")  # a DATA frame's header and the gRPC prefix
-_GRANT_BYTES: Final = limits.H2_WINDOW_BYTES // 4
 Headers = Sequence[tuple[str, str]]
 
 
@@ -49,9 +48,7 @@ class Connection:
         self._streams: dict[int, Stream] = {}
         self._next_stream_id = 1
         self._last_remote_id = 0
-        self._send_window = frames.DEFAULT_WINDOW
-        self._receive_window = limits.H2_WINDOW_BYTES
-        self._consumed = 0
+        self._windows = Windows(frames.DEFAULT_WINDOW)
         self._peer_window = frames.DEFAULT_WINDOW
         self._peer_frame_bytes = frames.DEFAULT_FRAME_BYTES
         self._peer_streams = limits.MAX_H2_STREAMS
@@ -78,9 +75,8 @@ class Connection:
 
     def open(self, headers: Headers) -> int:
         """Start a stream; returns its id."""
-        assert self._is_client
         stream_id, self._next_stream_id = self._next_stream_id, self._next_stream_id + 2
-        self._streams[stream_id] = Stream(self._peer_window)
+        self._streams[stream_id] = Stream(Windows(self._peer_window))
         self._write_headers(stream_id, headers, 0)
         return stream_id
 
@@ -91,34 +87,57 @@ class Connection:
 
     def is_open(self, stream_id: int) -> bool:
         """Whether this end may still send on it."""
-        stream = self._streams.get(stream_id)
-        return stream is not None and stream.is_local_open and stream.ending is None
+        return stream_id in self._streams and self._streams[stream_id].may_send
 
     def send_message(self, stream_id: int, payload: bytes) -> None:
         """Send one gRPC message, or as much as the peer's windows allow; the rest follows.
 
         A stream that is gone: nothing happens. Raises Http2Error: the peer reads nothing at all.
         """
-        if not self.is_open(stream_id):
+        stream = self._streams.get(stream_id)
+        if stream is None or not stream.may_send:
             return
-        stream = self._streams[stream_id]
         self._flood.on_message(len(payload))
         length = len(payload)
         size = length + PREFIX_BYTES
-        room = min(self._send_window, stream.send_window, self._peer_frame_bytes)
+        room = self._room(stream)
         if size <= room and not stream.outbox:
-            head = frames.header(size, Kind.DATA, 0, stream_id)
-            self._output.append(b"".join((head, b"\0", length.to_bytes(4, "big"), payload)))
-            self._send_window -= size
-            stream.send_window -= size
+            head = _MESSAGE_HEAD.pack(size >> 16, size & 0xFFFF, 0, 0, stream_id, 0, length)
+            self._output.append(head + payload)
+            self._count_sent(stream, size)
             return
         # Only a node's answers can pile up so: what a coordinator sends is bounded by its credit.
         if self._num_queued >= limits.MAX_H2_QUEUED_FRAMES and not self._is_client:
-            raise self._broken(Code.ENHANCE_YOUR_CALM, "the peer does not read its answers")
+            self.go_away(Code.ENHANCE_YOUR_CALM, "the peer does not read its answers")
+            raise Http2Error(Code.ENHANCE_YOUR_CALM, "the peer does not read its answers")
         self._num_queued += 1
         self._unread_bytes += size
         stream.outbox.append(memoryview(b"\0" + length.to_bytes(4, "big") + payload))
         self._drain_outbox(stream_id, stream)
+
+    # What native code sends and receives beside this object, in whole messages of one frame.
+
+    def may_bypass(self, stream_id: int, num_bytes: int) -> bool:
+        """Whether a message of that many bytes may be sent, and others received, beside us now."""
+        stream = self._streams.get(stream_id)
+        if stream is None or not (stream.is_between_messages and stream.may_send):
+            return False
+        is_busy = (
+            self._output or self._buffer or stream.outbox or self._blocks.stream_id is not None
+        )
+        return not is_busy and num_bytes + PREFIX_BYTES <= self._room(stream)
+
+    def sent_beside(self, stream_id: int, num_bytes: int) -> None:
+        """Count a message that was sent so."""
+        self._count_sent(self._streams[stream_id], num_bytes + PREFIX_BYTES)
+
+    def received_beside(self, stream_id: int, num_bytes: int) -> None:
+        """Count a message that was received so."""
+        stream = self._streams[stream_id]
+        self._windows.take_in(num_bytes + PREFIX_BYTES)
+        stream.windows.take_in(num_bytes + PREFIX_BYTES)
+        self._flood.on_message(num_bytes)
+        self._grant(stream_id, stream)
 
     @property
     def has_unsent(self) -> bool:
@@ -127,8 +146,7 @@ class Connection:
 
     def num_unsent(self, stream_id: int) -> int:
         """Return how many messages have not wholly become output yet."""
-        stream = self._streams.get(stream_id)
-        return 0 if stream is None else len(stream.outbox)
+        return len(self._streams[stream_id].outbox) if stream_id in self._streams else 0
 
     def end(self, stream_id: int, trailers: Headers = ()) -> None:
         """End our half after what is queued, with trailers if there are any."""
@@ -176,18 +194,14 @@ class Connection:
         if kind or flags or is_compressed or (high << 16) | low != size:
             return None
         stream = self._streams.get(stream_id)
-        if stream is None or stream.partial or not (stream.has_headers and stream.is_remote_open):
-            return None
-        if self._blocks.stream_id is not None or stream.is_refused:
+        if stream is None or not stream.is_between_messages or self._blocks.stream_id is not None:
             return None
         if num_bytes != frames.HEADER_BYTES + size or size > self._max_whole_bytes:
             return None
-        if stream.consumed + size >= _GRANT_BYTES or self._consumed + size >= _GRANT_BYTES:
+        if max(stream.windows.consumed, self._windows.consumed) + size >= GRANT_BYTES:
             return None  # windows are to be given back, or run out
-        stream.receive_window -= size
-        stream.consumed += size
-        self._receive_window -= size
-        self._consumed += size
+        stream.windows.take_in(size)
+        self._windows.take_in(size)
         self._flood.on_message(length)
         return stream_id, memoryview(data)[_MESSAGE_HEAD.size :]
 
@@ -249,9 +263,8 @@ class Connection:
 
     def _on_data(self, stream_id: int, flags: int, body: memoryview, events: list[Event]) -> None:
         size = len(body)
-        self._receive_window -= size
-        self._consumed += size
-        if self._receive_window < 0:
+        self._windows.take_in(size)
+        if self._windows.receive < 0:
             raise Http2Error(Code.FLOW_CONTROL_ERROR, "more data than the connection's window")
         stream = self._streams.get(stream_id)
         if stream is None or not stream.is_remote_open:
@@ -261,9 +274,8 @@ class Connection:
             return
         if not stream.has_headers:
             raise Http2Error(Code.PROTOCOL_ERROR, "DATA before HEADERS")
-        stream.receive_window -= size
-        stream.consumed += size
-        if stream.receive_window < 0:
+        stream.windows.take_in(size)
+        if stream.windows.receive < 0:
             raise Http2Error(Code.FLOW_CONTROL_ERROR, "more data than the stream's window")
         if not size and not flags & frames.END_STREAM:
             self._flood.on_control("empty DATA")
@@ -328,10 +340,10 @@ class Connection:
             self._check_was_open(stream_id, "WINDOW_UPDATE")
             stream = self._streams.get(stream_id)
             if stream is not None:
-                stream.send_window = frames.grown(stream.send_window, increment)
+                stream.windows.send = frames.grown(stream.windows.send, increment)
                 self._drain_outbox(stream_id, stream)
             return
-        self._send_window = frames.grown(self._send_window, increment)
+        self._windows.send = frames.grown(self._windows.send, increment)
         self._drain_all()
 
     def _on_ping(self, stream_id: int, flags: int, body: memoryview, events: list[Event]) -> None:
@@ -356,7 +368,7 @@ class Connection:
             elif name == Setting.INITIAL_WINDOW_SIZE:
                 change, self._peer_window = value - self._peer_window, value
                 for stream in self._streams.values():
-                    stream.send_window = frames.grown(stream.send_window, change)
+                    stream.windows.send = frames.grown(stream.windows.send, change)
         self._output.append(frames.pack(Kind.SETTINGS, frames.ACK, 0))
         self._drain_all()
 
@@ -407,7 +419,7 @@ class Connection:
             body = int(Code.REFUSED_STREAM).to_bytes(4, "big")
             self._output.append(frames.pack(Kind.RST_STREAM, 0, stream_id, body))
             return None
-        stream = self._streams[stream_id] = Stream(self._peer_window)
+        stream = self._streams[stream_id] = Stream(Windows(self._peer_window))
         return stream
 
     def _check_was_open(self, stream_id: int, what: str) -> None:
@@ -437,14 +449,12 @@ class Connection:
     def _drain_outbox(self, stream_id: int, stream: Stream) -> None:
         while stream.outbox:
             message = stream.outbox[0]
-            room = min(self._send_window, stream.send_window, self._peer_frame_bytes)
-            size = min(len(message), room)
+            size = min(len(message), self._room(stream))
             if size <= 0:
                 return
             self._output.append(frames.header(size, Kind.DATA, 0, stream_id))
             self._output.append(bytes(message[:size]))
-            self._send_window -= size
-            stream.send_window -= size
+            self._count_sent(stream, size)
             self._unread_bytes -= size
             if size == len(message):
                 stream.outbox.popleft()
@@ -462,14 +472,17 @@ class Connection:
     def _grant(self, stream_id: int, stream: Stream | None) -> None:
         if self._unread_bytes > MAX_UNREAD_BYTES and not self._is_client:
             return  # a client must read before it asks for more; both waiting would be for ever
-        if self._consumed >= _GRANT_BYTES:
-            self._output.append(frames.window_update(0, self._consumed))
-            self._receive_window += self._consumed
-            self._consumed = 0
-        if stream is not None and stream.is_remote_open and stream.consumed >= _GRANT_BYTES:
-            self._output.append(frames.window_update(stream_id, stream.consumed))
-            stream.receive_window += stream.consumed
-            stream.consumed = 0
+        if granted := self._windows.give_back():
+            self._output.append(frames.window_update(0, granted))
+        if stream is not None and stream.is_remote_open and (granted := stream.windows.give_back()):
+            self._output.append(frames.window_update(stream_id, granted))
+
+    def _room(self, stream: Stream) -> int:
+        return min(self._windows.send, stream.windows.send, self._peer_frame_bytes)
+
+    def _count_sent(self, stream: Stream, num_bytes: int) -> None:
+        self._windows.send -= num_bytes
+        stream.windows.send -= num_bytes
 
     def _forget(self, stream_id: int) -> bool:
         stream = self._streams.pop(stream_id, None)
@@ -479,16 +492,13 @@ class Connection:
         self._unread_bytes -= sum(map(len, stream.outbox))
         return True
 
-    def _broken(self, code: Code, why: str) -> Http2Error:
-        self.go_away(code, why)
-        return Http2Error(code, why)
-
     def check_integrity(self) -> None:
         """Assert what holds between calls."""
         queued = [message for stream in self._streams.values() for message in stream.outbox]
         assert self._num_queued == len(queued)
         assert self._unread_bytes == sum(map(len, queued))
-        assert self._receive_window + self._consumed == limits.H2_WINDOW_BYTES
+        assert self._windows.receive + self._windows.consumed == limits.H2_WINDOW_BYTES
         for stream_id, stream in self._streams.items():
             assert stream.is_local_open or stream.is_remote_open, f"stream {stream_id} is over"
-            assert stream.receive_window + stream.consumed == limits.H2_WINDOW_BYTES
+            windows = stream.windows
+            assert windows.receive + windows.consumed == limits.H2_WINDOW_BYTES

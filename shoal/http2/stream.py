@@ -9,6 +9,32 @@ from shoal import limits
 from shoal.http2.events import MessageReceived, MessageRefused
 
 PREFIX_BYTES: Final = 5  # of a gRPC message: compressed or not, length
+GRANT_BYTES: Final = limits.H2_WINDOW_BYTES // 4  # so much is given back at once
+
+
+@dataclass(slots=True)
+class Windows:
+    """What may be sent and received, on a stream or on all of them together.
+
+    consumed: received, and not given back yet.
+    """
+
+    send: int
+    receive: int = limits.H2_WINDOW_BYTES
+    consumed: int = 0
+
+    def take_in(self, num_bytes: int) -> None:
+        """Count what was received; `receive` below zero: it was more than allowed."""
+        self.receive -= num_bytes
+        self.consumed += num_bytes
+
+    def give_back(self) -> int:
+        """Return by how much the peer's window may grow now, 0: not yet."""
+        if self.consumed < GRANT_BYTES:
+            return 0
+        granted, self.consumed = self.consumed, 0
+        self.receive += granted
+        return granted
 
 
 @dataclass(slots=True)
@@ -19,9 +45,7 @@ class Stream:
     is_refused: what it still sends is thrown away.
     """
 
-    send_window: int
-    receive_window: int = limits.H2_WINDOW_BYTES
-    consumed: int = 0
+    windows: Windows
     partial: bytearray = field(default_factory=bytearray)
     outbox: deque[memoryview] = field(default_factory=deque)
     ending: bytes | None = None
@@ -29,6 +53,17 @@ class Stream:
     is_refused: bool = False
     is_local_open: bool = True
     is_remote_open: bool = True
+
+    @property
+    def may_send(self) -> bool:
+        """Whether our half is open, and not about to end."""
+        return self.is_local_open and self.ending is None
+
+    @property
+    def is_between_messages(self) -> bool:
+        """Whether a message may begin now."""
+        is_open = self.has_headers and self.is_remote_open
+        return is_open and not (self.partial or self.is_refused)
 
     def assemble(
         self, stream_id: int, body: memoryview, max_message_bytes: int

@@ -108,7 +108,9 @@ def test_what_is_asked_at_once_takes_one_round_trip(
             proxy.forecast = steady(FAIR, SHUT)
             before = proxy.num_carried(Direction.UP)
             pending = [dispatch.start(*question) for question in questions]
-            sizes = [len(call.frame) for one in pending for call in fanout_of(one).calls]
+            sizes = [
+                len(call.frame(call.call_id)) for one in pending for call in fanout_of(one).calls
+            ]
             proxy.wait_carried(Direction.UP, before + sum(sizes), WAIT_S)
             proxy.forecast = steady(SHUT, FAIR)
             assert [one.wait().tobytes() for one in pending] == wanted

@@ -42,6 +42,7 @@ from coordinator.dispatch_events import (
 )
 from coordinator.node_health import MIN_SAMPLES, SILENT_S
 from shoal import errors
+from support.simulated_ahead import SimAhead
 from support.simulated_node import SimNode
 
 TICK_S = 0.005
@@ -94,6 +95,7 @@ class World:
         self._ids = itertools.count(1)
         self._fanout_ids = itertools.count(1)
         self.num_events = 0
+        self.ahead = SimAhead(self)
 
     def _topology(self, count: int) -> list[tuple[int, ...]]:
         groups = []
@@ -146,6 +148,8 @@ class World:
 
     def feed(self, event: Event) -> None:
         self.num_events += 1
+        if self.ahead.takes(event):
+            return
         commands = self.core.on(event)
         if self.num_events % 8 == 0:
             self.core.check_integrity()
@@ -168,8 +172,10 @@ class World:
             self.calls[call.call_id] = (fanout_id, call)
             calls.append(call)
         self.unanswered[fanout_id] = {call.call_id for call in calls}
-        self.feed(FanoutStarted(fanout_id, tuple(calls), self.now_s))
+        if not self.ahead.starts(fanout_id, calls):
+            self.feed(FanoutStarted(fanout_id, tuple(calls), self.now_s))
         if self.random.random() < 0.02 and fanout_id not in self.ended:
+            self.ahead.end()
             self.end(fanout_id, "abandoned")
             self.feed(FanoutAbandoned(fanout_id))
 

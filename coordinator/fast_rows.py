@@ -1,0 +1,219 @@
+"""Fan-outs of a single row that run ahead of the dispatch core, on the transport `fast`.
+
+Whoever starts one leads until it has its replies, or until it is *adopted*: made a fan-out like any
+other, because its time is over, its node is lost, another fan-out starts, or a node says anything
+but a reply.
+"""
+
+import socket
+import sys
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.call_split import RowSplit
+from coordinator.calls_in_flight import Asked, NodeNews, OutgoingCall, closed
+from coordinator.dispatch_events import Lane
+from coordinator.fast_lane import FastLane
+from coordinator.fast_wires import IDLE_TICK_S, FastWires
+from coordinator.node_client import Patience
+from coordinator.node_keeper import NodeKeeper
+from coordinator.row_fanout import News, RowFanout
+from shoal import errors, wire
+from shoal.ops.fanout import Stop
+from shoal.ops.frames import ReplyView
+
+IS_POSSIBLE = sys.byteorder == "little"  # as the wire: native code writes what lies in memory
+SPARE_ROOM_BYTES = 1024  # of a lane's buffer, for what a node sends before a reply
+
+
+class FastRows(FastWires):
+    """See the module."""
+
+    def __init__(self, keeper: NodeKeeper, patience: Patience) -> None:
+        super().__init__(keeper, patience)
+        self._row: RowFanout | None = None  # that runs ahead
+        self._is_collecting = False  # without the lock
+        self._is_adoption_due = False  # by whoever collects
+        self._unburied: list[socket.socket] = []  # closed while they were read from
+        self._row_buffer = np.empty(0, np.uint8)
+
+    def start_row(
+        self, asked: Asked, calls: list[OutgoingCall], split: RowSplit
+    ) -> RowFanout | None:
+        """Send a fan-out of one row, if it may run ahead; else do nothing and return None.
+
+        Args: calls: one for each group of the split. To be waited for, or abandoned.
+        """
+        with self._lock:
+            if not IS_POSSIBLE or not self._is_open or self._is_led or self._row is not None:
+                return None
+            now_s = time.monotonic()
+            lead = self._in_flight.run_ahead(calls, now_s)
+            if lead is None:
+                return None
+            nodes = list(dict.fromkeys(lead.nodes))
+            lanes = [self._lanes[node, Lane.INTERACTIVE] for node in nodes]
+            num_bytes = sum(call.num_bytes for call in calls)
+            if not all(lane.may_bypass(num_bytes) for lane in lanes):
+                return None
+            row = RowFanout(
+                asked,
+                calls,
+                lead,
+                lanes,
+                nodes,
+                [nodes.index(node) for node in lead.nodes],
+                np.zeros((1, asked.rows.dim), np.int64),
+                self._buffer_for(len(lanes), asked.rows.dim),
+                now_s,
+            )
+            self._row, self._is_led = row, True
+            self._send_row(row, split)
+        return row
+
+    def wait_row(self, row: RowFanout) -> None:
+        """Return once its sums are whole. Raises what `wait` does."""
+        news: list[News] = []
+        while row.unanswered and row.adopted is None:
+            with self._lock:
+                if self._row is not row:
+                    break  # adopted meanwhile
+                others = self._others(row)
+                self._is_collecting = True
+            began_s = time.monotonic()
+            try:
+                row.collect(others, news)
+            finally:  # a signal may have raised, after replies were added
+                with self._lock:
+                    self._is_collecting = False
+                    self._take_news(row, news, began_s)
+        if row.adopted is not None:
+            self.wait(row.adopted)
+        elif row.fault is not None:
+            raise row.fault
+
+    def abandon_row(self, row: RowFanout) -> None:
+        """Take its calls back (see `abandon`)."""
+        with self._lock:
+            if self._row is row:
+                self._adopt_row()
+            if row.adopted is not None:
+                self._in_flight.abandon(row.adopted)
+                self._flush_dirty()
+
+    # Under the lock.
+
+    def _buffer_for(self, num_lanes: int, dim: int) -> NDArray[np.uint8]:
+        room = wire.ENVELOPE_BYTES + wire.reply_row_bytes(dim) + SPARE_ROOM_BYTES
+        if self._row_buffer.size < num_lanes * room:
+            self._row_buffer = np.empty(num_lanes * room, np.uint8)
+        return self._row_buffer
+
+    def _send_row(self, row: RowFanout, split: RowSplit) -> None:
+        lane, error = row.send(split)
+        for node, sent_on in zip(row.nodes, row.lanes, strict=True):
+            if sent_on.has_unwritten:
+                self._dirty.add((node, Lane.INTERACTIVE))
+        if lane >= 0:
+            self._lose(row.nodes[lane], row.lanes[lane].ended(error))
+        elif self._dirty:
+            self._adopt_row()
+            self._flush_dirty()
+
+    def _others(self, row: RowFanout) -> list[int]:
+        mine = {lane.fileno() for lane in row.lanes}
+        return [fd for fd in self._lane_of_fd if fd not in mine] + [self._woken.fileno()]
+
+    def _take_news(self, row: RowFanout, news: list[News], began_s: float) -> None:
+        self._bury()
+        num_ended = self._in_flight.num_ended
+        while news:
+            why, lane, error, replies, unread = news.pop()
+            for reply in replies:
+                row.take(reply, began_s)
+            now_s = time.monotonic()
+            for index, begin, end in unread:
+                self._take_unread(row, index, row.buffer[begin:end], now_s)
+            if why == Stop.BROKEN and row.lanes[lane] is self._lanes.get(
+                (row.nodes[lane], Lane.INTERACTIVE)
+            ):
+                self._lose(row.nodes[lane], row.lanes[lane].ended(error))
+            elif why == Stop.OTHERS:
+                self._turn(0)
+            if row.unanswered and (now_s >= row.lead.until_s or self._is_adoption_due):
+                self._adopt_row()
+            for node in row.nodes:
+                self._note_output((node, Lane.INTERACTIVE))
+            self._flush_dirty()
+        if self._row is row and not row.unanswered:
+            self._finish_row(row)
+        if self._num_following and num_ended != self._in_flight.num_ended:
+            self._led.notify_all()
+
+    def _take_unread(
+        self, row: RowFanout, index: int, data: NDArray[np.uint8], now_s: float
+    ) -> None:
+        node, lane = row.nodes[index], row.lanes[index]
+        if lane is self._lanes.get((node, Lane.INTERACTIVE)):
+            self._feed(node, Lane.INTERACTIVE, lane.take(data.data, now_s), now_s)
+
+    def _finish_row(self, row: RowFanout) -> None:
+        self._row, self._is_adoption_due = None, False
+        self._in_flight.ran_ahead(row.answered, row.sent_s)
+        self._give_up_the_lead()
+        now_s = row.answered[-1].reply.now_s
+        if now_s - self._kept_alive_s >= IDLE_TICK_S:
+            self._tick(now_s)
+
+    def _adopt_row(self) -> None:
+        """Make the row that runs ahead, if there is one, a fan-out like any other."""
+        row = self._row
+        if row is None:
+            return
+        if not row.unanswered:
+            self._finish_row(row)
+            return
+        if self._is_collecting:
+            self._is_adoption_due = True  # what it has collected is not known yet
+            self._wake_leader()
+            return
+        self._row, self._is_adoption_due = None, False
+        self._in_flight.ran_ahead(row.answered, row.sent_s)
+        fanout, nodes = row.rest()
+        if self._is_open:
+            self._in_flight.adopt(fanout, nodes, row.sent_s, time.monotonic())
+        else:
+            fanout.end(closed())
+        self._give_up_the_lead()
+
+    def _give_up_the_lead(self) -> None:
+        self._is_led = False
+        if self._num_following:
+            self._led.notify_all()
+        self._find_a_leader()
+
+    def _take_frame(self, node: int, frame: NodeNews, num_bytes: int, now_s: float) -> None:
+        row = self._row
+        if row is not None:
+            if not isinstance(frame, ReplyView):
+                self._adopt_row()
+            elif row.takes(node, frame, num_bytes, now_s):
+                return
+        super()._take_frame(node, frame, num_bytes, now_s)
+
+    def _close_lanes(self, node: int, why: errors.NodeError | None) -> None:
+        if self._row is not None and node in self._row.nodes:
+            self._adopt_row()
+        super()._close_lanes(node, why)
+
+    def _close_lane(self, lane: FastLane) -> None:
+        is_read = self._is_collecting and self._row is not None and lane in self._row.lanes
+        closing = lane.close(is_read=is_read)
+        if closing is not None:
+            self._unburied.append(closing)
+
+    def _bury(self) -> None:
+        while self._unburied:
+            self._unburied.pop().close()

@@ -1,0 +1,202 @@
+// Writing and reading a row's frames on sockets: see the header.
+#include "wire_fanout.h"
+
+#include <poll.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+
+#include "wire_reply.h"
+
+namespace shoal {
+namespace {
+
+constexpr size_t kFrameHeader = 9, kMessagePrefix = 5, kHead = kFrameHeader + kMessagePrefix;
+
+#ifdef MSG_NOSIGNAL
+constexpr int kSendFlags = MSG_DONTWAIT | MSG_NOSIGNAL;
+#else
+constexpr int kSendFlags = MSG_DONTWAIT;  // Python ignores SIGPIPE
+#endif
+
+void put_big_endian(uint8_t* out, uint64_t value, int num_bytes) {
+  for (int i = 0; i < num_bytes; ++i) out[i] = uint8_t(value >> (8 * (num_bytes - 1 - i)));
+}
+
+uint32_t big_endian(const uint8_t* data, int num_bytes) {
+  uint32_t value = 0;
+  for (int i = 0; i < num_bytes; ++i) value = value << 8 | data[i];
+  return value;
+}
+
+enum class Found { kMessage, kPart, kOther };
+
+// What `data` begins with: a DATA frame with one whole message of that stream, what may become one
+// within `room` bytes, or anything else.
+Found find_message(const uint8_t* data, size_t size, uint32_t stream_id, size_t room,
+                   ByteSpan& message) {
+  if (size < kFrameHeader) return Found::kPart;
+  const size_t body = big_endian(data, 3);
+  const bool is_plain_data = data[3] == 0 && data[4] == 0;
+  if (!is_plain_data || (big_endian(data + 5, 4) & 0x7fffffff) != stream_id) return Found::kOther;
+  if (body < kMessagePrefix || kFrameHeader + body > room) return Found::kOther;
+  if (size < kFrameHeader + body) return Found::kPart;
+  if (data[9] != 0 || big_endian(data + 10, 4) != body - kMessagePrefix) return Found::kOther;
+  message = {data + kHead, body - kMessagePrefix};
+  return Found::kMessage;
+}
+
+// A lane's bytes that have come and are not used.
+struct Pending {
+  uint8_t* data;
+  size_t room, begin = 0, end = 0;
+
+  // Makes room behind them.
+  void settle() {
+    if (begin != 0 && begin != end) std::memmove(data, data + begin, end - begin);
+    end -= begin;
+    begin = 0;
+  }
+};
+
+// Takes the replies that a lane's bytes begin with; false: what follows is something else.
+bool take_replies(Pending& pending, const Awaited& lane, int lane_index,
+                  std::vector<OpenCall>& calls, const RowSums& into, double after_s,
+                  std::vector<Collected>& collected) {
+  while (pending.begin < pending.end) {
+    ByteSpan message;
+    const uint8_t* data = pending.data + pending.begin;
+    const Found found =
+        find_message(data, pending.end - pending.begin, lane.stream_id, pending.room, message);
+    if (found == Found::kPart) return true;
+    ReplyFound reply;
+    if (found == Found::kOther || !find_reply(message, reply)) return false;
+    const auto call = std::find_if(calls.begin(), calls.end(), [&](const OpenCall& open) {
+      return open.call_id == reply.head.call_id && open.lane == lane_index;
+    });
+    const int32_t row = 0;
+    if (call == calls.end() ||
+        !add_reply(reply, into.grid, into.takes_bf16, &row, 1, into.sums, 1, into.dim))
+      return false;
+    calls.erase(call);
+    const ReplyHead& head = reply.head;
+    collected.push_back({head.call_id, lane_index, head.queue_us, head.compute_us, head.load_us,
+                         message.size, after_s});
+    pending.begin += kHead + message.size;
+  }
+  return true;
+}
+
+// Reads what a lane has; kDone: go on.
+Stop read_lane(Pending& pending, const Awaited& lane, int lane_index, std::vector<OpenCall>& calls,
+               const RowSums& into, double after_s, std::vector<Collected>& collected, int& error) {
+  pending.settle();
+  const ssize_t n =
+      recv(lane.fd, pending.data + pending.end, pending.room - pending.end, MSG_DONTWAIT);
+  if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)) return Stop::kDone;
+  if (n <= 0) {
+    error = n < 0 ? errno : 0;
+    return Stop::kBroken;
+  }
+  pending.end += size_t(n);
+  return take_replies(pending, lane, lane_index, calls, into, after_s, collected) ? Stop::kDone
+                                                                                  : Stop::kUnread;
+}
+
+}  // namespace
+
+std::vector<RowPart> split_row(const int32_t* experts, const float* weights, int64_t num_experts,
+                               const int32_t* owners, int32_t* grouped, float* grouped_weights) {
+  std::vector<RowPart> parts;
+  for (int64_t i = 0; i < num_experts; ++i) {
+    const int32_t slot = owners[experts[i]];
+    auto part = std::find_if(parts.begin(), parts.end(),
+                             [slot](const RowPart& known) { return known.slot == slot; });
+    if (part == parts.end()) part = parts.insert(part, RowPart{slot, 0, 0});
+    ++part->end;  // counted first
+  }
+  std::sort(parts.begin(), parts.end(), [](const RowPart& a, const RowPart& b) {
+    return a.end != b.end ? a.end > b.end : a.slot < b.slot;
+  });
+  int32_t next = 0;
+  for (RowPart& part : parts) {
+    part.begin = next;
+    for (int64_t i = 0; i < num_experts; ++i) {
+      if (owners[experts[i]] != part.slot) continue;
+      grouped[next] = experts[i];
+      grouped_weights[next++] = weights[i];
+    }
+    part.end = next;
+  }
+  return parts;
+}
+
+size_t data_frame_size(const CallArrays& call) { return kHead + call_frame_size(call); }
+
+void write_data_frame(const CallArrays& call, uint32_t stream_id, uint8_t* out) {
+  const size_t length = call_frame_size(call);
+  put_big_endian(out, length + kMessagePrefix, 3);
+  out[3] = out[4] = 0;  // DATA, no flags
+  put_big_endian(out + 5, stream_id, 4);
+  out[9] = 0;  // not compressed
+  put_big_endian(out + 10, length, 4);
+  write_call_frame(call, out + kHead);
+}
+
+Sent send_all(int fd, const uint8_t* data, size_t size) {
+  Sent sent;
+  sent.size = size;
+  size_t at = 0;
+  while (at < size) {
+    const ssize_t n = send(fd, data + at, size - at, kSendFlags);
+    if (n >= 0) {
+      at += size_t(n);
+    } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
+      sent.rest.assign(reinterpret_cast<const char*>(data + at), size - at);
+      break;
+    } else if (errno != EINTR) {
+      sent.error = errno;
+      break;
+    }
+  }
+  return sent;
+}
+
+CollectEnd collect(const std::vector<Awaited>& lanes, const std::vector<int>& others,
+                   std::vector<OpenCall>& calls, const RowSums& into, uint8_t* buffer, size_t room,
+                   double patience_s, std::vector<Collected>& collected) {
+  using Clock = std::chrono::steady_clock;
+  const auto began = Clock::now();
+  const auto elapsed_s = [&] {
+    return std::chrono::duration<double>(Clock::now() - began).count();
+  };
+  std::vector<pollfd> watched;
+  std::vector<Pending> pending;
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    watched.push_back({lanes[i].fd, POLLIN, 0});
+    pending.push_back({buffer + i * room, room});
+  }
+  for (int fd : others) watched.push_back({fd, POLLIN, 0});
+  CollectEnd end;
+  while (!calls.empty() && end.stop == Stop::kDone) {
+    const double left_s = patience_s - elapsed_s();
+    const int ready =
+        left_s <= 0 ? 0
+                    : poll(watched.data(), nfds_t(watched.size()), int(std::ceil(left_s * 1e3)));
+    if (ready <= 0) end.stop = Stop::kTime;  // a signal: Python looks after it
+    for (size_t i = 0; ready > 0 && i < watched.size() && end.stop == Stop::kDone; ++i) {
+      if (watched[i].revents == 0) continue;
+      end.lane = int(i);
+      end.stop = i >= lanes.size() ? Stop::kOthers
+                                   : read_lane(pending[i], lanes[i], int(i), calls, into,
+                                               elapsed_s(), collected, end.error);
+    }
+  }
+  for (const Pending& one : pending) end.unread.emplace_back(one.begin, one.end);
+  return end;
+}
+
+}  // namespace shoal
