@@ -38,7 +38,8 @@ from bench.measure import ROOT, Row, save, show
 from client.node_process import NodeProcess, stop_all
 from coordinator.dispatch_stats import percentile
 from coordinator.node_health import NodeHealth
-from coordinator.remote_dispatch import RemoteDispatch, _RemoteSums, open_remote_dispatch
+from coordinator.remote_dispatch import RemoteDispatch, open_remote_dispatch
+from coordinator.remote_sums import RemoteSums
 from shoal import ops
 from shoal.artifact import Artifact
 from shoal.transport import Transport
@@ -148,7 +149,7 @@ class Setup:
         pending = self.dispatch.start(0, self._rows, plan)
         after()
         pending.wait()
-        assert isinstance(pending, _RemoteSums) and pending._fanout is not None
+        assert isinstance(pending, RemoteSums) and pending._fanout is not None
         return len(pending._fanout.retries)
 
     def token(self) -> float:

@@ -27,6 +27,7 @@ from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import Terms
 from coordinator.node_link import KEEPALIVE, Greeting, Keepalive
 from coordinator.placement import Placement
+from coordinator.remote_sums import RemoteSums, RowSums
 from coordinator.row_fanout import RowFanout
 from coordinator.tls import settle_transport
 from shoal import __version__, errors, limits, numerics, shard_map, wire
@@ -275,11 +276,11 @@ class RemoteDispatch:
         if split is not None and local is None:
             row = self._client.start_row(asked, calls, split)
             if row is not None:
-                return _RowSums(self, route, plan, row, started_s)
+                return RowSums(self, route, plan, row, started_s)
         remote: Fanout | None = None
         if calls:
             remote = self._client.submit(calls, np.zeros((rows.num_rows, rows.dim), np.int64))
-        return _RemoteSums(self, route, (layer, rows, plan), local, remote, started_s)
+        return RemoteSums(self, route, (layer, rows, plan), local, remote, started_s)
 
     def hint(self, layer: int, plan: RoutingPlan) -> None:
         """Tell nodes that read experts ahead that a pass to come will likely be routed like this.
@@ -398,85 +399,6 @@ class RemoteDispatch:
 
     def abandon(self, fanout: Fanout) -> None:
         self._client.abandon(fanout)
-
-
-class _RemoteSums:
-    def __init__(
-        self,
-        dispatch: RemoteDispatch,
-        route: Route,
-        asked: tuple[int, Rows, RoutingPlan],
-        local: Part | None,
-        fanout: Fanout | None,
-        started_s: float,
-    ) -> None:
-        self._dispatch, self._route, self._asked = dispatch, route, asked
-        self._local, self._fanout, self._started_s = local, fanout, started_s
-
-    def wait(self) -> NDArray[np.int64]:
-        dispatch, fanout = self._dispatch, self._fanout
-        layer, rows, _ = self._asked
-        compute_s = 0.0
-        try:
-            sums: NDArray[np.int64] | None = None
-            if self._local is not None:
-                began_s = time.perf_counter()
-                sums = dispatch.compute_local(layer, rows, self._local)
-                compute_s = time.perf_counter() - began_s
-            if fanout is not None:
-                remote = dispatch.finish(fanout)
-                if sums is None:
-                    sums = remote
-                else:
-                    sums += remote  # integers: exact in any order
-            assert sums is not None, "nobody was asked"
-        except BaseException as error:
-            if fanout is not None:
-                dispatch.abandon(fanout)
-            if isinstance(error, errors.NodeError) and dispatch.route is not self._route:
-                # By a map that holds no more: the layer is asked for again, by the new one.
-                return dispatch.start(*self._asked).wait()
-            raise
-        bytes_up = bytes_down = 0
-        if fanout is not None:
-            bytes_up, bytes_down = fanout.bytes_up, fanout.bytes_down
-            compute_s = max(compute_s, max(fanout.compute_us.values()) * 1e-6)
-        elapsed_s = time.perf_counter() - self._started_s
-        dispatch.stats.record(elapsed_s, compute_s, bytes_up, bytes_down)
-        return sums
-
-    def abandon(self) -> None:
-        if self._fanout is not None:
-            self._dispatch.abandon(self._fanout)
-
-
-class _RowSums:
-    """Of one row, whose fan-out runs ahead."""
-
-    def __init__(
-        self,
-        dispatch: RemoteDispatch,
-        route: Route,
-        plan: RoutingPlan,
-        row: RowFanout,
-        started_s: float,
-    ) -> None:
-        self._dispatch, self._route, self._plan = dispatch, route, plan
-        self._row, self._started_s = row, started_s
-
-    def wait(self) -> NDArray[np.int64]:
-        dispatch = self._dispatch
-        try:
-            return dispatch.finish_row(self._row, self._started_s)
-        except BaseException as error:
-            dispatch.abandon_row(self._row)
-            if isinstance(error, errors.NodeError) and dispatch.route is not self._route:
-                asked = self._row.asked  # again, by the new map
-                return dispatch.start(asked.layer, asked.rows, self._plan).wait()
-            raise
-
-    def abandon(self) -> None:
-        self._dispatch.abandon_row(self._row)
 
 
 def _expert_us(artifact: Artifact, layer: int) -> float:

@@ -17,7 +17,8 @@ from coordinator.calls_in_flight import Fanout
 from coordinator.dispatch_events import Lane
 from coordinator.expert_dispatch import PendingSums, call_of_plan
 from coordinator.node_link import EXECUTE, Greeting, Keepalive
-from coordinator.remote_dispatch import _RemoteSums, open_remote_dispatch
+from coordinator.remote_dispatch import open_remote_dispatch
+from coordinator.remote_sums import RemoteSums
 from shoal import numerics, ops, wire
 from shoal.artifact import Artifact
 from shoal.http2 import frames, grpc_headers
@@ -123,7 +124,7 @@ def test_what_is_asked_at_once_takes_one_round_trip(
 
 
 def fanout_of(pending: PendingSums) -> Fanout:
-    assert isinstance(pending, _RemoteSums) and pending._fanout is not None
+    assert isinstance(pending, RemoteSums) and pending._fanout is not None
     return pending._fanout
 
 
