@@ -333,3 +333,18 @@ class ExpertTable:
     @property
     def num_hits(self) -> int:
         """Experts that calls visited, each once a call."""
+
+def split_row(experts: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], owners: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], grouped: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')], grouped_weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')]) -> list[tuple[int, int, int]]:
+    """
+    Group a row's experts by owner; return (owner, begin, end) of each group.
+    """
+
+def send_row(targets: Sequence[tuple[int, int, int, int, int]], layer: int, deadline_ms: int, scheme: int, dim: int, reply_format: int, values: numpy.ndarray, scales: numpy.ndarray, experts: numpy.ndarray, weights: numpy.ndarray) -> list[tuple[int, int, bytes]]:
+    """
+    Send a call to each (fd, stream, call id, first pair, end of pairs); return (bytes, errno, bytes that the socket did not take) of each.
+    """
+
+def collect_row(lanes: Sequence[tuple[int, int]], others: Sequence[int], calls: Sequence[tuple[int, int]], grid: int, takes_bf16: bool, sums: numpy.ndarray, buffer: numpy.ndarray, patience_s: float, news: list[tuple[int, int, int, list[tuple[int, int, float, int, int, int, int]], list[tuple[int, int, int]]]]) -> None:
+    """
+    Add the replies to these (call id, lane) to `sums` as they come. Appended to `news`, so that no signal comes between: why it stopped, lane, errno, (call id, lane, seconds, queue_us, compute_us, load_us, bytes) of each reply, (lane, begin, end) of what lies unread in the buffer.
+    """
