@@ -58,10 +58,9 @@ class Replied:
 
 @dataclass(slots=True)
 class Answered:
-    """A call of a fan-out that ran ahead. wait_s: see `Attempt`."""
+    """A call of a fan-out that ran ahead."""
 
     call: NewCall
-    wait_s: float
     reply: Replied
 
 

@@ -49,6 +49,7 @@ class FastClient(FastRows):
         """Call these nodes no more (see ExpertClient)."""
         self._loop.call_soon_threadsafe(self._keeper.retire, nodes)
         with self._lock:
+            self._catch_up()
             for node in nodes:
                 self._in_flight.on(NodeRetired(node, retired(self._keeper.names[node])))
             self._flush_dirty()
@@ -70,12 +71,14 @@ class FastClient(FastRows):
     def hint(self, hints: Sequence[Hint]) -> None:
         """Send hints (see ExpertClient)."""
         with self._lock:
+            self._catch_up()
             self._in_flight.hint(hints, self._keeper.wants_hints, time.monotonic())
             self._flush_dirty()
 
     def abandon(self, fanout: Fanout) -> None:
         """Take a fan-out's calls back (see ExpertClient)."""
         with self._lock:
+            self._catch_up()
             self._in_flight.abandon(fanout)
             self._flush_dirty()
 
@@ -135,6 +138,7 @@ class FastClient(FastRows):
     def opened(self, event: NodeOpened) -> None:
         """Call a node from now on (see LaneOpener)."""
         with self._lock:
+            self._catch_up()
             self._ends[event.node] = self._loop.create_future()
             self._in_flight.on(event)
             self._flush_dirty()
@@ -147,6 +151,7 @@ class FastClient(FastRows):
     def absent(self, event: NodeAbsent) -> None:
         """Hear that a node cannot be met (see LaneOpener)."""
         with self._lock:
+            self._catch_up()
             self._in_flight.on(event)
             self._flush_dirty()
             self._wake_leader()

@@ -38,6 +38,7 @@ class FastRows(FastWires):
         self._is_adoption_due = False  # by whoever collects
         self._unburied: list[socket.socket] = []  # closed while they were read from
         self._row_buffer = np.empty(0, np.uint8)
+        self._late: tuple[RowFanout, News, float] | None = None  # nobody was told of yet
 
     def start_row(
         self, asked: Asked, calls: list[OutgoingCall], split: RowSplit
@@ -53,24 +54,21 @@ class FastRows(FastWires):
             lead = self._in_flight.run_ahead(calls, now_s)
             if lead is None:
                 return None
-            nodes = list(dict.fromkeys(lead.nodes))
-            lanes = [self._lanes[node, Lane.INTERACTIVE] for node in nodes]
-            num_bytes = sum(call.num_bytes for call in calls)
-            if not all(lane.may_bypass(num_bytes) for lane in lanes):
-                return None
+            lanes = [self._lanes[node, Lane.INTERACTIVE] for node in lead.nodes]
+            if not all(lane.may_bypass(calls[0].num_bytes) for lane in lanes):
+                return None  # the first call is the largest
             row = RowFanout(
                 asked,
                 calls,
                 lead,
                 lanes,
-                nodes,
-                [nodes.index(node) for node in lead.nodes],
                 np.zeros((1, asked.rows.dim), np.int64),
                 self._buffer_for(len(lanes), asked.rows.dim),
                 now_s,
             )
             self._row, self._is_led = row, True
             self._send_row(row, split)
+            self._catch_up()  # while nodes compute
         return row
 
     def wait_row(self, row: RowFanout) -> None:
@@ -113,11 +111,11 @@ class FastRows(FastWires):
 
     def _send_row(self, row: RowFanout, split: RowSplit) -> None:
         lane, error = row.send(split)
-        for node, sent_on in zip(row.nodes, row.lanes, strict=True):
+        for node, sent_on in zip(row.lead.nodes, row.lanes, strict=True):
             if sent_on.has_unwritten:
                 self._dirty.add((node, Lane.INTERACTIVE))
         if lane >= 0:
-            self._lose(row.nodes[lane], row.lanes[lane].ended(error))
+            self._lose(row.lead.nodes[lane], row.lanes[lane].ended(error))
         elif self._dirty:
             self._adopt_row()
             self._flush_dirty()
@@ -127,6 +125,11 @@ class FastRows(FastWires):
         return [fd for fd in self._lane_of_fd if fd not in mine] + [self._woken.fileno()]
 
     def _take_news(self, row: RowFanout, news: list[News], began_s: float) -> None:
+        if news and row.is_done_by(news[0]) and self._row is row:
+            # All as hoped: who waits gets the sums, the core is told when it does not matter.
+            self._late = row, news.pop(), began_s
+            self._let_go()
+            return
         self._bury()
         num_ended = self._in_flight.num_ended
         while news:
@@ -137,14 +140,14 @@ class FastRows(FastWires):
             for index, begin, end in unread:
                 self._take_unread(row, index, row.buffer[begin:end], now_s)
             if why == Stop.BROKEN and row.lanes[lane] is self._lanes.get(
-                (row.nodes[lane], Lane.INTERACTIVE)
+                (row.lead.nodes[lane], Lane.INTERACTIVE)
             ):
-                self._lose(row.nodes[lane], row.lanes[lane].ended(error))
+                self._lose(row.lead.nodes[lane], row.lanes[lane].ended(error))
             elif why == Stop.OTHERS:
                 self._turn(0)
             if row.unanswered and (now_s >= row.lead.until_s or self._is_adoption_due):
                 self._adopt_row()
-            for node in row.nodes:
+            for node in row.lead.nodes:
                 self._note_output((node, Lane.INTERACTIVE))
             self._flush_dirty()
         if self._row is row and not row.unanswered:
@@ -155,20 +158,32 @@ class FastRows(FastWires):
     def _take_unread(
         self, row: RowFanout, index: int, data: NDArray[np.uint8], now_s: float
     ) -> None:
-        node, lane = row.nodes[index], row.lanes[index]
+        node, lane = row.lead.nodes[index], row.lanes[index]
         if lane is self._lanes.get((node, Lane.INTERACTIVE)):
             self._feed(node, Lane.INTERACTIVE, lane.take(data.data, now_s), now_s)
 
     def _finish_row(self, row: RowFanout) -> None:
-        self._row, self._is_adoption_due = None, False
         self._in_flight.ran_ahead(row.answered, row.sent_s)
-        self._give_up_the_lead()
+        self._let_go()
+
+    def _catch_up(self) -> None:
+        """Tell the core, and the lanes, of what they have not been told yet."""
+        if self._late is None:
+            return
+        (row, (_, _, _, replies, _), began_s), self._late = self._late, None
+        for reply in replies:
+            row.take(reply, began_s)
+        self._in_flight.ran_ahead(row.answered, row.sent_s)
+        for node in row.lead.nodes:
+            self._note_output((node, Lane.INTERACTIVE))
+        self._flush_dirty()
         now_s = row.answered[-1].reply.now_s
         if now_s - self._kept_alive_s >= IDLE_TICK_S:
             self._tick(now_s)
 
     def _adopt_row(self) -> None:
         """Make the row that runs ahead, if there is one, a fan-out like any other."""
+        self._catch_up()
         row = self._row
         if row is None:
             return
@@ -179,17 +194,17 @@ class FastRows(FastWires):
             self._is_adoption_due = True  # what it has collected is not known yet
             self._wake_leader()
             return
-        self._row, self._is_adoption_due = None, False
         self._in_flight.ran_ahead(row.answered, row.sent_s)
         fanout, nodes = row.rest()
         if self._is_open:
             self._in_flight.adopt(fanout, nodes, row.sent_s, time.monotonic())
         else:
             fanout.end(closed())
-        self._give_up_the_lead()
+        self._let_go()
 
-    def _give_up_the_lead(self) -> None:
-        self._is_led = False
+    def _let_go(self) -> None:
+        """Run nothing ahead any more, and leave the lead to others."""
+        self._row, self._is_adoption_due, self._is_led = None, False, False
         if self._num_following:
             self._led.notify_all()
         self._find_a_leader()
@@ -204,7 +219,7 @@ class FastRows(FastWires):
         super()._take_frame(node, frame, num_bytes, now_s)
 
     def _close_lanes(self, node: int, why: errors.NodeError | None) -> None:
-        if self._row is not None and node in self._row.nodes:
+        if self._row is not None and node in self._row.lead.nodes:
             self._adopt_row()
         super()._close_lanes(node, why)
 

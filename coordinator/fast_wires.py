@@ -128,6 +128,7 @@ class FastWires(KnownNodes):
             ready = self._poll.poll(timeout_s * 1000)
         finally:
             self._lock.acquire()
+        self._catch_up()
         now_s = time.monotonic()
         for fd, mask in ready:
             key = self._lane_of_fd.get(fd)
@@ -168,6 +169,9 @@ class FastWires(KnownNodes):
             self._lose(node, error)
         else:
             self._note_output((node, lane))
+
+    def _catch_up(self) -> None:
+        """Tell the core what it has not been told yet: before anything else happens."""
 
     def _take_frame(self, node: int, frame: NodeNews, num_bytes: int, now_s: float) -> None:
         self._in_flight.on_frame(node, frame, num_bytes, now_s)

@@ -17,6 +17,7 @@ from coordinator.fast_lane import FastLane
 from coordinator.run_ahead import Lead
 from shoal import errors, wire
 from shoal.ops import fanout
+from shoal.ops.fanout import Stop
 from shoal.ops.frames import ReplyView
 from shoal.transport import Wire
 
@@ -29,8 +30,7 @@ News = tuple[int, int, int, list[Reply], list[tuple[int, int, int]]]
 class RowFanout:
     """See the module.
 
-    calls: calls[i] goes to lead.nodes[i], on lanes[lane_of[i]].
-    lanes: distinct. nodes: theirs.
+    calls: calls[i] goes to lead.nodes[i], on lanes[i].
     sums: [1, D] int64, what replies are added to.
     unanswered: ids of calls. answered: what the core is to be told of the others.
     adopted: the rest of it, once it is looked after like any other fan-out.
@@ -41,8 +41,6 @@ class RowFanout:
     calls: list[OutgoingCall]
     lead: Lead
     lanes: list[FastLane]
-    nodes: list[int]
-    lane_of: list[int]
     sums: NDArray[np.int64]
     buffer: NDArray[np.uint8]
     sent_s: float
@@ -59,10 +57,8 @@ class RowFanout:
         asked = self.asked
         lanes, rows = self.lanes, asked.rows
         targets = [
-            (lanes[lane].fileno(), lanes[lane].stream_id, call.call_id, begin, end)
-            for call, lane, (_, begin, end) in zip(
-                self.calls, self.lane_of, split.groups, strict=True
-            )
+            (lane.fileno(), lane.stream_id, call.call_id, begin, end)
+            for call, lane, (_, begin, end) in zip(self.calls, lanes, split.groups, strict=True)
         ]
         self.unanswered = [call.call_id for call in self.calls]
         sent = fanout.send_row(
@@ -78,11 +74,11 @@ class RowFanout:
             split.weights,
         )
         broken = (-1, 0)
-        for lane, (num_bytes, error, unsent) in zip(self.lane_of, sent, strict=True):
+        for index, (num_bytes, error, unsent) in enumerate(sent):
             self.bytes_up += num_bytes
-            lanes[lane].sent_beside(num_bytes, unsent)
+            lanes[index].sent_beside(num_bytes, unsent)
             if error:
-                broken = lane, error
+                broken = index, error
         return broken
 
     def collect(self, others: list[int], news: list[News]) -> float:
@@ -97,7 +93,7 @@ class RowFanout:
             others,
             [
                 (call.call_id, lane)
-                for call, lane in zip(self.calls, self.lane_of, strict=True)
+                for lane, call in enumerate(self.calls)
                 if call.call_id in self.unanswered
             ],
             asked.grid,
@@ -109,38 +105,52 @@ class RowFanout:
         )
         return began_s
 
+    def is_done_by(self, news: News) -> bool:
+        """Whether that is all: every call answered at once, and nothing else came.
+
+        Then it is done, and the replies are still to be noted (`take`).
+        """
+        why, _, _, replies, unread = news
+        if why != Stop.DONE or unread or self.answered or self.fault:
+            return False
+        for _, lane, _, _, compute_us, _, num_bytes in replies:
+            self.compute_us[self.lead.nodes[lane]] = compute_us
+            self.bytes_down += num_bytes
+        self.unanswered.clear()
+        return True
+
     def take(self, reply: Reply, began_s: float) -> None:
         """Note a reply that was added."""
         call_id, lane, after_s, queue_us, compute_us, load_us, num_bytes = reply
         now_s = began_s + after_s
         self.lanes[lane].received_beside(num_bytes, now_s)
         busy_s = (queue_us + compute_us) * 1e-6
-        node = self.nodes[lane]
+        node = self.lead.nodes[lane]
         event = Replied(call_id, node, now_s, busy_s, load_us * 1e-6, queue_us * 1e-6)
-        self._note(event, node, compute_us, num_bytes)
+        if call_id in self.unanswered:
+            self._count(event, compute_us, num_bytes)
+        self.answered.append(Answered(self.calls[lane], event))
 
     def takes(self, node: int, reply: ReplyView, num_bytes: int, now_s: float) -> bool:
         """Add a reply that came the long way; False: it is to none of these calls."""
-        for call, at in zip(self.calls, self.lead.nodes, strict=True):
-            if call.call_id == reply.call_id and at == node and call.call_id in self.unanswered:
-                break
-        else:
+        if reply.call_id not in self.unanswered or node not in self.lead.nodes:
             return False
-        asked = self.asked
+        lane = self.lead.nodes.index(node)
+        call, asked = self.calls[lane], self.asked
+        if call.call_id != reply.call_id:
+            return False
         try:
             wire.add_reply(reply, call.part.rows, asked.grid, self.sums, asked.replies)
         except errors.MalformedMessage as error:
-            name = self.lanes[self.nodes.index(node)].node
-            self.fault = errors.MalformedMessage(f"node {name}: {error}")
-        self._note(replied(reply, node, now_s), node, reply.compute_us, num_bytes)
+            self.fault = errors.MalformedMessage(f"node {self.lanes[lane].node}: {error}")
+        event = replied(reply, node, now_s)
+        self._count(event, reply.compute_us, num_bytes)
+        self.answered.append(Answered(call, event))
         return True
 
-    def _note(self, event: Replied, node: int, compute_us: int, num_bytes: int) -> None:
+    def _count(self, event: Replied, compute_us: int, num_bytes: int) -> None:
         self.unanswered.remove(event.attempt_id)
-        for call, wait_s in zip(self.calls, self.lead.waits_s, strict=True):
-            if call.call_id == event.attempt_id:
-                self.answered.append(Answered(call, wait_s, event))
-        self.compute_us[node] = self.compute_us.get(node, 0) + compute_us
+        self.compute_us[event.node] = compute_us
         self.bytes_down += num_bytes
 
     def rest(self) -> tuple[Fanout, tuple[int, ...]]:

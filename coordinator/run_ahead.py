@@ -13,7 +13,7 @@ after like any other.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coordinator.calls_and_nodes import Attempt, Call, Fanout, Node, Stream
+from coordinator.calls_and_nodes import Attempt, Call, Fanout, Node
 from coordinator.dispatch_attempts import Attempts
 from coordinator.dispatch_events import Answered, NewCall, RanAhead
 from coordinator.node_health import SILENT_S, SLOW_RESIDUAL
@@ -24,13 +24,9 @@ _NO_FANOUT = Fanout(0)
 
 @dataclass(slots=True)
 class Lead:
-    """nodes: where each call goes. waits_s: how long each will wait there behind the others.
-
-    until_s: how long nobody needs to look after them.
-    """
+    """nodes: where each call goes, each to another. until_s: until then nobody looks after them."""
 
     nodes: list[int]
-    waits_s: list[float]
     until_s: float
 
 
@@ -54,35 +50,27 @@ class RunsAhead(Attempts):
         nothing.
         """
         if self._attempts or self._waiting:
-            return None
-        lead = Lead([], [], now_s + SILENT_S)
-        given: list[tuple[Node, float, Stream]] = []
+            return None  # so every node is idle, too
+        lead = Lead([], now_s + SILENT_S)  # silence is never judged sooner
         for new in calls:
-            node = choose(Call(new, _NO_FANOUT), self._nodes, now_s)
-            if node is None or not node.health.model.is_known:
-                break
-            stream = node.streams[new.lane]
-            if not stream.has_credit(new.num_bytes):
-                break  # several calls to one node: what a lone one may, these may not
-            health, work, is_choice = node.health, new.work, len(new.candidates) > 1
-            if health.is_suspect or (is_choice and health.rank(now_s)):
-                break
-            wait_s = health.wait_s(node.work) if node.work > 0.0 else 0.0
-            patience_s = health.silent_after_s(work)
-            if is_choice:
-                patience_s = min(patience_s, health.hedge_after_s(work))
-            lead.until_s = min(lead.until_s, now_s + patience_s + wait_s)
+            node = self._follower(new, lead, now_s)
+            if node is None or node.node_id in lead.nodes:
+                return None  # of two calls to one node one waits for the other
             lead.nodes.append(node.node_id)
-            lead.waits_s.append(wait_s)
-            given.append((node, node.work, stream))
-            node.work += work  # the next call of this fan-out goes behind it, or elsewhere
-            stream.used_bytes += new.num_bytes
-        for (node, work, stream), new in zip(
-            reversed(given), reversed(calls[: len(given)]), strict=True
-        ):
-            node.work = work
-            stream.used_bytes -= new.num_bytes
-        return lead if len(given) == len(calls) else None
+        return lead
+
+    def _follower(self, new: NewCall, lead: Lead, now_s: float) -> Node | None:
+        """Return the node of a call, if nothing speaks against it; a choice shortens the lead."""
+        if len(new.candidates) == 1:
+            node = self._nodes.get(new.candidates[0])
+            if node is None or not node.takes_calls or node.health.is_suspect:
+                return None
+            return node if node.health.model.is_known else None
+        node = choose(Call(new, _NO_FANOUT), self._nodes, now_s)
+        if node is None or not node.health.model.is_known or node.health.rank(now_s):
+            return None
+        lead.until_s = min(lead.until_s, now_s + node.health.hedge_after_s(new.work))
+        return node
 
     def _on_ran_ahead(self, event: RanAhead) -> None:
         for answer in event.answered:
@@ -96,7 +84,7 @@ class RunsAhead(Attempts):
     def _learn(self, answer: Answered, node: Node, sent_s: float) -> None:
         new, reply = answer.call, answer.reply
         latency_s = reply.now_s - sent_s
-        residual = node.health.replied(new.work, latency_s, reply, answer.wait_s)
+        residual = node.health.replied(new.work, latency_s, reply)
         if residual > SLOW_RESIDUAL:
             attempt = Attempt(new.call_id, Call(new, _NO_FANOUT), node, sent_s)
             judge_slow(attempt, residual, self._nodes, reply.now_s)

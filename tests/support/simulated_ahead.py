@@ -27,7 +27,7 @@ class SimAhead:
         self._world = world
         self._fanout_id = 0  # 0: none
         self._sent_s = 0.0
-        self._left: dict[int, tuple[NewCall, int, float]] = {}  # call, node, expected wait
+        self._left: dict[int, tuple[NewCall, int]] = {}  # and its node
         self._answered: list[Answered] = []
         self.num_started = self.num_adopted = 0
 
@@ -42,11 +42,11 @@ class SimAhead:
             return False
         assert lead.until_s > world.now_s and world.core.is_idle
         self._fanout_id, self._sent_s = fanout_id, world.now_s
-        placed = zip(calls, lead.nodes, lead.waits_s, strict=True)
-        self._left = {call.call_id: (call, node, wait_s) for call, node, wait_s in placed}
+        placed = zip(calls, lead.nodes, strict=True)
+        self._left = {call.call_id: (call, node) for call, node in placed}
         self._answered = []
         self.num_started += 1
-        for call, node, _ in self._left.values():
+        for call, node in self._left.values():
             world.send(Send(call.call_id, call.call_id, node, call.lane))
         world.at(lead.until_s - world.now_s, lambda: self.end(fanout_id))
         return True
@@ -56,10 +56,10 @@ class SimAhead:
         if not self._fanout_id:
             return False
         if isinstance(event, Replied):
-            call, node, wait_s = self._left.get(event.attempt_id, (None, -1, 0.0))
+            call, node = self._left.get(event.attempt_id, (None, -1))
             if call is None or node != event.node:
                 return False
-            self._answered.append(Answered(call, wait_s, event))
+            self._answered.append(Answered(call, event))
             del self._left[event.attempt_id]
             if not self._left:
                 self.end()
@@ -81,5 +81,5 @@ class SimAhead:
             world.end(mine, "finished")
             return
         self.num_adopted += 1
-        calls, nodes, _ = zip(*self._left.values(), strict=True)
+        calls, nodes = zip(*self._left.values(), strict=True)
         world.feed(Adopted(mine, calls, nodes, self._sent_s, world.now_s))
