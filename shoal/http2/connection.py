@@ -9,10 +9,7 @@ messages are read, but not to a peer that leaves more than MAX_UNREAD_BYTES of a
 """
 
 import struct
-from collections.abc import Sequence
 from typing import Final
-
-import hpack
 
 from shoal import limits
 from shoal.http2 import frames
@@ -27,12 +24,11 @@ from shoal.http2.events import (
 )
 from shoal.http2.flood import FloodGuard
 from shoal.http2.frames import Code, Http2Error, Kind, Setting
-from shoal.http2.header_blocks import HeaderBlock, HeaderBlocks
+from shoal.http2.header_blocks import HeaderBlock, HeaderBlocks, Headers, HeaderWriter
 from shoal.http2.stream import GRANT_BYTES, PREFIX_BYTES, Stream, Windows
 
 MAX_UNREAD_BYTES: Final = limits.MIB
 _MESSAGE_HEAD: Final = struct.Struct(">BHBBIBI")  # a DATA frame's header and the gRPC prefix
-Headers = Sequence[tuple[str, str]]
 
 
 class Connection:
@@ -43,8 +39,7 @@ class Connection:
         self._max_message_bytes = max_message_bytes
         self._max_whole_bytes = min(max_message_bytes + PREFIX_BYTES, limits.H2_FRAME_BYTES)
         self._blocks = HeaderBlocks()
-        self._encoder = hpack.Encoder()
-        self._encoder.header_table_size = 0  # stateless: legal whatever the peer's table is
+        self._headers = HeaderWriter()
         self._streams: dict[int, Stream] = {}
         self._next_stream_id = 1
         self._last_remote_id = 0
@@ -77,13 +72,13 @@ class Connection:
         """Start a stream; returns its id."""
         stream_id, self._next_stream_id = self._next_stream_id, self._next_stream_id + 2
         self._streams[stream_id] = Stream(Windows(self._peer_window))
-        self._write_headers(stream_id, headers, 0)
+        self._output.append(self._headers.frame(stream_id, headers))
         return stream_id
 
     def respond(self, stream_id: int, headers: Headers) -> None:
         """Send a response's first headers. A stream that is gone: nothing happens."""
         if self.is_open(stream_id):
-            self._write_headers(stream_id, headers, 0)
+            self._output.append(self._headers.frame(stream_id, headers))
 
     def is_open(self, stream_id: int) -> bool:
         """Whether this end may still send on it."""
@@ -153,8 +148,7 @@ class Connection:
         if not self.is_open(stream_id):
             return
         if trailers:
-            flags = frames.END_STREAM | frames.END_HEADERS
-            ending = frames.pack(Kind.HEADERS, flags, stream_id, self._encode(trailers))
+            ending = self._headers.frame(stream_id, trailers, frames.END_STREAM)
         else:
             ending = frames.pack(Kind.DATA, frames.END_STREAM, stream_id)
         stream = self._streams[stream_id]
@@ -431,16 +425,6 @@ class Connection:
             raise Http2Error(Code.PROTOCOL_ERROR, f"{what} of stream {stream_id}, which is idle")
 
     # What goes out.
-
-    def _encode(self, headers: Headers) -> bytes:
-        block: bytes = self._encoder.encode(list(headers), huffman=False)
-        assert len(block) <= frames.DEFAULT_FRAME_BYTES, "our own headers are short"
-        return block
-
-    def _write_headers(self, stream_id: int, headers: Headers, flags: int) -> None:
-        block = self._encode(headers)
-        flags |= frames.END_HEADERS
-        self._output.append(frames.pack(Kind.HEADERS, flags, stream_id, block))
 
     def _drain_all(self) -> None:
         for stream_id, stream in list(self._streams.items()):

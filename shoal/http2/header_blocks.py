@@ -1,12 +1,15 @@
 """Header blocks: put together from their frames, bounded, and decompressed (core)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import hpack
 
 from shoal import limits
 from shoal.http2 import frames
-from shoal.http2.frames import Code, Http2Error
+from shoal.http2.frames import Code, Http2Error, Kind
+
+Headers = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +60,17 @@ class HeaderBlocks:
         except hpack.HPACKError as error:
             raise Http2Error(Code.COMPRESSION_ERROR, f"a header block: {error!r}") from error
         return {bytes(name): bytes(value) for name, value in pairs}
+
+
+class HeaderWriter:
+    """The sending half of HPACK: stateless, which is legal whatever the peer's table is."""
+
+    def __init__(self) -> None:
+        self._encoder = hpack.Encoder()
+        self._encoder.header_table_size = 0
+
+    def frame(self, stream_id: int, headers: Headers, flags: int = 0) -> bytes:
+        """Return the HEADERS frame of a whole block."""
+        block: bytes = self._encoder.encode(list(headers), huffman=False)
+        assert len(block) <= frames.DEFAULT_FRAME_BYTES, "our own headers are short"
+        return frames.pack(Kind.HEADERS, flags | frames.END_HEADERS, stream_id, block)

@@ -39,6 +39,7 @@ from shoal.http2 import frames, grpc_headers
 from shoal.http2.connection import Connection
 from shoal.http2.events import MessageReceived
 from shoal.http2.frames import Code, Kind
+from shoal.http2.header_blocks import HeaderWriter
 from shoal.log_options import LogFormat, LogLevel
 from shoal.shard_map import Endpoint, EndpointKind
 from shoal.v1 import expert_pb2 as pb
@@ -258,10 +259,8 @@ class NodeWorld:
         if not is_between_frames(http2) or http2._last_remote_id >= PROBE_STREAM:
             return
         transport.written.clear()
-        client = Connection(is_client=True)
-        client.take_output()
-        block = client._encode(grpc_headers.request("/shoal.v1.ExpertService/Nothing", "node"))
-        asked = frames.pack(Kind.HEADERS, frames.END_HEADERS, PROBE_STREAM, block)
+        request = grpc_headers.request("/shoal.v1.ExpertService/Nothing", "node")
+        asked = HeaderWriter().frame(PROBE_STREAM, request)
         connection.data_received(asked)
         heard = [frames.unpack_header(part, 0) for part in split(bytes(transport.written))]
         kinds = {kind for _, kind, _, stream_id in heard if stream_id == PROBE_STREAM}
