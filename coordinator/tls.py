@@ -9,6 +9,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Collection
+from typing import TypeVar
 
 import grpc
 
@@ -19,6 +20,8 @@ from shoal.tls_files import ClientFiles
 from shoal.transport import Transport
 
 PROBE_TIMEOUT_S = 1.0  # for all of it: the node has just answered something, or refused
+RECORD_BYTES = 16384
+_T = TypeVar("_T")
 _EXPIRED, _NOT_YET = 10, 9  # X509_V_ERR_*: what OpenSSL's verification says
 _NAME_CODES = frozenset({62, 64})  # host name, IP address
 _NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
@@ -115,12 +118,48 @@ def _probe(endpoint: Endpoint, trust: Trust | None) -> NodeUntrusted | None:
         return _probe_tls(endpoint, connection, trust, trust.server_name or host)
 
 
+class _Session:
+    """TLS over a socket that stays its owner's: `wrap_socket` loses it where a peer resets it."""
+
+    def __init__(
+        self, context: ssl.SSLContext, connection: socket.socket, name: str | None
+    ) -> None:
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._secure = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
+        self._connection = connection
+
+    def shake_hands(self) -> str | None:
+        """Return the protocol agreed on. Raises OSError, of which SSLError is one."""
+        self._until_done(self._secure.do_handshake)
+        self._connection.sendall(self._outgoing.read())
+        return self._secure.selected_alpn_protocol()
+
+    def speaks(self) -> bool:
+        """Whether the peer says anything before it hangs up. Raises as `shake_hands`."""
+        try:
+            return bool(self._until_done(lambda: self._secure.read(1)))
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            return False
+
+    def _until_done(self, step: Callable[[], _T]) -> _T:
+        while True:
+            try:
+                return step()
+            except ssl.SSLWantReadError:
+                self._connection.sendall(self._outgoing.read())
+                data = self._connection.recv(RECORD_BYTES)
+                if data:
+                    self._incoming.write(data)
+                else:
+                    self._incoming.write_eof()
+
+
 def _probe_plain(endpoint: Endpoint, connection: socket.socket) -> NodeUntrusted | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols([ALPN])
     try:
-        context.wrap_socket(connection).close()
+        _Session(context, connection, None).shake_hands()
     except ssl.SSLError as error:
         if "ALERT" not in (error.reason or ""):  # an alert is TLS, too
             return None
@@ -135,13 +174,13 @@ def _probe_tls(
 ) -> NodeUntrusted | None:
     tls = trust.current()
     try:
-        with tls.context().wrap_socket(connection, server_hostname=name) as secure:
-            if secure.selected_alpn_protocol() != ALPN:
-                why = "speaks TLS, but not HTTP/2: is a shoal node there?"
-                return NodeUntrusted(f"node {endpoint} {why}")
-            # A node speaks first. Of TLS 1.3 our part is over before it has judged what we showed.
-            if secure.recv(1):
-                return None
+        session = _Session(tls.context(), connection, name)
+        if session.shake_hands() != ALPN:
+            why = "speaks TLS, but not HTTP/2: is a shoal node there?"
+            return NodeUntrusted(f"node {endpoint} {why}")
+        # A node speaks first. Of TLS 1.3 our part is over before it has judged what we showed.
+        if session.speaks():
+            return None
     except ssl.SSLCertVerificationError as error:
         return NodeUntrusted(f"node {endpoint}: {_refused(error, name)}")
     except ssl.SSLError as error:

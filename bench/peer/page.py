@@ -13,6 +13,7 @@ from bench.page import commit, link, put, table
 from bench.peer.drawing import Line, Panel, draw_bars, draw_panels
 from bench.peer.engines import LLAMA, LLAMA_REPACKED, SHOAL
 from bench.peer.scaling import IN_PROCESS, Cost, Shape
+from bench.peer.system_tables import dispatch, memory, nodes, start
 from bench.peer.where import GAPS, rate
 
 DOCS = ROOT / "docs"
@@ -170,6 +171,16 @@ def main() -> None:
         draw_scaling(found[0], DOCS / "speed-scaling.svg")
     if (found := newest("where-" + STEM.format("q4_k"))) is not None:
         text = put(text, "where", where(*found))
+    model = "model-" + STEM.format("q4_k")
+    for name, block, make in (
+        ("dispatch", "dispatch", dispatch),
+        (model, "nodes", nodes),
+        ("memory", "memory", memory),
+        ("start", "start", start),
+    ):
+        if (found := newest(name)) is not None:
+            report, path = found
+            text = put(text, block, f"{make(report['rows'])}\n\n{source(report, path)}")
     PAGE.write_text(text)
 
 

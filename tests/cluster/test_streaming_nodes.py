@@ -32,6 +32,7 @@ LAYER = 1
 PROMPT = ",".join(map(str, range(3, 27)))
 EXPERTS = [2, 5, 11]
 BROKEN = 5
+MANY_PASSES = 400  # a dozen will do, but where the machine is busy many hints come too late
 
 Sums = Callable[[list[int]], bytes]
 
@@ -226,8 +227,11 @@ def test_by_default_hints_are_tried_and_what_they_read_is_used(
     def hinted_reads() -> float:
         return metric(node, "shoal_prefetch_hinted_reads_total")
 
+    def used_reads() -> float:
+        return metric(node, 'shoal_prefetch_reads_total{result="used"}')
+
     with closing(connect(artifact, node)) as dispatch:
-        for turn in range(40):
+        for turn in range(MANY_PASSES):
             chosen = [(4 * turn + place) % 16 for place in range(4)]
             calls = [call_of(artifact, layer, chosen) for layer in layers]
             plans = [RoutingPlan(call.experts[None], call.weights[None]) for call in calls]
@@ -239,10 +243,9 @@ def test_by_default_hints_are_tried_and_what_they_read_is_used(
                     assert sums.tobytes() == expected(chosen)
             if turn < 2:
                 assert hinted_reads() == 0, "before a trial nothing is followed"
-            elif hinted_reads() >= 8:
+            elif hinted_reads() >= 8 and used_reads():
                 break
-    assert hinted_reads() >= 8
-    assert metric(node, 'shoal_prefetch_reads_total{result="used"}') > 0
+    assert hinted_reads() >= 8 and used_reads() > 0
     assert metric(node, 'shoal_prefetch_governor{phase="hints",state="forced"}') == 0
 
 
