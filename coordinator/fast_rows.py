@@ -18,6 +18,7 @@ from coordinator.dispatch_events import Lane
 from coordinator.fast_lane import FastLane
 from coordinator.fast_wires import IDLE_TICK_S, FastWires
 from coordinator.node_client import Patience
+from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import NodeKeeper
 from coordinator.row_fanout import News, RowFanout
 from shoal import errors, wire
@@ -91,6 +92,12 @@ class FastRows(FastWires):
             self.wait(row.adopted)
         elif row.fault is not None:
             raise row.fault
+
+    def health(self, node: int) -> NodeHealth | None:
+        """Return what is known of a node's speed, all its replies included."""
+        with self._lock:
+            self._catch_up()
+            return super().health(node)
 
     def abandon_row(self, row: RowFanout) -> None:
         """Take its calls back (see `abandon`)."""
