@@ -8,6 +8,7 @@ from pathlib import Path
 from bench.svg import save, text
 
 COLOURS = ("#2f6fb0", "#c0392b", "#e08e2b", "#777")
+LABEL_ROOM = 34.0  # px that a number below a panel may take
 FONT = "text{font:12px sans-serif;fill:#333}.grid{stroke:#ddd}"
 GAP, HEAD, FOOT = 50, 46, 30
 
@@ -59,8 +60,11 @@ def _panel(panel: Panel, left: float, top: float, width: float, height: float) -
     for step in range(round(highest / tick) + 1):
         parts.append(f'<path class="grid" d="M{left} {up(step * tick):.1f}h{width}"/>')
         parts.append(text(left - 6, up(step * tick) + 4, f"{step * tick:g}", "end"))
+    free = left - LABEL_ROOM
     for x in xs:
-        parts.append(text(along(x), top + height + 16, f"{x:g}", "middle"))
+        if along(x) >= free + LABEL_ROOM:  # else it would lie on the one before
+            free = along(x)
+            parts.append(text(free, top + height + 16, f"{x:g}", "middle"))
     parts.append(text(left + width, top + height + 30, panel.x_label, "end"))
     name_at = left
     for colour, line in zip(COLOURS, panel.lines, strict=False):

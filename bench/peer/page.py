@@ -127,12 +127,16 @@ def scaling(report: Report, path: Path) -> str:
     cost = Cost(**report["cost"])
     rows = [row for row in report["rows"] if row["setup"] == IN_PROCESS]
     worst = max(abs(row["predicted_s"] / row["pass_s"]["median"] - 1) for row in rows)
+    shape = Shape(**report["shape"])
+    always_s = cost.fixed_s + shape.dense_bytes / cost.bytes_per_s
     return (
-        f"A pass takes {cost.fixed_s * 1e3:.1f} ms + the weights that it reads at "
-        f"{cost.bytes_per_s / 1e9:.1f} GB/s (the probe: {max(report['probe_gb_per_s']):.1f}) + "
-        f"{cost.row_s * 1e3:.2f} ms a row + {cost.pair_s * 1e6:.0f} µs an expert of a row + "
-        f"{cost.key_s * 1e6:.2f} µs for each earlier token that a row attends to; no point of one "
-        f"process is further than {worst:.0%} from that. {source(report, path)}"
+        f"A pass takes {always_s * 1e3:.1f} ms for what every pass does, reading "
+        f"{shape.dense_bytes / 1e6:.0f} MB of dense weights in it, + "
+        f"{shape.expert_bytes / cost.bytes_per_s * 1e6:.0f} µs an expert that any row visits "
+        f"({shape.expert_bytes / 1e6:.0f} MB in all layers) + {cost.pair_s * 1e6:.0f} µs an expert "
+        f"of a row + {cost.row_s * 1e3:.2f} ms a row + {cost.key_s * 1e6:.2f} µs for each earlier "
+        f"token that a row attends to; no point of one process is further than {worst:.0%} from "
+        f"that. The probe: {max(report['probe_gb_per_s']):.1f} GB/s. {source(report, path)}"
     )
 
 
