@@ -39,7 +39,7 @@ class FastRows(FastWires):
         self._is_adoption_due = False  # by whoever collects
         self._unburied: list[socket.socket] = []  # closed while they were read from
         self._row_buffer = np.empty(0, np.uint8)
-        self._late: tuple[RowFanout, News, float] | None = None  # nobody was told of yet
+        self._late: tuple[RowFanout, News] | None = None  # nobody was told of yet
 
     def start_row(
         self, asked: Asked, calls: list[OutgoingCall], split: RowSplit
@@ -68,26 +68,29 @@ class FastRows(FastWires):
                 now_s,
             )
             self._row, self._is_led = row, True
-            self._send_row(row, split)
-            self._catch_up()  # while nodes compute
+            try:
+                self._send_row(row, split)
+                self._catch_up()  # while nodes compute
+            except BaseException:  # nobody will wait for it
+                self._take_back(row)
+                raise
         return row
 
     def wait_row(self, row: RowFanout) -> None:
         """Return once its sums are whole. Raises what `wait` does."""
         news: list[News] = []
         while row.unanswered and row.adopted is None:
-            with self._lock:
-                if self._row is not row:
-                    break  # adopted meanwhile
-                others = self._others(row)
-                self._is_collecting = True
-            began_s = time.monotonic()
             try:
+                with self._lock:
+                    if self._row is not row:
+                        break  # adopted meanwhile
+                    others = self._others(row)
+                    self._is_collecting = True
                 row.collect(others, news)
             finally:  # a signal may have raised, after replies were added
                 with self._lock:
                     self._is_collecting = False
-                    self._take_news(row, news, began_s)
+                    self._take_news(row, news)
         if row.adopted is not None:
             self.wait(row.adopted)
         elif row.fault is not None:
@@ -102,13 +105,16 @@ class FastRows(FastWires):
     def abandon_row(self, row: RowFanout) -> None:
         """Take its calls back (see `abandon`)."""
         with self._lock:
-            if self._row is row:
-                self._adopt_row()
-            if row.adopted is not None:
-                self._in_flight.abandon(row.adopted)
-                self._flush_dirty()
+            self._take_back(row)
 
     # Under the lock.
+
+    def _take_back(self, row: RowFanout) -> None:
+        if self._row is row:
+            self._adopt_row()
+        if row.adopted is not None:
+            self._in_flight.abandon(row.adopted)
+            self._flush_dirty()
 
     def _buffer_for(self, num_lanes: int, dim: int) -> NDArray[np.uint8]:
         room = wire.ENVELOPE_BYTES + wire.reply_row_bytes(dim) + SPARE_ROOM_BYTES
@@ -131,18 +137,18 @@ class FastRows(FastWires):
         mine = {lane.fileno() for lane in row.lanes}
         return [fd for fd in self._lane_of_fd if fd not in mine] + [self._woken.fileno()]
 
-    def _take_news(self, row: RowFanout, news: list[News], began_s: float) -> None:
+    def _take_news(self, row: RowFanout, news: list[News]) -> None:
+        self._bury()
         if news and row.is_done_by(news[0]) and self._row is row:
             # All as hoped: who waits gets the sums, the core is told when it does not matter.
-            self._late = row, news.pop(), began_s
+            self._late = row, news.pop()
             self._let_go()
             return
-        self._bury()
         num_ended = self._in_flight.num_ended
         while news:
             why, lane, error, replies, unread = news.pop()
             for reply in replies:
-                row.take(reply, began_s)
+                row.take(reply)
             now_s = time.monotonic()
             for index, begin, end in unread:
                 self._take_unread(row, index, row.buffer[begin:end], now_s)
@@ -177,9 +183,9 @@ class FastRows(FastWires):
         """Tell the core, and the lanes, of what they have not been told yet."""
         if self._late is None:
             return
-        (row, (_, _, _, replies, _), began_s), self._late = self._late, None
+        (row, (_, _, _, replies, _)), self._late = self._late, None
         for reply in replies:
-            row.take(reply, began_s)
+            row.take(reply)
         self._in_flight.ran_ahead(row.answered, row.sent_s)
         for node in row.lead.nodes:
             self._note_output((node, Lane.INTERACTIVE))

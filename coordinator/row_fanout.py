@@ -32,6 +32,7 @@ class RowFanout:
 
     calls: calls[i] goes to lead.nodes[i], on lanes[i].
     sums: [1, D] int64, what replies are added to.
+    began_s: when collecting last began.
     unanswered: ids of calls. answered: what the core is to be told of the others.
     adopted: the rest of it, once it is looked after like any other fan-out.
     fault: a reply that could not be added.
@@ -44,6 +45,7 @@ class RowFanout:
     sums: NDArray[np.int64]
     buffer: NDArray[np.uint8]
     sent_s: float
+    began_s: float = 0.0
     unanswered: list[int] = field(default_factory=list)
     answered: list[Answered] = field(default_factory=list)
     compute_us: dict[int, int] = field(default_factory=dict)
@@ -81,12 +83,12 @@ class RowFanout:
                 broken = index, error
         return broken
 
-    def collect(self, others: list[int], news: list[News]) -> float:
+    def collect(self, others: list[int], news: list[News]) -> None:
         """Wait until every call is answered, the lead is over, or something else comes.
 
-        Blocks, without the GIL. Returns when it began; `take` and the lanes go on from the news.
+        Blocks, without the GIL. `take` and the lanes go on from the news.
         """
-        began_s = time.monotonic()
+        self.began_s = time.monotonic()
         asked = self.asked
         fanout.collect_row(
             [(lane.fileno(), lane.stream_id) for lane in self.lanes],
@@ -100,10 +102,9 @@ class RowFanout:
             asked.replies is Wire.BF16,
             self.sums,
             self.buffer,
-            max(0.0, self.lead.until_s - began_s),
+            max(0.0, self.lead.until_s - self.began_s),
             news,
         )
-        return began_s
 
     def is_done_by(self, news: News) -> bool:
         """Whether that is all: every call answered at once, and nothing else came.
@@ -119,10 +120,10 @@ class RowFanout:
         self.unanswered.clear()
         return True
 
-    def take(self, reply: Reply, began_s: float) -> None:
+    def take(self, reply: Reply) -> None:
         """Note a reply that was added."""
         call_id, lane, after_s, queue_us, compute_us, load_us, num_bytes = reply
-        now_s = began_s + after_s
+        now_s = self.began_s + after_s
         self.lanes[lane].received_beside(num_bytes, now_s)
         busy_s = (queue_us + compute_us) * 1e-6
         node = self.lead.nodes[lane]

@@ -66,6 +66,7 @@ nb::list bind_send_row(const std::vector<Target>& targets, uint32_t layer, uint3
     require(begin >= 0 && begin < end && size_t(end) <= experts.shape(0),
             "send_row: pairs beyond the row's");
   std::vector<Sent> sent;
+  std::vector<size_t> sizes;
   {
     nb::gil_scoped_release release;
     std::vector<uint8_t> frame;
@@ -80,12 +81,15 @@ nb::list bind_send_row(const std::vector<Target>& targets, uint32_t layer, uint3
           weights.data() + begin};
       frame.resize(data_frame_size(call));
       write_data_frame(call, stream_id, frame.data());
+      sizes.push_back(call_frame_size(call));
       sent.push_back(send_all(fd, frame.data(), frame.size()));
     }
   }
   nb::list result;
-  for (const Sent& one : sent)
-    result.append(nb::make_tuple(one.size, one.error, nb::bytes(one.rest.data(), one.rest.size())));
+  for (size_t i = 0; i < sent.size(); ++i) {
+    const std::string& rest = sent[i].rest;
+    result.append(nb::make_tuple(sizes[i], sent[i].error, nb::bytes(rest.data(), rest.size())));
+  }
   return result;
 }
 
@@ -133,8 +137,8 @@ void bind_fanout(nb::module_& m) {
                 "layer: int, deadline_ms: int, scheme: int, dim: int, reply_format: int, "
                 "values: numpy.ndarray, scales: numpy.ndarray, experts: numpy.ndarray, "
                 "weights: numpy.ndarray) -> list[tuple[int, int, bytes]]"),
-        "Send a call to each (fd, stream, call id, first pair, end of pairs); return (bytes, "
-        "errno, bytes that the socket did not take) of each.");
+        "Send a call to each (fd, stream, call id, first pair, end of pairs); return (bytes of the "
+        "ClientFrame, errno, bytes that the socket did not take) of each.");
   m.def("collect_row", bind_collect, "lanes"_a, "others"_a, "calls"_a, "grid"_a, "takes_bf16"_a,
         "sums"_a.noconvert(), "buffer"_a.noconvert(), "patience_s"_a, "news"_a,
         nb::sig("def collect_row(lanes: collections.abc.Sequence[tuple[int, int]], "

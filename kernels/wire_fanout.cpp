@@ -148,7 +148,6 @@ void write_data_frame(const CallArrays& call, uint32_t stream_id, uint8_t* out) 
 
 Sent send_all(int fd, const uint8_t* data, size_t size) {
   Sent sent;
-  sent.size = size;
   size_t at = 0;
   while (at < size) {
     const ssize_t n = send(fd, data + at, size - at, kSendFlags);

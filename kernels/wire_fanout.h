@@ -25,7 +25,6 @@ void write_data_frame(const CallArrays& call, uint32_t stream_id, uint8_t* out);
 
 // How a send ended.  error: an errno, 0 if none.  rest: what the socket did not take.
 struct Sent {
-  size_t size = 0;
   int error = 0;
   std::string rest;
 };

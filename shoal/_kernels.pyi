@@ -341,7 +341,7 @@ def split_row(experts: Annotated[NDArray[numpy.int32], dict(shape=(None, None), 
 
 def send_row(targets: Sequence[tuple[int, int, int, int, int]], layer: int, deadline_ms: int, scheme: int, dim: int, reply_format: int, values: numpy.ndarray, scales: numpy.ndarray, experts: numpy.ndarray, weights: numpy.ndarray) -> list[tuple[int, int, bytes]]:
     """
-    Send a call to each (fd, stream, call id, first pair, end of pairs); return (bytes, errno, bytes that the socket did not take) of each.
+    Send a call to each (fd, stream, call id, first pair, end of pairs); return (bytes of the ClientFrame, errno, bytes that the socket did not take) of each.
     """
 
 def collect_row(lanes: Sequence[tuple[int, int]], others: Sequence[int], calls: Sequence[tuple[int, int]], grid: int, takes_bf16: bool, sums: numpy.ndarray, buffer: numpy.ndarray, patience_s: float, news: list[tuple[int, int, int, list[tuple[int, int, float, int, int, int, int]], list[tuple[int, int, int]]]]) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from coordinator.expert_dispatch import PendingSums
 from coordinator.fast_client import FastClient
+from coordinator.fast_lane import FastLane
 from coordinator.node_health import MIN_SAMPLES
 from coordinator.remote_dispatch import RemoteDispatch, open_remote_dispatch
 from coordinator.row_fanout import RowFanout
@@ -65,6 +66,12 @@ class Asker:
         assert isinstance(client, FastClient)
         return client._row
 
+    @property
+    def lanes(self) -> list[FastLane]:
+        client = self.dispatch._client
+        assert isinstance(client, FastClient)
+        return list(client._lanes.values())
+
     def ask(self, number: int) -> None:
         pending = self.start(number)
         self.num_ahead += self.row is not None
@@ -98,6 +105,8 @@ def test_rows_run_ahead_once_their_nodes_are_known(
         assert dispatch.stats.summary().num_fanouts == 200 + MIN_SAMPLES
         health = dispatch.health(nodes[0])
         assert health is not None and health.num_replies > MIN_SAMPLES
+        for lane in asker.lanes:
+            lane._connection.check_integrity()
 
 
 def test_a_second_fan_out_adopts_the_first(

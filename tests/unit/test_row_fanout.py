@@ -77,6 +77,7 @@ def test_a_row_is_split_into_its_owners_parts_the_largest_first(
 @pytest.mark.parametrize("scheme", list(Scheme))
 def test_what_is_sent_is_what_the_long_way_sends(ends: Ends, scheme: Scheme) -> None:
     client, _, stream_id = streams()
+    twin, _, _ = streams()
     rows, plan = row(scheme)
     split = call_split.split_row(plan, np.zeros(32, np.int32))
     [(_, begin, end)] = split.groups
@@ -97,10 +98,12 @@ def test_what_is_sent_is_what_the_long_way_sends(ends: Ends, scheme: Scheme) -> 
         split.experts,
         split.weights,
     )
-    assert sent == [(len(wanted), 0, b"")]
+    [(num_bytes, error, unsent)] = sent
+    assert (error, unsent) == (0, b"")
     assert theirs.recv(1 << 20) == wanted
-    client.sent_beside(stream_id, len(wanted) - frames.HEADER_BYTES - 5)
-    client.check_integrity()
+    twin.sent_beside(stream_id, num_bytes)
+    assert twin._windows == client._windows, "a window that leaks ends all sending one day"
+    assert twin._streams[stream_id].windows == client._streams[stream_id].windows
 
 
 def test_what_a_full_socket_does_not_take_is_given_back_and_an_end_is_told(ends: Ends) -> None:
@@ -114,7 +117,7 @@ def test_what_a_full_socket_does_not_take_is_given_back_and_an_end_is_told(ends:
             [target], 0, 9, 2, DIM, 0, rows.values, rows.scales, split.experts, split.weights
         )
         assert error == 0
-        sent += size
+        sent += frames.HEADER_BYTES + 5 + size
     theirs.settimeout(10)
     while len(received) < sent - len(unsent):
         received += theirs.recv(1 << 20)
