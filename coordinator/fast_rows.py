@@ -35,7 +35,7 @@ class FastRows(FastWires):
     def __init__(self, keeper: NodeKeeper, patience: Patience) -> None:
         super().__init__(keeper, patience)
         self._row: RowFanout | None = None  # that runs ahead
-        self._is_collecting = False  # without the lock
+        self._collecting: RowFanout | None = None  # whose replies are read without the lock
         self._is_adoption_due = False  # by whoever collects
         self._unburied: list[socket.socket] = []  # closed while they were read from
         self._row_buffer = np.empty(0, np.uint8)
@@ -85,12 +85,13 @@ class FastRows(FastWires):
                     if self._row is not row:
                         break  # adopted meanwhile
                     others = self._others(row)
-                    self._is_collecting = True
+                    self._collecting = row
                 row.collect(others, news)
             finally:  # a signal may have raised, after replies were added
                 with self._lock:
-                    self._is_collecting = False
-                    self._take_news(row, news)
+                    if self._collecting is row:  # else it was adopted before, and another may be
+                        self._collecting = None
+                        self._take_news(row, news)
         if row.adopted is not None:
             self.wait(row.adopted)
         elif row.fault is not None:
@@ -156,10 +157,9 @@ class FastRows(FastWires):
                 (row.lead.nodes[lane], Lane.INTERACTIVE)
             ):
                 self._lose(row.lead.nodes[lane], row.lanes[lane].ended(error))
-            elif why == Stop.OTHERS:
-                self._turn(0)
-            if row.unanswered and (now_s >= row.lead.until_s or self._is_adoption_due):
-                self._adopt_row()
+            is_over = now_s >= row.lead.until_s or self._is_adoption_due
+            if row.unanswered and (is_over or why == Stop.OTHERS):
+                self._adopt_row()  # whoever leads then reads the others, too
             for node in row.lead.nodes:
                 self._note_output((node, Lane.INTERACTIVE))
             self._flush_dirty()
@@ -203,7 +203,7 @@ class FastRows(FastWires):
         if not row.unanswered:
             self._finish_row(row)
             return
-        if self._is_collecting:
+        if self._collecting is not None:
             self._is_adoption_due = True  # what it has collected is not known yet
             self._wake_leader()
             return
@@ -237,7 +237,7 @@ class FastRows(FastWires):
         super()._close_lanes(node, why)
 
     def _close_lane(self, lane: FastLane) -> None:
-        is_read = self._is_collecting and self._row is not None and lane in self._row.lanes
+        is_read = self._collecting is not None and lane in self._collecting.lanes
         closing = lane.close(is_read=is_read)
         if closing is not None:
             self._unburied.append(closing)

@@ -26,6 +26,7 @@ from support.cluster import Cluster, freeze, kill, thaw
 
 pytestmark = pytest.mark.processes
 FAR_S = 0.08  # longer than anything runs ahead
+NUM_ASKED = 150  # by each thread
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,27 @@ def test_a_second_fan_out_adopts_the_first(
         assert mine.wait().tobytes() == wanted[0]
         thread.join()
         assert from_others == [wanted[3]]
+
+
+def test_rows_of_many_threads_run_ahead_of_each_other_and_are_right(
+    nodes: list[str], artifact: Artifact, wanted: list[bytes]
+) -> None:
+    """Whose row runs ahead leads; others that start meanwhile take the lead, one at a time."""
+    right: list[bool] = []
+    with closing(opened(artifact, f"0-7={nodes[0]},8-15={nodes[1]}")) as dispatch:
+        asker = Asker(dispatch, artifact, wanted)
+        asker.until_ahead().wait()
+
+        def work(first: int) -> None:
+            for number in range(first, first + NUM_ASKED):
+                right.append(asker.start(number).wait().tobytes() == wanted[number % 8])
+
+        threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert right == [True] * (4 * NUM_ASKED)
 
 
 def test_a_far_node_s_row_is_adopted_and_answered(
