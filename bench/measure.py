@@ -105,7 +105,10 @@ def save(name: str, rows: Iterable[Row], **more: Any) -> Path:
         "date": now.isoformat(timespec="seconds"),
         "commit": commit.stdout.strip() or None,
         "uncommitted_changes": bool(changed.stdout.strip()),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # Relative to the checkout, wherever that lies.
+        "command": shlex.join(
+            [Path(sys.argv[0]).name, *(arg.removeprefix(f"{ROOT}/") for arg in sys.argv[1:])]
+        ),
         "shoal": __version__,
         "cpu": cpu_name(Path("/proc/cpuinfo")),
         "num_cpus": os.cpu_count(),

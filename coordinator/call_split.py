@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal import limits
+from shoal.experts.call import ExpertCall
 from shoal.ops import fanout
 from shoal.quant import round_up
 from shoal.router import RoutingPlan
+from shoal.rows import Rows
 
 
 def _constant(values: tuple[int, ...]) -> NDArray[np.int32]:
@@ -44,6 +46,11 @@ class Part:
     @property
     def num_rows(self) -> int:
         return int(self.rows.size)
+
+    def call(self, layer: int, rows: Rows) -> ExpertCall:
+        """Return what it asks of that layer, whose rows are given whole."""
+        own = rows if self.num_rows == rows.num_rows else rows.take(self.rows.astype(np.intp))
+        return ExpertCall(layer, own, self.row_offsets, self.experts, self.weights)
 
     def cut(self, first: int, last: int) -> "Part":
         """Return the rows first..last-1 of this part as a part of its own."""

@@ -47,7 +47,6 @@ from coordinator.dispatch_events import (
 from coordinator.node_health import NodeHealth
 from coordinator.run_ahead import Lead
 from shoal import errors, wire
-from shoal.experts.call import ExpertCall
 from shoal.ops.frames import ReplyView
 from shoal.rows import Rows
 from shoal.transport import Wire
@@ -82,16 +81,11 @@ class OutgoingCall(NewCall):
     part: Part
     shard: str
 
-    def expert_call(self) -> ExpertCall:
-        """Return what it asks."""
-        part, rows = self.part, self.asked.rows
-        own = rows if part.num_rows == rows.num_rows else rows.take(part.rows.astype(np.intp))
-        return ExpertCall(self.asked.layer, own, part.row_offsets, part.experts, part.weights)
-
     def frame(self, attempt_id: int) -> bytes:
         """Return the frame of an attempt."""
         asked = self.asked
-        return wire.call_frame(attempt_id, asked.deadline_ms, self.expert_call(), asked.replies)
+        call = self.part.call(asked.layer, asked.rows)
+        return wire.call_frame(attempt_id, asked.deadline_ms, call, asked.replies)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ but a reply.
 """
 
 import socket
-import sys
 import time
 
 import numpy as np
@@ -25,7 +24,6 @@ from shoal import errors, wire
 from shoal.ops.fanout import Stop
 from shoal.ops.frames import ReplyView
 
-IS_POSSIBLE = sys.byteorder == "little"  # as the wire: native code writes what lies in memory
 SPARE_ROOM_BYTES = 1024  # of a lane's buffer, for what a node sends before a reply
 
 
@@ -49,7 +47,7 @@ class FastRows(FastWires):
         Args: calls: one for each group of the split. To be waited for, or abandoned.
         """
         with self._lock:
-            if not IS_POSSIBLE or not self._is_open or self._is_led or self._row is not None:
+            if not wire.IS_WIRE_ORDER or not self._is_open or self._is_led or self._row is not None:
                 return None
             now_s = time.monotonic()
             lead = self._in_flight.run_ahead(calls, now_s)

@@ -33,7 +33,6 @@ from coordinator.tls import settle_transport
 from shoal import __version__, errors, limits, numerics, shard_map, wire
 from shoal.allocator import keep_freed_memory
 from shoal.artifact import Artifact
-from shoal.experts.call import ExpertCall
 from shoal.experts.executor import ExpertExecutor
 from shoal.experts.local import LocalExperts
 from shoal.experts.options import Mode
@@ -370,7 +369,7 @@ class RemoteDispatch:
         """Return [T, D]: the part's sums at its rows, zeros elsewhere."""
         assert self._executor is not None
         try:
-            sums = self._executor.compute(_call_of_part(layer, rows, part))
+            sums = self._executor.compute(part.call(layer, rows))
         except errors.NumericError as error:
             at_fault = tuple(int(part.rows[row]) for row in error.rows)
             raise errors.NumericError(str(error), at_fault) from error
@@ -418,8 +417,3 @@ def _local_cells(placement: Placement) -> NDArray[np.bool_]:
         if endpoint.kind is EndpointKind.LOCAL
     ]
     return cells[0] if cells else np.zeros(0, np.bool_)
-
-
-def _call_of_part(layer: int, rows: Rows, part: Part) -> ExpertCall:
-    own = rows if part.num_rows == rows.num_rows else rows.take(part.rows.astype(np.intp))
-    return ExpertCall(layer, own, part.row_offsets, part.experts, part.weights)

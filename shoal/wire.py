@@ -96,7 +96,7 @@ def encode_call(
 
 def call_frame(call_id: int, deadline_ms: int, call: ExpertCall, wire: Wire = Wire.EXACT) -> bytes:
     """Return the frame of a call (see `encode_call`), serialised."""
-    if not _IS_WIRE_ORDER:
+    if not IS_WIRE_ORDER:
         return encode_call(call_id, deadline_ms, call, wire).SerializeToString()
     rows = call.rows
     return frames.call_frame(
@@ -120,7 +120,7 @@ def parse_call(frame: bytes | memoryview) -> CallView | None:
     Everything that `decode_call` and `wire_of` check is then legal. None: it is no call, or these
     must look at it.
     """
-    return frames.read_call(frame) if _IS_WIRE_ORDER else None
+    return frames.read_call(frame) if IS_WIRE_ORDER else None
 
 
 def call_of(view: CallView, frame: bytes | memoryview) -> ExpertCall:
@@ -288,7 +288,7 @@ def reply_frame(
     load_us: int = 0,
 ) -> bytes:
     """Return the frame that carries sums [T, D] (see `encode_reply`), serialised."""
-    if _IS_WIRE_ORDER:
+    if IS_WIRE_ORDER:
         is_bf16 = wire is not Wire.EXACT
         return frames.reply_frame(call_id, sums, grid, is_bf16, queue_us, compute_us, load_us)
     message = encode_reply(
@@ -302,7 +302,7 @@ def parse_reply(frame: bytes | memoryview) -> ReplyView | None:
 
     Has the fields of a `pb.Reply`. None: it is no reply, or protobuf must look at it.
     """
-    return frames.read_reply(frame) if _IS_WIRE_ORDER else None
+    return frames.read_reply(frame) if IS_WIRE_ORDER else None
 
 
 def add_reply(
@@ -352,7 +352,7 @@ _WIRE_OF_FORMAT = {pb.REPLY_FORMAT_EXACT: Wire.EXACT, pb.REPLY_FORMAT_BF16: Wire
 _FORMS = tuple(_WIRE_OF_FORMAT.values())  # by ReplyFormat
 _FORMAT_OF_WIRE = {wire: number for number, wire in _WIRE_OF_FORMAT.items()}
 _NO_WIDTHS = np.empty(0, np.uint8)
-_IS_WIRE_ORDER = sys.byteorder == "little"
+IS_WIRE_ORDER: Final = sys.byteorder == "little"  # else native code leaves frames to protobuf
 _I8, _I32, _F32 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.float32)
 _WIRE_TYPES = {name: np.dtype(name) for name in ("i1", "<u2", "<f4")}
 _WIRE_SCHEME = {
@@ -413,7 +413,7 @@ def _array(name: str, data: bytes, wire_type: str, size: int, host_type: type[_T
 
 
 def _little_endian(array: NDArray[np.generic]) -> bytes:
-    if sys.byteorder == "little" and array.dtype.isnative:  # ten times a layer: NumPy's calls cost
+    if IS_WIRE_ORDER and array.dtype.isnative:  # ten times a layer: NumPy's calls cost
         return array.tobytes()
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
