@@ -9,7 +9,7 @@ a token visits in one call, as a node computes them.
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,22 +44,33 @@ def random_rows(fmt: Format, num_rows: int, cols: int, rng: np.random.Generator)
     return data
 
 
-class Arena:
-    """Copies of one packed expert at as many addresses as make them cold."""
+def random_expert(fmt: Format, rng: np.random.Generator) -> list[U8]:
+    """Return gate, up and down, row-major."""
+    shapes = ((FFN_DIM, DIM), (FFN_DIM, DIM), (DIM, FFN_DIM))
+    return [random_rows(fmt, num_rows, cols, rng) for num_rows, cols in shapes]
 
-    def __init__(self, fmt: Format, rng: np.random.Generator) -> None:
+
+class Arena:
+    """Packed experts, each copied to as many addresses as make them cold.
+
+    distinct: gate, up and down of each; expert i is distinct[i % len(distinct)]. num_experts: None:
+    as many as make ARENA_BYTES.
+    """
+
+    def __init__(
+        self, fmt: Format, distinct: Sequence[Sequence[U8]], num_experts: int | None = None
+    ) -> None:
         self.layout = ops.ExpertLayout(DIM, FFN_DIM, fmt, fmt)
         stride = -(-self.layout.num_bytes // 4096) * 4096
-        count = max(4 * EXPERTS_PER_TOKEN, -(-ARENA_BYTES // stride))
+        count = num_experts or max(4 * EXPERTS_PER_TOKEN, -(-ARENA_BYTES // stride))
         memory = ops.aligned_empty(count * stride, huge=True)
         self.experts = [
             memory[i * stride : i * stride + self.layout.num_bytes] for i in range(count)
         ]
-        gate, up = (random_rows(fmt, FFN_DIM, DIM, rng) for _ in range(2))
-        down = random_rows(fmt, DIM, FFN_DIM, rng)
-        ops.pack_expert(self.layout, gate, up, down, self.experts[0])
-        for expert in self.experts[1:]:
-            expert[:] = self.experts[0]
+        for expert, (gate, up, down) in zip(self.experts, distinct, strict=False):
+            ops.pack_expert(self.layout, gate, up, down, expert)
+        for i in range(len(distinct), count):
+            self.experts[i][:] = self.experts[i % len(distinct)]
 
 
 def ffn_work(arena: Arena, rows: Rows, visits: list[int]) -> Callable[[], None]:
@@ -142,7 +153,7 @@ def main() -> None:
     probe = BandwidthProbe()
     figures: list[Any] = []
     for fmt in map(parse_format, chosen.formats.split(",")):
-        arena = Arena(fmt, rng)
+        arena = Arena(fmt, [random_expert(fmt, rng)])
         for num_rows, threads in itertools.product(chosen.rows, sorted(set(chosen.threads))):
             figures += measure(arena, num_rows, threads, probe, rng)
         del arena

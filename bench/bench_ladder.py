@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from bench.bench_kernels import DIM, FFN_DIM, FORMATS, Arena, layer_work, numbers
+from bench.bench_kernels import DIM, FFN_DIM, FORMATS, Arena, layer_work, numbers, random_expert
 from bench.measure import PROBE_BYTES, BandwidthProbe, Row, save, show
 from shoal import ops
 from shoal.quant import parse_format
@@ -79,7 +79,7 @@ def main() -> None:
     rng, probe = np.random.default_rng(0), BandwidthProbe()
     figures: list[Row] = []
     for fmt in map(parse_format, chosen.formats.split(",")):
-        arena = Arena(fmt, rng)
+        arena = Arena(fmt, [random_expert(fmt, rng)])
         for num_rows in chosen.rows:
             figures += climb(arena, num_rows, probe, rng)
         del arena

@@ -13,13 +13,14 @@ from bench.page import commit, link, put, table
 from bench.peer.drawing import Line, Panel, draw_bars, draw_panels
 from bench.peer.engines import LLAMA, LLAMA_REPACKED, SHOAL
 from bench.peer.scaling import IN_PROCESS, Cost, Shape
-from bench.peer.system_tables import dispatch, memory, nodes, start
+from bench.peer.system_tables import dispatch, experts, memory, nodes, start
 from bench.peer.where import GAPS, rate
 
 DOCS = ROOT / "docs"
 PAGE = DOCS / "speed.md"
 STEM = "qwen3-30b-a3b-12-layers-{}-seed-0"
 FORMATS = ("q4_k", "q4_0")
+EXPERT_FORMATS = ("q4_0", "q4_k", "q8_0")
 Report = dict[str, Any]
 
 
@@ -29,10 +30,22 @@ def newest(name: str) -> tuple[Report, Path] | None:
     return (json.loads(paths[-1].read_text()), paths[-1]) if paths else None
 
 
+def _made_by(report: Report) -> str:
+    machine = f"{report['cpu']}, {report['num_cpus']} cores, {report['isa']}"
+    return f"{machine}, {commit(report)}"
+
+
 def source(report: Report, path: Path) -> str:
     """Return where figures are from."""
-    machine = f"{report['cpu']}, {report['num_cpus']} cores, {report['isa']}"
-    return f"{link(path)}: {machine}, {commit(report)}."
+    return sources([(report, path)])
+
+
+def sources(found: Sequence[tuple[Report, Path]]) -> str:
+    """Return where figures of several results are from."""
+    links: dict[str, list[str]] = {}
+    for report, path in found:
+        links.setdefault(_made_by(report), []).append(link(path))
+    return "; ".join(f"{', '.join(made)}: {by}" for by, made in links.items()) + "."
 
 
 def _rate(row: Row, engine: str) -> str:
@@ -175,6 +188,10 @@ def main() -> None:
         draw_scaling(found[0], DOCS / "speed-scaling.svg")
     if (found := newest("where-" + STEM.format("q4_k"))) is not None:
         text = put(text, "where", where(*found))
+    results = [newest(f"experts-{fmt}") for fmt in EXPERT_FORMATS]
+    if measured := [each for each in results if each is not None]:
+        rows = [row for report, _ in measured for row in report["rows"]]
+        text = put(text, "experts", f"{experts(rows)}\n\n{sources(measured)}")
     model = "model-" + STEM.format("q4_k")
     for name, block, make in (
         ("dispatch", "dispatch", dispatch),

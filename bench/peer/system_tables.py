@@ -1,7 +1,44 @@
-"""Tables of docs/speed.md about the whole system: fan-out, nodes, memory and start."""
+"""Tables of docs/speed.md about parts and the system: experts, fan-out, nodes, memory, start."""
 
 from bench.measure import Row
 from bench.page import table
+from bench.peer.engines import SHOAL
+from bench.peer.experts import GGML, GGML_REPACKED
+
+# What the two ports that multiply allow a core with AVX2 at 2.7 GHz, 1e9 products of a weight and
+# an activation a second (kernels/README.md counts the cycles).
+PORTS_GMAC_PER_S = {"q4_0": 126.0, "q4_k": 140.0, "q8_0": 70.0}
+
+
+def experts(rows: list[Row]) -> str:
+    """Return one layer's experts, beside ggml and beside what this CPU allows."""
+
+    def time_us(row: Row, engine: str) -> str:
+        us = row["us_per_expert"].get(engine)
+        return f"{us['median']:.0f} ({us['min']:.0f}-{us['max']:.0f})" if us else "n/a"
+
+    def bound_us(row: Row) -> float:
+        read_us: float = row["bytes_per_expert"] / row["probe_gb_per_s"]["median"] / 1e3
+        macs_per_us = PORTS_GMAC_PER_S[row["format"]] * row["threads"] * 1e3
+        return max(read_us, float(row["macs_per_expert"] / macs_per_us))
+
+    lines = [
+        [
+            f"{row['format'].upper()}, {row['rows']} row" + ("s" if row["rows"] > 1 else ""),
+            str(row["threads"]),
+            *(time_us(row, engine) for engine in (SHOAL, GGML, GGML_REPACKED)),
+            f"**{row['ratio']['median']:.2f}** "
+            f"({row['ratio']['min']:.2f}-{row['ratio']['max']:.2f})",
+            f"{row['reach']:.2f}" if row["reach"] else "",
+            f"{row['us_per_expert'][row['best_peer']]['median'] / bound_us(row):.2f}",
+            f"{bound_us(row) / row['us_per_expert'][SHOAL]['median']:.0%}",
+            f"{row['probe_gb_per_s']['median']:.1f}",
+        ]
+        for row in rows
+    ]
+    heads = ["", "threads", f"{SHOAL} us", f"{GGML} us", f"{GGML_REPACKED} us"]
+    heads += ["to the better one", "reach", "the bound to it", "of the bound", "probe GB/s"]
+    return table(heads, lines)
 
 
 def dispatch(rows: list[Row]) -> str:
