@@ -1,9 +1,11 @@
 """A whole model: prefill, decode and memory, in one process and over nodes on this machine.
 
 python bench/bench_model.py MODEL [--prompt 512] [--decode 64] [--nodes 2] [--repeats 3]
+    [--transports fast,grpcio]
 
-Every figure comes from `shoal run --json` in a process of its own; the two ways alternate. MODEL:
-what bench/make_synthetic.py made, or any artifact. Both ways must give the same tokens.
+Every figure comes from `shoal run --json` in a process of its own; the ways alternate. Nodes live
+as long as one run: all transports' at once would not fit. MODEL: what bench/make_synthetic.py made,
+or any artifact. All ways must give the same tokens.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from bench.measure import BandwidthProbe, Row, save, show, spread
 from client.node_process import stop_all
 from shoal import ops
 from shoal.artifact import Artifact
+from shoal.transport import Transport
 
 POLL_S = 0.02
 
@@ -43,14 +46,20 @@ def bytes_per_token(artifact: Artifact) -> int:
     return dense
 
 
-def run(model: Path, setup: Setup, chosen: argparse.Namespace, ids: Sequence[int]) -> Row:
+def run(
+    model: Path,
+    setup: Setup,
+    transport: Transport | None,
+    chosen: argparse.Namespace,
+    ids: Sequence[int],
+) -> Row:
     """Run one prompt in a process of its own; return its JSON report with its peak memory."""
     arguments = ["run", str(model), "--prompt-ids", ",".join(map(str, ids)), "--json"]
     # Random weights repeat themselves: guesses would be right more often than of any real text.
     arguments += ["--max-tokens", str(chosen.decode), "--ignore-eos", "--speculate", "off"]
     arguments += ["--threads", str(chosen.threads)]
-    if setup.shard_map is not None:
-        arguments += ["--moe-shards", setup.shard_map]
+    if setup.shard_map is not None and transport is not None:
+        arguments += ["--moe-shards", setup.shard_map, "--transport", transport]
     command = [sys.executable, "-P", "-m", "client.cli", *arguments]
     peak = 0
     with tempfile.TemporaryFile() as out, subprocess.Popen(command, stdout=out) as running:
@@ -75,11 +84,11 @@ def resident(process: psutil.Process) -> int:
         return 0
 
 
-def summarise(setup: Setup, reports: Sequence[Row], weights: int, probes: Sequence[float]) -> Row:
+def summarise(name: str, reports: Sequence[Row], weights: int, probes: Sequence[float]) -> Row:
     """Return one row of figures for a way of serving."""
     dispatch = [report["dispatch"]["decode"] for report in reports]
     return {
-        "setup": setup.name,
+        "setup": name,
         "prefill_tokens_per_s": spread([r["timings"]["prompt_tokens_per_s"] for r in reports]),
         "decode_tokens_per_s": spread([r["timings"]["decode_tokens_per_s"] for r in reports]),
         "dispatch_p50_us": spread([d["latency_p50_us"] for d in dispatch]),
@@ -94,28 +103,32 @@ def summarise(setup: Setup, reports: Sequence[Row], weights: int, probes: Sequen
 
 
 def measure(chosen: argparse.Namespace) -> list[Row]:
-    """Alternate between the two ways; return a row of figures each."""
+    """Alternate between the ways; return a row of figures each, that of one process first."""
     model: Path = chosen.model
     artifact = Artifact.open(model)
     ids = random.Random(0).choices(range(artifact.spec.vocab_size), k=chosen.prompt)
     probe = BandwidthProbe()
+    ways: dict[str, Transport | None] = {"in process": None}
+    for name in chosen.transports.split(","):
+        ways[f"{chosen.nodes} nodes, {name}"] = Transport(name)
+    reports: dict[str, list[Row]] = {way: [] for way in ways}
+    probes: dict[str, list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch:
-        remote = start_nodes(model, artifact, chosen.nodes, Path(scratch))
-        setups = (Setup("in process", None, ()), remote)
-        reports: dict[str, list[Row]] = {setup.name: [] for setup in setups}
-        probes: dict[str, list[float]] = {setup.name: [] for setup in setups}
-        try:
-            for _ in range(chosen.repeats):
-                for setup in setups:
-                    probes[setup.name].append(probe.gb_per_s(chosen.threads))
-                    reports[setup.name].append(run(model, setup, chosen, ids))
-        finally:
-            stop_all(remote.nodes)
+        for _ in range(chosen.repeats):
+            for way, transport in ways.items():
+                setup = Setup(way, None, ())
+                if transport is not None:
+                    setup = start_nodes(model, artifact, chosen.nodes, Path(scratch), transport)
+                try:
+                    probes[way].append(probe.gb_per_s(chosen.threads))
+                    reports[way].append(run(model, setup, transport, chosen, ids))
+                finally:
+                    stop_all(setup.nodes)
     digests = {(tuple(r["token_ids"]), r["logits_digest"]) for rs in reports.values() for r in rs}
     if len(digests) != 1:
         sys.exit("error: the ways of serving gave different tokens or logits")
     weights = bytes_per_token(artifact)
-    return [summarise(s, reports[s.name], weights, probes[s.name]) for s in setups]
+    return [summarise(way, reports[way], weights, probes[way]) for way in ways]
 
 
 def main() -> None:
@@ -125,6 +138,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="prompt tokens")
     parser.add_argument("--decode", type=int, default=64, help="tokens to generate")
     parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--transports", default="fast,grpcio", help="of both ends")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=ops.num_threads(), help="of the coordinator")
     chosen = parser.parse_args()
@@ -149,8 +163,9 @@ def main() -> None:
             "nodes' RSS GB": lambda r: ", ".join(f"{b / 1e9:.2f}" for b in r["node_rss_bytes"]),
         },
     )
-    in_process, remote = (row["decode_tokens_per_s"]["median"] for row in rows)
-    print(f"decode over {chosen.nodes} nodes / in process: {remote / in_process:.2f}")
+    in_process, *remote = (row["decode_tokens_per_s"]["median"] for row in rows)
+    for row, speed in zip(rows[1:], remote, strict=True):
+        print(f"decode, {row['setup']} / in process: {speed / in_process:.2f}")
     save(f"model-{chosen.model.stem}", rows, prompt=chosen.prompt, decode=chosen.decode)
 
 

@@ -19,6 +19,9 @@ from rich.table import Table
 
 from client.examine import cpu_name
 from shoal import __version__, ops
+from shoal.grpc_settings import prepare_grpc
+
+prepare_grpc("ERROR")  # as the commands do, before anybody imports it
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -43,6 +43,7 @@ from shoal.experts.local import LocalExperts
 from shoal.experts.options import Mode
 from shoal.experts.ownership import Ownership
 from shoal.experts.store import StoreOptions, WarmUpProgress
+from shoal.grpc_settings import prepare_grpc
 from shoal.paths import resolve_model
 from shoal.tls_files import ClientFiles
 from shoal.transport import Transport, Wire
@@ -324,9 +325,7 @@ def open_dispatch(
 ) -> ExpertDispatch:
     """Meet the nodes that the configuration names, or read all experts. Raises as start_engine."""
     if config.moe_shards is not None:
-        from coordinator.grpc_loop import quieten_grpc
-
-        quieten_grpc()  # before it is imported
+        prepare_grpc("ERROR")  # its "Got goaway" is no business of the user's
         from coordinator.remote_dispatch import open_remote_dispatch  # and gRPC: not without nodes
 
         return open_remote_dispatch(

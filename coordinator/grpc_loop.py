@@ -6,19 +6,10 @@ One per process, not one per dispatch: gRPC's Python poller misbehaves with seve
 
 import asyncio
 import atexit
-import os
 import threading
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
-
-
-def quieten_grpc() -> None:
-    """Keep gRPC's own log, such as "Got goaway", from between the user's text and our errors.
-
-    These say the same. gRPC reads this when it is imported; a user's setting stays.
-    """
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def grpc_loop() -> asyncio.AbstractEventLoop:

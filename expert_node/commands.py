@@ -11,6 +11,7 @@ import typer
 from shoal import limits
 from shoal.errors import UsageError
 from shoal.experts.options import Io, Mode, Verify
+from shoal.grpc_settings import prepare_grpc
 from shoal.log_options import LogFormat, LogLevel
 from shoal.transport import Transport
 
@@ -234,7 +235,7 @@ def node(
     from shoal.log import configure
 
     configure(configured.log_format, configured.log_level)
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters it also raises, and we report
+    prepare_grpc("NONE")
 
     import orjson
 

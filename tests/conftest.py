@@ -10,6 +10,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
+from shoal.grpc_settings import prepare_grpc
 from support.smollm2 import convert_smollm2
 
 # A busy machine is no failure: no deadline an example, and slow generation is no complaint.
@@ -21,6 +22,8 @@ settings.register_profile(
     derandomize="CI" in os.environ,
 )
 settings.load_profile("shoal")
+
+prepare_grpc("ERROR")  # as the commands do, before anybody imports it
 
 GRACE_S = 5.0  # for a thread or process that was told to end and is on its way
 
