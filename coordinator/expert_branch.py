@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from coordinator.array_types import I32
-from coordinator.expert_dispatch import ExpertDispatch
+from coordinator.expert_dispatch import ExpertDispatch, LocalDispatch
 from coordinator.row_forms import RowForms
 from coordinator.speculation.routing_watch import Routing
 from shoal import ops
@@ -27,6 +27,17 @@ class ExpertBranch(Protocol):
         """
         ...
 
+    def resident(self, layers: range) -> list[ops.ResidentExperts]:
+        """Return the experts of the first of these layers, while `run` is just their sums.
+
+        Whoever used them says so by `ran`. [] sends the first of the layers to `run`.
+        """
+        ...
+
+    def ran(self, first: int, layers: ops.RanLayers) -> None:
+        """The rows of a pass ran through these layers, from the `first` on."""
+        ...
+
 
 class DispatchedExperts:
     """The experts of one artifact, wherever a dispatch finds them.
@@ -38,6 +49,7 @@ class DispatchedExperts:
         layers = [i for i, layer in enumerate(artifact.spec.layers) if layer.router is not None]
         self._forms = {index: (artifact.scheme(index), artifact.grid(index)) for index in layers}
         self._dispatch = dispatch
+        self._local = dispatch if isinstance(dispatch, LocalDispatch) else None
 
     def scheme(self, layer: int) -> Scheme:
         """See `ExpertBranch.scheme`."""
@@ -48,6 +60,15 @@ class DispatchedExperts:
         scheme, grid = self._forms[layer]
         pending = self._dispatch.start(layer, forms.get(scheme), plan)
         return ops.Sums(pending.wait(), grid)
+
+    def resident(self, layers: range) -> list[ops.ResidentExperts]:
+        """See `ExpertBranch.resident`."""
+        return [] if self._local is None else self._local.resident(layers)
+
+    def ran(self, first: int, layers: ops.RanLayers) -> None:
+        """See `ExpertBranch.ran`."""
+        assert self._local is not None, "it lends no experts"
+        self._local.ran(layers.expert_seconds)
 
 
 class WatchedExperts:
@@ -73,6 +94,17 @@ class WatchedExperts:
         if layer in self._visited:
             self._visited[layer] = plan.experts
         return self._inner.run(layer, forms, plan)
+
+    def resident(self, layers: range) -> list[ops.ResidentExperts]:
+        """See `ExpertBranch.resident`."""
+        return self._inner.resident(layers)
+
+    def ran(self, first: int, layers: ops.RanLayers) -> None:
+        """See `ExpertBranch.ran`."""
+        for layer, experts in enumerate(layers.experts, first):
+            if layer in self._visited:
+                self._visited[layer] = experts
+        self._inner.ran(first, layers)
 
     def last_rows(self, num_rows: int) -> tuple[Routing, ...]:
         """Return the routing of the last pass's last rows, whose logits were all wanted."""

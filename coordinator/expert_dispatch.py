@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.dispatch_stats import DispatchStats
+from shoal import ops
 from shoal.experts.call import ExpertCall
 from shoal.experts.executor import ExpertExecutor
 from shoal.router import RoutingPlan
@@ -64,6 +65,18 @@ class LocalDispatch:
 
     def start(self, layer: int, rows: Rows, plan: RoutingPlan) -> PendingSums:
         return _LocalSums(self._executor, self.stats, layer, rows, plan)
+
+    def resident(self, layers: range) -> list[ops.ResidentExperts]:
+        """Return the experts of the first of these layers, while all are in memory.
+
+        Who uses them says so by `ran`.
+        """
+        return self._executor.resident(layers)
+
+    def ran(self, elapsed_s: list[float]) -> None:
+        """Resident experts took so long, layer by layer."""
+        for each_s in elapsed_s:
+            self.stats.record(each_s, each_s, 0, 0)
 
     def close(self) -> None:
         self._executor.close()

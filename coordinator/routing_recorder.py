@@ -147,6 +147,16 @@ class _RecordedExperts:
         self._recorder.visit(layer, plan.experts)
         return self._inner.run(layer, forms, plan)
 
+    def resident(self, layers: range) -> list[ops.ResidentExperts]:
+        """See `ExpertBranch.resident`."""
+        return self._inner.resident(layers)
+
+    def ran(self, first: int, layers: ops.RanLayers) -> None:
+        """See `ExpertBranch.ran`."""
+        for layer, experts in enumerate(layers.experts, first):
+            self._recorder.visit(layer, experts)
+        self._inner.ran(first, layers)
+
 
 class _RecordedTransformer(Transformer):
     def __init__(

@@ -10,6 +10,8 @@ float arithmetic is in `shoal.ops`.
 In the last layer every row writes its K and V, but only the rows whose logits are wanted go on.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +29,9 @@ from shoal.artifact.layer_weights import LayerWeights
 from shoal.errors import NumericError
 from shoal.model_spec import ModelSpec
 
+# Rows times layers of one native call: a cancellation is seen after some 60 ms of a big model.
+MAX_ROWS_AT_ONCE = 64
+
 
 class Transformer:
     """A model that is ready to run. Not thread-safe: one pass at a time."""
@@ -35,10 +40,12 @@ class Transformer:
         """Args: weights: may be shared by several transformers; nothing writes to them."""
         self._spec = spec
         self._weights = weights
+        self._experts = experts
         self._layers = tuple(
             _layer(spec, index, layer_weights, experts)
             for index, layer_weights in enumerate(weights.layers)
         )
+        self._routed_ends = _routed_ends(self._layers)
 
     @property
     def spec(self) -> ModelSpec:
@@ -49,7 +56,7 @@ class Transformer:
 
         Args:
             batch: T rows, all of whose earlier tokens are in the cache.
-            cancellation: looked at before every layer.
+            cancellation: looked at before every layer of many rows, or every few layers of few.
 
         Raises:
             NumericError: naming layer and node; its `rows` are rows of the batch. The others may
@@ -65,14 +72,58 @@ class Transformer:
         hidden = ops.embed(self._weights.embed, batch.token_ids)
         branch: ops.Branch | None = None
         last = len(self._layers) - 1
-        for index, layer in enumerate(self._layers):
+        all_go_on = len(batch.logit_rows) == batch.num_rows
+        index = 0
+        while index <= last:
             cancellation.check()
-            going_on = batch.logit_rows if index == last else None
+            ran = self._run_resident(index, hidden, branch, places, cache, all_go_on)
+            if ran is not None:
+                hidden, branch = ran.residual, ran.sums
+                index += len(ran.experts)
+                continue
+            going_on = batch.logit_rows if index == last and not all_go_on else None
+            layer = self._layers[index]
             try:
                 hidden, branch = layer.run(hidden, branch, places, cache.layer(index), going_on)
             except NumericError as error:
-                raise NumericError(f"layer {index}: {error}", error.rows) from error
+                raise _in_layer(index, error) from error
+            index += 1
         return hidden if branch is None else ops.add_branch(hidden, branch)
+
+    def _run_resident(
+        self,
+        first: int,
+        hidden: F32,
+        branch: ops.Branch | None,
+        places: ops.Places,
+        cache: KvArrays,
+        all_go_on: bool,
+    ) -> ops.RanLayers | None:
+        """Run the layers from `first` on whose experts are in memory, several in one native call.
+
+        Of few rows, which all go on. None: `first` has to be run alone.
+        """
+        end = self._routed_ends[first]
+        if not all_go_on:
+            end = min(end, len(self._layers) - 1)
+        layers = range(first, min(end, first + MAX_ROWS_AT_ONCE // places.num_rows))
+        lent = self._experts.resident(layers)
+        if not lent:
+            return None
+        ran = ops.run_layers(
+            [_native(layer) for layer in self._layers[first : first + len(lent)]],
+            lent,
+            hidden,
+            branch,
+            places,
+            [cache.layer(index) for index in range(first, first + len(lent))],
+        )
+        if ran is None:
+            return None
+        self._experts.ran(first, ran)
+        if ran.stopped is not None:
+            raise _in_layer(first + len(ran.experts), ran.stopped) from ran.stopped
+        return ran
 
     def _places(self, batch: Batch) -> ops.Places:
         rope = ops.rope_table(
@@ -114,7 +165,7 @@ class _RoutedLayer:
         assert router is not None, f"layer {index} has no experts"
         self._index = index
         self._experts = experts
-        self._layer = ops.RoutedLayer(
+        self.native = ops.RoutedLayer(
             weights.norms, weights.attention, router, weights.router, experts.scheme(index)
         )
 
@@ -130,7 +181,7 @@ class _RoutedLayer:
 
         Of the rows `going_on` only, if that is not None.
         """
-        routed = self._layer.run(hidden, branch, places, cache, going_on)
+        routed = self.native.run(hidden, branch, places, cache, going_on)
         if not len(routed.residual):
             return routed.residual, routed.normed
         forms = RowForms(routed.normed, routed.rows)
@@ -148,6 +199,25 @@ def _layer(
     if weights.dense_ffn is None:
         return _RoutedLayer(spec, index, weights, experts)
     return ops.DenseLayer(weights.norms, weights.attention, *weights.dense_ffn)
+
+
+def _native(layer: _RoutedLayer | ops.DenseLayer) -> ops.RoutedLayer:
+    assert isinstance(layer, _RoutedLayer), "only layers with experts run together"
+    return layer.native
+
+
+def _routed_ends(layers: Sequence[_RoutedLayer | ops.DenseLayer]) -> list[int]:
+    """Return, for each layer, the next one from there on that has no experts."""
+    ends, end = [], len(layers)
+    for index in reversed(range(len(layers))):
+        if not isinstance(layers[index], _RoutedLayer):
+            end = index
+        ends.append(end)
+    return ends[::-1]
+
+
+def _in_layer(index: int, error: NumericError) -> NumericError:
+    return NumericError(f"layer {index}: {error}", error.rows)
 
 
 def _batch_rows(rows: tuple[int, ...], index: NDArray[np.intp]) -> tuple[int, ...]:

@@ -1,5 +1,4 @@
-// Python's door to expert_table.h: what a table was made of stays alive until nobody computes on
-// it.
+// Python's door to expert_table.h.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "bind_arrays.h"
+#include "bind_expert_table.h"
 #include "bind_frames.h"
 #include "bindings.h"
 #include "expert_table.h"
@@ -56,144 +56,112 @@ void require_offsets(const Indices& offsets, int num_rows, size_t num_pairs) {
     require(offsets.data()[row] <= offsets.data()[row + 1], "row_offsets must ascend");
 }
 
-class Table {
- public:
-  Table(int dim, int ffn_dim, int gate_up, int down, const std::vector<int>& numbers,
-        std::vector<ConstBytes> weights)
-      : table_(shape_from(dim, ffn_dim, gate_up, down),
-               pointers(shape_from(dim, ffn_dim, gate_up, down), numbers, weights)),
-        memory_(std::move(weights)) {}
+void make_table(BoundTable* self, int dim, int ffn_dim, int gate_up, int down,
+                const std::vector<int>& numbers, std::vector<ConstBytes> weights) {
+  const ExpertShape shape = shape_from(dim, ffn_dim, gate_up, down);
+  std::vector<const uint8_t*> experts = pointers(shape, numbers, weights);
+  new (self) BoundTable(shape, std::move(experts), std::move(weights));
+}
 
-  std::optional<BadRows> sums(int scheme, int dim, const ActivationArray& values,
-                              const ConstFloats& scales, const std::optional<Indices>& row_offsets,
-                              const PairArray<int32_t>& experts, const PairArray<float>& weights,
-                              int grid, const Array<int64_t, 2>& out) {
-    const ExpertShape& shape = table_.shape();
-    if (dim != shape.dim || scheme != int(scheme_of(shape.gate_up))) return std::nullopt;
-    const RowsView rows = view_rows(scheme, dim, values, scales);
-    std::vector<int32_t> even;
-    if (row_offsets)
-      require_offsets(*row_offsets, rows.num_rows, experts.size());
-    else
-      even = even_offsets(rows.num_rows, experts.size());
-    const RoutedRows call{rows, row_offsets ? row_offsets->data() : even.data(), experts.data(),
-                          weights.data(), grid};
-    require_equal("length of weights", int64_t(experts.size()), int64_t(weights.size()));
-    require(grid >= -100 && grid <= 100, "grid must be in -100..100");
-    require_equal("rows of out", call.rows.num_rows, int64_t(out.shape(0)));
-    require_equal("columns of out", dim, int64_t(out.shape(1)));
-    if (!table_.enter()) return std::nullopt;
-    const Stay stay{*this};
-    std::vector<uint8_t> bad(static_cast<size_t>(call.rows.num_rows));
+std::optional<BadRows> sums(BoundTable& self, int scheme, int dim, const ActivationArray& values,
+                            const ConstFloats& scales, const std::optional<Indices>& row_offsets,
+                            const PairArray<int32_t>& experts, const PairArray<float>& weights,
+                            int grid, const Array<int64_t, 2>& out) {
+  const ExpertShape& shape = self.table().shape();
+  if (dim != shape.dim || scheme != int(scheme_of(shape.gate_up))) return std::nullopt;
+  const RowsView rows = view_rows(scheme, dim, values, scales);
+  std::vector<int32_t> even;
+  if (row_offsets)
+    require_offsets(*row_offsets, rows.num_rows, experts.size());
+  else
+    even = even_offsets(rows.num_rows, experts.size());
+  const RoutedRows call{rows, row_offsets ? row_offsets->data() : even.data(), experts.data(),
+                        weights.data(), grid};
+  require_equal("length of weights", int64_t(experts.size()), int64_t(weights.size()));
+  require(grid >= -100 && grid <= 100, "grid must be in -100..100");
+  require_equal("rows of out", call.rows.num_rows, int64_t(out.shape(0)));
+  require_equal("columns of out", dim, int64_t(out.shape(1)));
+  if (!self.table().enter()) return std::nullopt;
+  const BoundTable::Stay stay{self};
+  std::vector<uint8_t> bad(static_cast<size_t>(call.rows.num_rows));
+  nb::gil_scoped_release released;
+  if (!self.table().sums(call, out.data(), bad.data())) return std::nullopt;
+  return indices_of(bad);
+}
+
+bool compute(ExpertTable& table, const CallFound& call, int grid, int64_t* sums, uint8_t* bad) {
+  const size_t rows = call.head.num_rows, pairs = call.num_pairs;
+  const std::unique_ptr<uint8_t[]> memory(new uint8_t[numbers_size(call)]);
+  const uint8_t* values = put_numbers(call, memory.get());
+  const auto* offsets = reinterpret_cast<const int32_t*>(memory.get());
+  const int32_t* experts = offsets + rows + 1;
+  const auto* weights = reinterpret_cast<const float*>(experts + pairs);
+  const RowsView view{Scheme(int(call.head.scheme) - 1),
+                      int(rows),
+                      int(call.head.dim),
+                      reinterpret_cast<const float*>(values),
+                      reinterpret_cast<const int8_t*>(values),
+                      weights + pairs};
+  return table.sums({view, offsets, experts, weights, grid}, sums, bad);
+}
+
+ReplyHead head_of_reply(const CallHead& call, int grid, uint32_t queue_us,
+                        std::chrono::steady_clock::time_point began) {
+  const auto spent = std::chrono::steady_clock::now() - began;
+  const auto us = std::chrono::duration_cast<std::chrono::microseconds>(spent).count();
+  const uint32_t compute_us = uint32_t(std::min<int64_t>(us, UINT32_MAX));
+  return {call.call_id, call.num_rows, call.dim, grid, queue_us, compute_us, 0, call.reply_format};
+}
+
+// The whole way of a call in its frame: bytes of its reply; the rows out of range; or None: it is
+// not for this table, or walks over more weights than that.
+nb::object answer(BoundTable& self, const CallView& view, int grid, int64_t max_weight_bytes,
+                  uint32_t queue_us) {
+  const CallFound& call = view.found();
+  const ExpertShape& shape = self.table().shape();
+  const int scheme = int(call.head.scheme) - 1;
+  if (int64_t(call.head.dim) != shape.dim || scheme != int(scheme_of(shape.gate_up)) ||
+      int64_t(call.num_pairs) * shape.bytes() > max_weight_bytes)
+    return nb::none();
+  require(grid >= -64 && grid <= 96, "grid must be in -64..96");
+  if (!self.table().enter()) return nb::none();
+  const BoundTable::Stay stay{self};
+  const size_t num_sums = size_t(call.head.num_rows) * call.head.dim;
+  const std::unique_ptr<int64_t[]> sums(new int64_t[num_sums]);  // scratch is the kernels'
+  std::vector<uint8_t> bad(call.head.num_rows);
+  std::optional<ReplyFrame> reply;
+  bool is_known;
+  {
     nb::gil_scoped_release released;
-    if (!table_.sums(call, out.data(), bad.data())) return std::nullopt;
-    return indices_of(bad);
+    const auto began = std::chrono::steady_clock::now();
+    is_known = compute(self.table(), call, grid, sums.get(), bad.data());
+    if (is_known && std::find(bad.begin(), bad.end(), 1) == bad.end())
+      reply.emplace(head_of_reply(call.head, grid, queue_us, began), sums.get());
   }
-
-  // The whole way of a call in its frame: bytes of its reply; the rows out of range; or None: it is
-  // not for this table, or walks over more weights than that.
-  nb::object answer(const CallView& view, int grid, int64_t max_weight_bytes, uint32_t queue_us) {
-    const CallFound& call = view.found();
-    const ExpertShape& shape = table_.shape();
-    const int scheme = int(call.head.scheme) - 1;
-    if (int64_t(call.head.dim) != shape.dim || scheme != int(scheme_of(shape.gate_up)) ||
-        int64_t(call.num_pairs) * shape.bytes() > max_weight_bytes)
-      return nb::none();
-    require(grid >= -64 && grid <= 96, "grid must be in -64..96");
-    if (!table_.enter()) return nb::none();
-    const Stay stay{*this};
-    const size_t num_sums = size_t(call.head.num_rows) * call.head.dim;
-    const std::unique_ptr<int64_t[]> sums(new int64_t[num_sums]);  // scratch is the kernels'
-    std::vector<uint8_t> bad(call.head.num_rows);
-    std::optional<ReplyFrame> reply;
-    bool is_known;
-    {
-      nb::gil_scoped_release released;
-      const auto began = std::chrono::steady_clock::now();
-      is_known = compute(call, grid, sums.get(), bad.data());
-      if (is_known && std::find(bad.begin(), bad.end(), 1) == bad.end())
-        reply.emplace(head_of_reply(call.head, grid, queue_us, began), sums.get());
-    }
-    if (!is_known) return nb::none();
-    return reply ? nb::object(written(*reply, num_sums)) : nb::cast(indices_of(bad));
-  }
-
-  bool withdraw(nb::object on_idle) {
-    require(!on_idle_.is_valid(), "withdraw: it was withdrawn before");
-    on_idle_ = std::move(on_idle);
-    if (!table_.withdraw()) return false;
-    memory_.clear();
-    on_idle_ = nb::none();
-    return true;
-  }
-
-  int64_t num_hits() const { return table_.num_hits(); }
-
- private:
-  bool compute(const CallFound& call, int grid, int64_t* sums, uint8_t* bad) {
-    const size_t rows = call.head.num_rows, pairs = call.num_pairs;
-    const std::unique_ptr<uint8_t[]> memory(new uint8_t[numbers_size(call)]);
-    const uint8_t* values = put_numbers(call, memory.get());
-    const auto* offsets = reinterpret_cast<const int32_t*>(memory.get());
-    const int32_t* experts = offsets + rows + 1;
-    const auto* weights = reinterpret_cast<const float*>(experts + pairs);
-    const RowsView view{Scheme(int(call.head.scheme) - 1),
-                        int(rows),
-                        int(call.head.dim),
-                        reinterpret_cast<const float*>(values),
-                        reinterpret_cast<const int8_t*>(values),
-                        weights + pairs};
-    return table_.sums({view, offsets, experts, weights, grid}, sums, bad);
-  }
-
-  static ReplyHead head_of_reply(const CallHead& call, int grid, uint32_t queue_us,
-                                 std::chrono::steady_clock::time_point began) {
-    const auto spent = std::chrono::steady_clock::now() - began;
-    const auto us = std::chrono::duration_cast<std::chrono::microseconds>(spent).count();
-    const uint32_t compute_us = uint32_t(std::min<int64_t>(us, UINT32_MAX));
-    return {call.call_id, call.num_rows, call.dim, grid,
-            queue_us,     compute_us,    0,        call.reply_format};
-  }
-
-  // A call's presence.  It begins and ends with the GIL held, so `leave` follows `withdraw` whole.
-  struct Stay {
-    Table& at;
-    ~Stay() {
-      if (!at.table_.leave()) return;
-      at.memory_.clear();
-      const nb::object on_idle = std::exchange(at.on_idle_, nb::none());
-      try {
-        on_idle();
-      } catch (nb::python_error& error) {
-        error.discard_as_unraisable("ExpertTable.withdraw: on_idle");
-      }
-    }
-  };
-
-  ExpertTable table_;
-  std::vector<ConstBytes> memory_;
-  nb::object on_idle_;  // not valid before `withdraw`; None once it was called
-};
+  if (!is_known) return nb::none();
+  return reply ? nb::object(written(*reply, num_sums)) : nb::cast(indices_of(bad));
+}
 
 }  // namespace
 
 void bind_experts(nb::module_& m) {
-  nb::class_<Table>(m, "ExpertTable", "The owned experts of a layer, all in memory.")
-      .def(nb::init<int, int, int, int, const std::vector<int>&, std::vector<ConstBytes>>(),
-           "dim"_a, "ffn_dim"_a, "gate_up"_a, "down"_a, "numbers"_a, "weights"_a)
-      .def("sums", &Table::sums, "scheme"_a, "dim"_a, "values"_a.noconvert(),
-           "scales"_a.noconvert(), "row_offsets"_a.noconvert().none(), "experts"_a.noconvert(),
-           "weights"_a.noconvert(), "grid"_a, "out"_a.noconvert(),
+  nb::class_<BoundTable>(m, "ExpertTable", "The owned experts of a layer, all in memory.")
+      .def("__init__", make_table, "dim"_a, "ffn_dim"_a, "gate_up"_a, "down"_a, "numbers"_a,
+           "weights"_a)
+      .def("sums", sums, "scheme"_a, "dim"_a, "values"_a.noconvert(), "scales"_a.noconvert(),
+           "row_offsets"_a.noconvert().none(), "experts"_a.noconvert(), "weights"_a.noconvert(),
+           "grid"_a, "out"_a.noconvert(),
            "Write weighted integer outputs, added up; return the rows out of range. None, and "
            "nothing is written: it was withdrawn, or the call is not for it.")
-      .def("answer", &Table::answer, "call"_a, "grid"_a, "max_weight_bytes"_a, "queue_us"_a,
+      .def("answer", answer, "call"_a, "grid"_a, "max_weight_bytes"_a, "queue_us"_a,
            nb::sig("def answer(self, call: CallView, grid: int, max_weight_bytes: int, "
                    "queue_us: int) -> bytes | list[int] | None"),
            "The frame of a call's reply; or the rows out of range; or None, as `sums`, or the call "
            "walks over more weights.")
-      .def("withdraw", &Table::withdraw, "on_idle"_a,
+      .def("withdraw", &BoundTable::withdraw, "on_idle"_a,
            "Compute no more calls. True: none is under way; else the last one calls on_idle.")
-      .def_prop_ro("num_hits", &Table::num_hits, "Experts that calls visited, each once a call.");
+      .def_prop_ro("num_hits", &BoundTable::num_hits,
+                   "Experts that calls visited, each once a call.");
 }
 
 }  // namespace shoal

@@ -12,10 +12,12 @@
 #include <vector>
 
 #include "bind_arrays.h"
+#include "bind_expert_table.h"
 #include "bind_views.h"
 #include "bindings.h"
 #include "floats.h"
 #include "layer_decoder.h"
+#include "layer_run.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -201,6 +203,18 @@ T* rows_of(const char* what, const OptionalRows<T>& array, int64_t rows, int64_t
   return array->data();
 }
 
+void require_cache(const DecoderLayer& layer, const KvCache& cache, const RowPlaces& places) {
+  const GroupedQuery& attention = layer.attention;
+  require(cache.kv_heads == attention.num_kv_heads && cache.dim == attention.head_dim,
+          "the cache is not this attention's: other heads");
+  require(2 * places.half <= attention.head_dim, "more rotary dimensions than a head has");
+}
+
+void require_places(const DecoderLayer& layer, const KvCache& cache, const RowPlaces& places) {
+  const std::string wrong = layer.attention.check(places, cache);
+  if (!wrong.empty()) throw std::invalid_argument(wrong);
+}
+
 void require_index(const std::optional<Array<const int64_t, 1>>& index, int64_t rows) {
   if (!index) return;
   for (size_t i = 0; i < index->size(); ++i)
@@ -244,19 +258,100 @@ Stopped bind_run(const BoundLayer& bound, const Array<const float, 2>& hidden,
                        rows_of("experts", experts, going, top, layer.router.has_value()),
                        rows_of("weights", weights, going, top, layer.router.has_value()),
                        rows_of("ffn", ffn, going, dim, layer.ffn.has_value())};
-  const GroupedQuery& attention = layer.attention;
-  require(call.cache.kv_heads == attention.num_kv_heads && call.cache.dim == attention.head_dim,
-          "the cache is not this attention's: other heads");
-  require(2 * places.places.half <= attention.head_dim, "more rotary dimensions than a head has");
+  require_cache(layer, call.cache, places.places);
   nb::gil_scoped_release released;
-  const std::string wrong = attention.check(places.places, call.cache);
-  if (!wrong.empty()) throw std::invalid_argument(wrong);
+  require_places(layer, call.cache, places.places);
   try {
     run_layer(layer, call);
   } catch (const StoppedRows& bad) {
     return std::make_tuple(int(bad.stop), bad.rows);
   }
   return std::nullopt;
+}
+
+// Presence in tables; it begins and ends with the GIL held.
+class Stays {
+ public:
+  bool enter(BoundTable& table) {
+    if (!table.table().enter()) return false;
+    inside_.push_back(&table);
+    return true;
+  }
+  ~Stays() {
+    for (BoundTable* const table : inside_)
+      if (table->table().leave()) table->end();
+  }
+
+ private:
+  std::vector<BoundTable*> inside_;
+};
+
+using Caches = std::vector<std::tuple<Keys, Values>>;
+
+// The experts that a row visits.
+int experts_of(const DecoderLayer& layer, int num_experts) {
+  return layer.router ? layer.router->experts_per_token : num_experts;
+}
+
+// Whether the table has just the experts that a layer may ask for.
+bool fits(const DecoderLayer& layer, const ExpertTable& table, int num_experts) {
+  return !layer.ffn && table.shape().dim == layer.dim &&
+         scheme_of(table.shape().gate_up) == layer.scheme && table.is_whole(num_experts) &&
+         (!layer.router || layer.router->gate.matrix.rows == num_experts);
+}
+
+// How many layers were done, and why the next one stopped; none: its table was withdrawn, or is of
+// other experts.
+std::tuple<int, Stopped> bind_run_layers(
+    const std::vector<const BoundLayer*>& bound, const std::vector<BoundTable*>& tables,
+    const std::vector<int>& num_experts, const std::vector<int>& grids,
+    const Array<const float, 2>& hidden, const OptionalRows<const float>& branch,
+    const OptionalRows<const int64_t>& sums, int sums_grid, const BoundPlaces& places,
+    const Caches& caches, const Array<float, 2>& residual, const Array<int64_t, 2>& expert_sums,
+    const Array<int32_t, 1>& experts, const Array<double, 1>& expert_seconds) {
+  const size_t count = bound.size();
+  require(tables.size() == count && num_experts.size() == count && grids.size() == count &&
+              caches.size() == count && expert_seconds.size() == count,
+          "layers: a table, a number of experts, a grid, a cache and a time each");
+  const int64_t rows = places.places.rows, dim = int64_t(hidden.shape(1));
+  require_equal("rows of hidden", rows, int64_t(hidden.shape(0)));
+  require(same_shape(hidden, residual) && same_shape(hidden, expert_sums),
+          "hidden, residual and expert_sums must have one shape");
+  require(!branch || !sums, "a branch is floats or sums");
+  require(sums_grid >= -126 && sums_grid <= 126, "sums: the grid must be in -126..126");
+  const RunCall call{hidden.data(),
+                     rows_of("branch", branch, rows, dim, branch.has_value()),
+                     rows_of("sums", sums, rows, dim, sums.has_value()),
+                     sums_grid,
+                     places.places,
+                     residual.data(),
+                     expert_sums.data(),
+                     experts.data(),
+                     expert_seconds.data()};
+  std::vector<ResidentLayer> layers;
+  int64_t num_pairs = 0;
+  Stays stays;
+  for (size_t i = 0; i < count; ++i) {
+    require(bound[i] != nullptr && tables[i] != nullptr, "layers and tables must not be None");
+    const DecoderLayer& layer = bound[i]->layer;
+    const KvCache cache = cache_of(std::get<0>(caches[i]), std::get<1>(caches[i]));
+    require_equal("columns of hidden", layer.dim, dim);
+    require(grids[i] >= -100 && grids[i] <= 100, "grid must be in -100..100");
+    require_cache(layer, cache, places.places);
+    if (!fits(layer, tables[i]->table(), num_experts[i]) || !stays.enter(*tables[i])) break;
+    const int each = experts_of(layer, num_experts[i]);
+    num_pairs += rows * each;
+    layers.push_back({&layer, &tables[i]->table(), each, grids[i], cache});
+  }
+  require(num_pairs <= int64_t(experts.size()), "experts: no room for those of every row");
+  nb::gil_scoped_release released;
+  for (const ResidentLayer& at : layers) require_places(*at.layer, at.cache, places.places);
+  try {
+    run_layers(layers, call);
+  } catch (const StoppedLayer& at) {
+    return {at.layer, std::make_tuple(int(at.rows.stop), at.rows.rows)};
+  }
+  return {int(layers.size()), std::nullopt};
 }
 
 void bind_parts(nb::module_& m) {
@@ -289,6 +384,12 @@ void bind_layer(nb::module_& m) {
         "normed"_a.noconvert(), "quants"_a.noconvert().none(), "scales"_a.noconvert().none(),
         "experts"_a.noconvert().none(), "weights"_a.noconvert().none(), "ffn"_a.noconvert().none(),
         "Run it; returns what stopped it and the rows to blame, or None.");
+  m.def("run_layers", &bind_run_layers, "layers"_a, "tables"_a, "num_experts"_a, "grids"_a,
+        "hidden"_a.noconvert(), "branch"_a.noconvert().none(), "sums"_a.noconvert().none(),
+        "sums_grid"_a, "places"_a, "caches"_a, "residual"_a.noconvert(),
+        "expert_sums"_a.noconvert(), "experts"_a.noconvert(), "expert_seconds"_a.noconvert(),
+        "Run layers with their experts; returns how many were done, and what stopped the next and "
+        "the rows to blame, or None.");
 }
 
 }  // namespace shoal

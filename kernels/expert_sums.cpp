@@ -22,6 +22,9 @@ namespace {
 // Scratch of a wave: with its weights it should stay in a last-level cache.
 constexpr int64_t kWaveBytes = 16 << 20;
 
+// Sums of all threads, where each has its own.
+constexpr int64_t kOwnSumsBytes = 128 << 10;
+
 struct Piece {
   const uint8_t* expert;
   int first_pair, count;
@@ -56,9 +59,13 @@ class Wave {
 
   void compute_h() {
     lay_out(static_cast<uint8_t*>(thread_scratch(used_)));
-    for_each_piece(shape_.dim, [&](const Piece& piece) {
+    const auto fill = [&](const Piece& piece) {
       fill_tiles(isa_, rows_, pair_rows_ + piece.first_pair, piece.x, max_tile(shape_.gate_up));
-    });
+    };
+    if (is_one_row())
+      fill(pieces_[0]);
+    else
+      for_each_piece(shape_.dim, fill);
     gate_up();
     for_each_piece(shape_.ffn_dim, [&](const Piece& piece) {
       quantise_tiles(isa_, piece.h, h_stride_, piece.h_tiles, max_tile(shape_.down), piece.finite);
@@ -84,6 +91,23 @@ class Wave {
     });
   }
 
+  // The same, in the order of the weights: body(thread, piece, group, ...) as above, but a group's
+  // calls come from several threads.
+  template <class F>
+  void for_each_down_tile_in_order(F&& body) {
+    const int groups = num_groups(shape_.dim), largest = max_tile(shape_.down);
+    const int64_t items = int64_t(groups) * int64_t(pieces_.size());
+    parallel_for(items, chunk_of(items), [&](int64_t item, int64_t end, int thread) {
+      for (; item < end; ++item) {
+        const Piece& piece = pieces_[size_t(item / groups)];
+        for (int t = 0, n; t < piece.count; t += n) {
+          n = tile_rows(piece.count - t, largest);
+          body(thread, piece, int(item % groups), t, n, piece.h_tiles.tile(t));
+        }
+      }
+    });
+  }
+
   int row_of(int pair) const { return pair_rows_[pair]; }
   void mark_bad(int pair) { __atomic_store_n(&bad_[row_of(pair)], 1, __ATOMIC_RELAXED); }
   const MatrixKernels& kernels() const { return kernels_; }
@@ -99,9 +123,17 @@ class Wave {
            round_up(count * h_stride_ * 4, 64) + round_up(count, 64);
   }
 
+  // One that visits each expert once: all pieces share its tile.
+  bool is_one_row() const {
+    return rows_.num_rows == 1 && std::all_of(pieces_.begin(), pieces_.end(),
+                                              [](const Piece& piece) { return piece.count == 1; });
+  }
+
   void lay_out(uint8_t* memory) {
+    uint8_t* const first = memory;
+    const bool shares = is_one_row();
     for (Piece& p : pieces_) {
-      p.x = {memory, p.count, shape_.dim, shape_.gate_up};
+      p.x = {shares ? first : memory, p.count, shape_.dim, shape_.gate_up};
       memory += TileBuffer::bytes(shape_.gate_up, p.count, shape_.dim);
       p.h_tiles = {memory, p.count, shape_.ffn_dim, shape_.down};
       memory += TileBuffer::bytes(shape_.down, p.count, shape_.ffn_dim);
@@ -123,11 +155,14 @@ class Wave {
     });
   }
 
+  static int64_t chunk_of(int64_t items) {
+    return std::clamp<int64_t>(items / (16 * pool_threads()), 1, 8);
+  }
+
   void gate_up() {
     const int groups = num_groups(shape_.ffn_dim), largest = max_tile(shape_.gate_up);
     const int64_t items = int64_t(groups) * int64_t(pieces_.size());
-    const int64_t chunk = std::clamp<int64_t>(items / (16 * pool_threads()), 1, 8);
-    parallel_for(items, chunk, [&](int64_t item, int64_t end, int) {
+    parallel_for(items, chunk_of(items), [&](int64_t item, int64_t end, int) {
       for (; item < end; ++item) {
         const Piece& piece = pieces_[size_t(item / groups)];
         const int64_t group = item % groups;
@@ -159,19 +194,55 @@ double power_of_two(int exponent) {
   return result;
 }
 
-void add_down(Wave& wave, const ExpertCall& call, int64_t* sums) {
-  const ExpertShape& shape = call.shape;
-  const double two_to_grid = power_of_two(call.grid);
-  const int64_t bytes = shape.down_bytes(), offset = shape.down_offset();
-  wave.for_each_down_tile([&](const Piece& piece, int group, int t, int n, const Tile& h) {
+// sums of the call's rows, a tile at a time.
+class DownSums {
+ public:
+  DownSums(Wave& wave, const ExpertCall& call)
+      : wave_(wave), call_(call), two_to_grid_(power_of_two(call.grid)) {}
+
+  void add(const Piece& piece, int group, int t, int n, const Tile& h, int64_t* sums) {
+    const ExpertShape& shape = call_.shape;
     const int column = group * kLanes, first = piece.first_pair + t;
     int64_t* at[kMaxTile];
-    for (int i = 0; i < n; ++i) at[i] = sums + int64_t(wave.row_of(first + i)) * shape.dim + column;
-    const uint32_t bad = wave.kernels().down_sums(
-        shape.down, piece.expert + offset + group * bytes, std::min(kLanes, shape.dim - column),
-        shape.ffn_dim, h, n, call.pair_weights + first, two_to_grid, at);
+    for (int i = 0; i < n; ++i)
+      at[i] = sums + int64_t(wave_.row_of(first + i)) * shape.dim + column;
+    const uint32_t bad = wave_.kernels().down_sums(
+        shape.down, piece.expert + shape.down_offset() + group * shape.down_bytes(),
+        std::min(kLanes, shape.dim - column), shape.ffn_dim, h, n, call_.pair_weights + first,
+        two_to_grid_, at);
     for (int i = 0; bad >> i; ++i)
-      if (bad >> i & 1) wave.mark_bad(first + i);
+      if (bad >> i & 1) wave_.mark_bad(first + i);
+  }
+
+ private:
+  Wave& wave_;
+  const ExpertCall& call_;
+  const double two_to_grid_;
+};
+
+// Few rows wait for memory: each thread reads whole experts, and has sums of its own.
+void add_down_in_order(Wave& wave, const ExpertCall& call, int64_t num_sums, int64_t* sums) {
+  DownSums down(wave, call);
+  const size_t threads = size_t(pool_threads());
+  std::vector<int64_t> own((threads - 1) * size_t(num_sums));
+  wave.for_each_down_tile_in_order(
+      [&](int thread, const Piece& piece, int group, int t, int n, const Tile& h) {
+        int64_t* const to = thread == 0 ? sums : own.data() + (thread - 1) * num_sums;
+        down.add(piece, group, t, n, h, to);
+      });
+  for (const int64_t* from = own.data(); from < own.data() + own.size(); from += num_sums)
+    for (int64_t i = 0; i < num_sums; ++i) sums[i] += from[i];
+}
+
+void add_down(Wave& wave, const ExpertCall& call, int num_rows, int64_t* sums) {
+  const int64_t num_sums = int64_t(num_rows) * call.shape.dim;
+  if (pool_threads() * num_sums * int64_t(sizeof *sums) <= kOwnSumsBytes) {
+    add_down_in_order(wave, call, num_sums, sums);
+    return;
+  }
+  DownSums down(wave, call);
+  wave.for_each_down_tile([&](const Piece& piece, int group, int t, int n, const Tile& h) {
+    down.add(piece, group, t, n, h, sums);
   });
 }
 
@@ -194,7 +265,7 @@ void expert_sums(const ExpertCall& call, const RowsView& rows, int64_t* sums, ui
   const auto flush = [&] {
     if (wave.empty()) return;
     wave.compute_h();
-    add_down(wave, call, sums);
+    add_down(wave, call, rows.num_rows, sums);
     wave.clear();
   };
   for (int e = 0; e < call.num_experts; ++e) {

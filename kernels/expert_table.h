@@ -1,5 +1,6 @@
 // The experts of one layer that this process owns, all of them in memory: called by number.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <vector>
@@ -45,6 +46,12 @@ class ExpertTable {
   bool sums(const RoutedRows& call, int64_t* sums, uint8_t* bad);
 
   const ExpertShape& shape() const { return shape_; }
+
+  // Experts 0 .. n - 1 are all here, and there are no others.
+  bool is_whole(int n) const {
+    return experts_.size() == size_t(n) &&
+           std::find(experts_.begin(), experts_.end(), nullptr) == experts_.end();
+  }
 
   // Experts that calls visited, each once a call.
   int64_t num_hits() const { return num_hits_.load(std::memory_order_relaxed); }

@@ -11,7 +11,7 @@
 namespace shoal {
 
 // What stops a layer; shoal/ops/layers.py has a sentence for each.
-enum class Stop : int { not_finite, beyond_cache, router_logit, ffn_output };
+enum class Stop : int { not_finite, beyond_cache, router_logit, ffn_output, expert_output };
 
 // Thrown: these rows, ascending, cannot go on.  Others may have been written to the cache.
 struct StoppedRows {

@@ -59,9 +59,8 @@ void matmul(const MatrixView& m, const RowsView& rows, const float* bias, float*
   const int64_t stride = group_bytes(m.format, m.cols);
   const int groups = num_groups(m.rows);
 
-  TileBuffer buffer{nullptr, num_rows, m.cols, m.format};
-  buffer.memory =
-      static_cast<uint8_t*>(thread_scratch(TileBuffer::bytes(m.format, num_rows, m.cols)));
+  void* const memory = thread_scratch(TileBuffer::bytes(m.format, num_rows, m.cols));
+  const TileBuffer buffer(static_cast<uint8_t*>(memory), num_rows, m.cols, m.format);
   fill_tiles(isa, rows, nullptr, buffer, max_tile);
 
   // Few groups and many rows (a router at prefill): threads share a group's rows too.

@@ -140,12 +140,23 @@ constexpr int kMaxTile = 16;  // rows of a tile, at most
 // Where the tiles of up to max_rows rows of `cols` columns lie: one after the other, in `memory`
 // (64-byte aligned, bytes() long).
 struct TileBuffer {
-  uint8_t* memory;
-  int max_rows, cols;
-  Format format;  // of the weights that will meet them
+  TileBuffer() = default;
+  TileBuffer(uint8_t* memory, int max_rows, int cols, Format format);
 
   static int64_t bytes(Format f, int max_rows, int cols);
-  Tile tile(int first_row) const;
+
+  Tile tile(int first_row) const {
+    const int64_t row = first_row;
+    return {tiles.values + row * cols, tiles.quants + row * padded, tiles.scales + row * spans,
+            tiles.start + row * blocks, tiles.sums + row * blocks};
+  }
+
+  int max_rows = 0, cols = 0;
+  Format format{};  // of the weights that will meet them
+
+ private:
+  Tile tiles{};  // of row 0
+  int64_t padded = 0, spans = 0, blocks = 0;
 };
 
 // Row group kernels, one set an instruction set.

@@ -61,17 +61,18 @@ int64_t TileBuffer::bytes(Format format, int max_rows, int cols) {
   return offsets_of(format, max_rows, cols).end;
 }
 
-Tile TileBuffer::tile(int first_row) const {
+TileBuffer::TileBuffer(uint8_t* memory, int max_rows, int cols, Format format)
+    : max_rows(max_rows), cols(cols), format(format) {
   const Offsets at = offsets_of(format, max_rows, cols);
   const int span = span_of(scheme_of(format));
-  const int64_t first = first_row, padded = round_up(cols, span);
-  Tile tile;
-  tile.values = reinterpret_cast<float*>(memory) + first * cols;
-  tile.quants = reinterpret_cast<int8_t*>(memory + at.quants) + first * padded;
-  tile.scales = reinterpret_cast<float*>(memory + at.scales) + first * (padded / span);
-  tile.start = reinterpret_cast<int32_t*>(memory + at.start) + first * (padded / kBlock);
-  tile.sums = reinterpret_cast<int16_t*>(memory + at.sums) + first * (padded / kBlock);
-  return tile;
+  padded = round_up(cols, span);
+  spans = padded / span;
+  blocks = padded / kBlock;
+  tiles.values = reinterpret_cast<float*>(memory);
+  tiles.quants = reinterpret_cast<int8_t*>(memory + at.quants);
+  tiles.scales = reinterpret_cast<float*>(memory + at.scales);
+  tiles.start = reinterpret_cast<int32_t*>(memory + at.start);
+  tiles.sums = reinterpret_cast<int16_t*>(memory + at.sums);
 }
 
 void fill_tiles(Isa isa, const RowsView& rows, const int32_t* index, const TileBuffer& buffer,

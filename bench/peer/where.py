@@ -23,6 +23,8 @@ from shoal.quant import Format
 WEIGHTS = 3  # of matmul's arguments: format, rows, columns, weights
 TABLE, METHOD = "experts of a table", "sums"
 TABLE_EXPERTS = 6  # of its arguments: itself, scheme, width, rows, scales, offsets, experts
+RUN, LAYER = "run_layers", "run_layer"
+RUN_LAYERS, RUN_EXPERTS, RUN_SECONDS = 0, 12, 13  # of its arguments
 GAPS = "between native calls"
 
 
@@ -64,8 +66,12 @@ class Diary:
                 self._now[GAPS] += began_s - self._ended_s
             result = function(*arguments, **named)
             self._ended_s = time.perf_counter()
-            key = self._key(name, arguments)
-            self._now[key] += self._ended_s - began_s
+            spent_s = self._ended_s - began_s
+            if name == RUN:
+                experts_s = float(arguments[RUN_SECONDS].sum())
+                self._now[TABLE] += experts_s
+                spent_s -= experts_s
+            self._now[self._key(name, arguments)] += spent_s
             return result
 
         return timed
@@ -75,8 +81,12 @@ class Diary:
             key = f"{arguments[1]} x {arguments[2]}, {Format(arguments[0]).label}"
             self._bytes[key] += arguments[WEIGHTS].size
             return key
-        if name == "run_layer":
-            self._bytes[name] += arguments[0].num_bytes
+        if name == LAYER:
+            self._bytes[LAYER] += arguments[0].num_bytes
+        if name == RUN:
+            self._bytes[LAYER] += sum(layer.num_bytes for layer in arguments[RUN_LAYERS])
+            self._bytes[TABLE] += arguments[RUN_EXPERTS].size * self._expert_bytes
+            return LAYER
         if name == "expert_sums":
             self._bytes[name] += sum(weights.size for weights in arguments[4])
         if name == TABLE:

@@ -183,6 +183,19 @@ class ExpertExecutor:
             raise _numeric_error(layer, answer)
         return answer
 
+    def resident(self, layers: range) -> list[ops.ResidentExperts]:
+        """Return the experts of the first of these layers: those that are whole in memory.
+
+        None where somebody has to be told of calls.
+        """
+        lent: list[ops.ResidentExperts] = []
+        for layer in layers if self._prefetcher is None else ():
+            table = self._tables.get(layer)
+            if table is None:
+                break
+            lent.append(ops.ResidentExperts(table, self._layers[layer].grid))
+        return lent
+
     def open(self, call: ExpertCall, stream: int = 0) -> "OpenCall":
         """Hold a checked call's experts that are in memory, and start to read the others.
 

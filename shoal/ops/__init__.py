@@ -25,6 +25,7 @@ from shoal.ops.floats import (
     rope_table,
     route,
 )
+from shoal.ops.layer_runs import RanLayers, ResidentExperts, run_layers
 from shoal.ops.layers import (
     Branch,
     DenseLayer,
@@ -70,6 +71,8 @@ __all__ = [
     "Linear",
     "Matrix",
     "Places",
+    "RanLayers",
+    "ResidentExperts",
     "Routed",
     "RoutedLayer",
     "SamplingParams",
@@ -104,6 +107,7 @@ __all__ = [
     "rope",
     "rope_table",
     "route",
+    "run_layers",
     "sample",
     "set_isa",
     "set_threads",

@@ -37,6 +37,7 @@ _STOPS = (
     "a key or value beyond {dtype}",
     "a router logit that is not finite",
     "an FFN output that is not finite",
+    "an expert output that is not finite or beyond 2^44 quanta",
 )
 
 
@@ -151,7 +152,7 @@ class RoutedLayer:
         self._num_quants = round_up(len(norms[0]), scheme.span)
         self._num_scales = self._num_quants // scheme.span
         self._last_plan: RoutingPlan | None = None
-        self._native = _kernels.DecoderLayer(
+        self.native = _kernels.DecoderLayer(
             attention_norm=norms[0],
             attention=attention.native,
             ffn_norm=norms[1],
@@ -161,6 +162,17 @@ class RoutedLayer:
             scheme=scheme,
             ffn=None,
         )
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that its router chooses from."""
+        return self._router.num_experts
+
+    @property
+    def experts_per_row(self) -> int:
+        """Experts that a row visits."""
+        router = self._router
+        return router.num_experts if self._is_everyone else router.experts_per_token
 
     def run(
         self,
@@ -192,9 +204,9 @@ class RoutedLayer:
         plan = self._empty_plan(num_rows)
         experts, weights = (None, None) if self._is_everyone else (plan.experts, plan.weights)
         stopped = _kernels.run_layer(
-            self._native,
+            self.native,
             hidden,
-            *_split(branch),
+            *split_branch(branch),
             places.native,
             cache[0],
             cache[1],
@@ -208,7 +220,7 @@ class RoutedLayer:
             None,
         )
         if stopped is not None:
-            raise _numeric_error(*stopped, cache)
+            raise numeric_error(*stopped, cache)
         if quants is None or scales is None:
             rows = Rows(Scheme.F32, dim, normed, np.empty((num_rows, 0), np.float32))
         else:
@@ -273,7 +285,7 @@ class DenseLayer:
         stopped = _kernels.run_layer(
             self._native,
             hidden,
-            *_split(branch),
+            *split_branch(branch),
             places.native,
             cache[0],
             cache[1],
@@ -287,7 +299,7 @@ class DenseLayer:
             ffn,
         )
         if stopped is not None:
-            raise _numeric_error(*stopped, cache)
+            raise numeric_error(*stopped, cache)
         return residual, ffn
 
 
@@ -298,7 +310,8 @@ def add_branch(hidden: F32, branch: Branch) -> F32:
     return add(hidden, branch)
 
 
-def _split(branch: Branch | None) -> tuple[F32 | None, I64 | None, int]:
+def split_branch(branch: Branch | None) -> tuple[F32 | None, I64 | None, int]:
+    """Return a branch as native calls take it: floats, or sums and their grid."""
     if isinstance(branch, Sums):
         return None, branch.values, branch.grid
     return branch, None, 0
@@ -309,7 +322,8 @@ def _native(linear: Linear) -> _kernels.Linear:
     return _kernels.Linear(matrix.format, matrix.rows, matrix.cols, matrix.data, linear.bias)
 
 
-def _numeric_error(stop: int, rows: list[int], cache: tuple[KvArray, KvArray]) -> NumericError:
+def numeric_error(stop: int, rows: list[int], cache: tuple[KvArray, KvArray]) -> NumericError:
+    """Return the error of a native layer that stopped."""
     what = _STOPS[stop].format(dtype=cache[0].dtype)
     shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
     return NumericError(f"{what} in row {shown}", tuple(rows))

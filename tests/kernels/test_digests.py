@@ -53,6 +53,7 @@ def test_every_op_has_a_digest_of_its_own() -> None:
         "embed": "unpack",
         "add_branch": "finish_sums",
         "expert_table": "expert_sums",
+        "run_layers": "expert_sums",
         "unpack_matrix": "unpack",
         "quantise_q4_k": "quantise_weights",
         "quantise_table": "quantise_weights",

@@ -13,6 +13,7 @@ from coordinator.row_forms import RowForms
 from coordinator.speculation.routing_watch import Routing, RoutingWatch
 from coordinator.speculation.shadow_drafter import ShadowDrafter
 from coordinator.speculation.shadow_experts import ShadowExperts
+from shoal import ops
 from shoal.artifact import Artifact
 from shoal.artifact.shadow_build import make_shadow
 from shoal.ops import SamplingParams
@@ -78,6 +79,12 @@ class Zeros:
 
     def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> np.ndarray:
         return np.zeros((forms.num_rows, 4), np.float32)
+
+    def resident(self, layers: range) -> list[ops.ResidentExperts]:
+        return []
+
+    def ran(self, first: int, layers: ops.RanLayers) -> None:
+        raise AssertionError("it lends no experts")
 
 
 def test_what_is_remembered_are_the_last_rows_of_every_layer_that_chooses(tmp_path: Path) -> None:
