@@ -21,8 +21,7 @@ from bench.local_nodes import start_nodes
 from bench.make_synthetic import Geometry, make
 from bench.measure import ROOT, Row, save, show
 from client.node_process import stop_all
-from coordinator.expert_dispatch import ExpertDispatch
-from coordinator.remote_dispatch import open_remote_dispatch
+from coordinator.remote_dispatch import RemoteDispatch, open_remote_dispatch
 from shoal import ops
 from shoal.artifact import Artifact
 from shoal.router import RoutingPlan
@@ -39,17 +38,17 @@ def plan_of(num_rows: int, rng: np.random.Generator) -> RoutingPlan:
     return RoutingPlan(experts, np.full(experts.shape, 1 / experts.shape[1], np.float32))
 
 
-def measure(dispatch: ExpertDispatch, scheme: Any, num_rows: int) -> Row:
+def measure(dispatch: RemoteDispatch, scheme: Any, num_rows: int) -> Row:
     """Return the figures of fan-outs of that many rows, one after the other."""
     rng = np.random.default_rng(num_rows)
     rows = ops.quantise_rows(scheme, rng.standard_normal((num_rows, NARROW.dim), np.float32))
     plans = [plan_of(num_rows, rng) for _ in range(16)]
     for i in range(WARM_UP):
-        dispatch.start(0, rows, plans[i % len(plans)]).wait()
+        dispatch.sums(0, rows, plans[i % len(plans)])
     dispatch.stats.reset()
     count = max(20, FANOUTS // max(1, num_rows // 8))
     for i in range(count):
-        dispatch.start(0, rows, plans[i % len(plans)]).wait()
+        dispatch.sums(0, rows, plans[i % len(plans)])
     summary = dispatch.stats.summary()
     return {
         "rows": num_rows,
@@ -63,7 +62,7 @@ def measure(dispatch: ExpertDispatch, scheme: Any, num_rows: int) -> Row:
     }
 
 
-def take_turns(dispatches: dict[str, ExpertDispatch], scheme: Any, num_rows: int) -> list[Row]:
+def take_turns(dispatches: dict[str, RemoteDispatch], scheme: Any, num_rows: int) -> list[Row]:
     """Return each transport's medians over ROUNDS turns."""
     turns: dict[str, list[Row]] = {name: [] for name in dispatches}
     for _ in range(ROUNDS):
@@ -84,7 +83,7 @@ def main() -> None:
     chosen = parser.parse_args()
     _, path = make(ROOT / "build" / "bench", "narrow-experts", NARROW, "q4_0", 0)
     artifact = Artifact.open(path)
-    dispatches: dict[str, ExpertDispatch] = {}
+    dispatches: dict[str, RemoteDispatch] = {}
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch, ExitStack() as stack:
         for name in chosen.transports.split(","):
             transport = Transport(name)

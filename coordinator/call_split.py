@@ -24,7 +24,7 @@ def _constant(values: tuple[int, ...]) -> NDArray[np.int32]:
     return array
 
 
-_FIRST_ROW = _constant((0,))
+FIRST_ROW = _constant((0,))
 _OFFSETS = [_constant((0, num_pairs)) for num_pairs in range(limits.MAX_EXPERTS_PER_TOKEN + 1)]
 
 
@@ -98,7 +98,7 @@ def parts_of_row(split: "RowSplit") -> list[Part]:
     return [
         Part(
             slot,
-            _FIRST_ROW,
+            FIRST_ROW,
             _OFFSETS[end - begin],
             split.experts[begin:end],
             split.weights[begin:end],

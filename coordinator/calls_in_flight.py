@@ -45,7 +45,7 @@ from coordinator.dispatch_events import (
     TimeOut,
 )
 from coordinator.node_health import NodeHealth
-from coordinator.run_ahead import Lead
+from coordinator.run_ahead import Follower
 from shoal import errors, wire
 from shoal.ops.frames import ReplyView
 from shoal.rows import Rows
@@ -185,13 +185,16 @@ class CallsInFlight:
         self._keep(fanout)
         self._on(FanoutStarted(fanout.fanout_id, tuple(fanout.calls), now_s))
 
-    def run_ahead(self, calls: Sequence[OutgoingCall], now_s: float) -> Lead | None:
-        """Say where a fan-out's calls may be sent without `start`: see `RunsAhead`."""
-        return self._dispatcher.run_ahead(calls, now_s)
+    def followers(
+        self, slots: Sequence[tuple[int, ...] | None], work: float, now_s: float
+    ) -> list[Follower | None] | None:
+        """Say where calls may be sent without `start`: see `RunsAhead`."""
+        return self._dispatcher.followers(slots, work, now_s)
 
-    def ran_ahead(self, answered: list[Answered], sent_s: float) -> None:
+    def ran_ahead(self, answered: list[Answered]) -> None:
         """Learn from calls that were sent so and answered."""
-        self._on(RanAhead(answered, sent_s))
+        if answered:
+            self._on(RanAhead(answered))
 
     def adopt(self, fanout: Fanout, nodes: tuple[int, ...], sent_s: float, now_s: float) -> None:
         """Look after calls that were sent so, to these nodes, and have no answer yet."""

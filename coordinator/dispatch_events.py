@@ -58,18 +58,18 @@ class Replied:
 
 @dataclass(slots=True)
 class Answered:
-    """A call of a fan-out that ran ahead."""
+    """A call of a fan-out that ran ahead, sent when it says."""
 
     call: NewCall
     reply: Replied
+    sent_s: float
 
 
 @dataclass(slots=True)
 class RanAhead:
-    """Calls of a fan-out that was sent as `run_ahead` said, and all of these were answered."""
+    """Calls of fan-outs that were sent as `followers` said, and all of these were answered."""
 
     answered: list[Answered]
-    sent_s: float
 
 
 @dataclass(slots=True)

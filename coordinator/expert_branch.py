@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from coordinator.array_types import I32
-from coordinator.expert_dispatch import ExpertDispatch, LocalDispatch
+from coordinator.expert_dispatch import AnswersAtOnce, ExpertDispatch, LocalDispatch
 from coordinator.row_forms import RowForms
 from coordinator.speculation.routing_watch import Routing
 from shoal import ops
@@ -50,6 +50,7 @@ class DispatchedExperts:
         self._forms = {index: (artifact.scheme(index), artifact.grid(index)) for index in layers}
         self._dispatch = dispatch
         self._local = dispatch if isinstance(dispatch, LocalDispatch) else None
+        self._at_once = dispatch if isinstance(dispatch, AnswersAtOnce) else None
 
     def scheme(self, layer: int) -> Scheme:
         """See `ExpertBranch.scheme`."""
@@ -58,8 +59,10 @@ class DispatchedExperts:
     def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> ops.Branch:
         """See `ExpertBranch.run`."""
         scheme, grid = self._forms[layer]
-        pending = self._dispatch.start(layer, forms.get(scheme), plan)
-        return ops.Sums(pending.wait(), grid)
+        rows = forms.get(scheme)
+        if self._at_once is not None:
+            return ops.Sums(self._at_once.sums(layer, rows, plan), grid)
+        return ops.Sums(self._dispatch.start(layer, rows, plan).wait(), grid)
 
     def resident(self, layers: range) -> list[ops.ResidentExperts]:
         """See `ExpertBranch.resident`."""

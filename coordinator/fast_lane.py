@@ -37,6 +37,7 @@ from shoal.http2.events import (
     StreamReset,
 )
 from shoal.http2.frames import Code, Http2Error
+from shoal.http2.stream import PREFIX_BYTES
 from shoal.shard_map import Endpoint, EndpointKind
 from shoal.v1 import expert_pb2 as pb
 
@@ -187,14 +188,26 @@ class FastLane:
     def stream_id(self) -> int:
         return self._stream_id
 
-    def may_bypass(self, num_bytes: int) -> bool:
-        """Whether a message of that many bytes may be sent, and others received, so."""
-        return not self._unwritten and self._connection.may_bypass(self._stream_id, num_bytes)
+    def may_bypass(self, num_bytes: int, count: int) -> bool:
+        """Whether so many messages of that many bytes may be sent, and others received, so."""
+        may = self._connection.may_bypass
+        return not self._unwritten and may(self._stream_id, num_bytes, count)
 
     def sent_beside(self, num_bytes: int, unsent: bytes) -> None:
         """Count a message; `unsent`: what of it the socket did not take, for `flush`."""
         self._connection.sent_beside(self._stream_id, num_bytes)
-        self._unwritten = memoryview(unsent)
+        if unsent:
+            self._unwritten = memoryview(unsent)
+
+    def exchanged_beside(
+        self, num_messages: int, received_bytes: int, sent_bytes: int, now_s: float
+    ) -> None:
+        """Count so many messages that were received, and as many sent."""
+        self._heard_s, self._pinged_s = now_s, None
+        prefixes = num_messages * PREFIX_BYTES
+        received_bytes, sent_bytes = received_bytes + prefixes, sent_bytes + prefixes
+        count = self._connection.exchanged_beside
+        count(self._stream_id, num_messages, received_bytes, sent_bytes)
 
     def received_beside(self, num_bytes: int, now_s: float) -> None:
         """Count a message."""

@@ -2,29 +2,33 @@
 
 Whoever starts one leads until it has its replies, or until it is *adopted*: made a fan-out like any
 other, because its time is over, its node is lost, another fan-out starts, or a node says anything
-but a reply.
+but a reply. The core and the lanes are told of those that went well several at a time, before
+anything else happens.
 """
 
 import socket
 import time
 
 import numpy as np
-from numpy.typing import NDArray
 
-from coordinator.call_split import RowSplit
-from coordinator.calls_in_flight import Asked, NodeNews, OutgoingCall, closed
-from coordinator.dispatch_events import Lane
+from coordinator.call_maker import CallMaker
+from coordinator.calls_in_flight import Asked, NodeNews, closed
+from coordinator.dispatch_events import Answered, Lane
 from coordinator.fast_lane import FastLane
 from coordinator.fast_wires import IDLE_TICK_S, FastWires
 from coordinator.node_client import Patience
 from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import NodeKeeper
-from coordinator.row_fanout import News, RowFanout
+from coordinator.route import Route
+from coordinator.row_fanout import Exchanged, News, RowFanout, Standing
+from coordinator.run_ahead import MAX_UNTOLD, Follower
 from shoal import errors, wire
-from shoal.ops.fanout import Stop
+from shoal.ops.fanout import RowWires, Stop
 from shoal.ops.frames import ReplyView
+from shoal.router import RoutingPlan
 
 SPARE_ROOM_BYTES = 1024  # of a lane's buffer, for what a node sends before a reply
+MAX_UNTOLD_S = 0.02  # less than any silence that means something
 
 
 class FastRows(FastWires):
@@ -32,192 +36,248 @@ class FastRows(FastWires):
 
     def __init__(self, keeper: NodeKeeper, patience: Patience) -> None:
         super().__init__(keeper, patience)
-        self._row: RowFanout | None = None  # that runs ahead
-        self._collecting: RowFanout | None = None  # whose replies are read without the lock
-        self._is_adoption_due = False  # by whoever collects
+        self._row: RowFanout | None = None  # that runs ahead, without the lock
+        self._is_reporting = False  # its own thread has come back with news
+        self._is_adoption_due = False
         self._unburied: list[socket.socket] = []  # closed while they were read from
-        self._row_buffer = np.empty(0, np.uint8)
-        self._late: tuple[RowFanout, News] | None = None  # nobody was told of yet
+        self._standing: Standing | None = None  # what may be sent to without asking again
+        self._untold: list[RowFanout] = []  # done, and nobody was told of them yet
 
-    def start_row(
-        self, asked: Asked, calls: list[OutgoingCall], split: RowSplit
+    def run_row(
+        self, asked: Asked, plan: RoutingPlan, route: Route, maker: CallMaker
     ) -> RowFanout | None:
-        """Send a fan-out of one row, if it may run ahead; else do nothing and return None.
+        """Do a fan-out of one row, if it may run ahead; else do nothing and return None.
 
-        Args: calls: one for each group of the split. To be waited for, or abandoned.
+        Raises what `wait` does.
         """
-        with self._lock:
-            if not wire.IS_WIRE_ORDER or not self._is_open or self._is_led or self._row is not None:
-                return None
-            now_s = time.monotonic()
-            lead = self._in_flight.run_ahead(calls, now_s)
-            if lead is None:
-                return None
-            lanes = [self._lanes[node, Lane.INTERACTIVE] for node in lead.nodes]
-            if not all(lane.may_bypass(calls[0].num_bytes) for lane in lanes):
-                return None  # the first call is the largest
-            row = RowFanout(
-                asked,
-                calls,
-                lead,
-                lanes,
-                np.zeros((1, asked.rows.dim), np.int64),
-                self._buffer_for(len(lanes), asked.rows.dim),
-                now_s,
-            )
-            self._row, self._is_led = row, True
-            try:
-                self._send_row(row, split)
-                self._catch_up()  # while nodes compute
-            except BaseException:  # nobody will wait for it
+        row = self._begin_row(asked, plan, route, maker)
+        if row is None:
+            return None
+        report: list[News] = []
+        try:
+            while self._row is row:
+                try:
+                    if row.sent:
+                        row.collect(time.monotonic(), report)
+                    else:
+                        row.run(report)
+                finally:  # a signal may have raised, after replies were added
+                    with self._lock:
+                        self._take_report(row, report)
+            if row.adopted is not None:
+                self.wait(row.adopted)
+        except BaseException:  # nobody waits for it any more
+            with self._lock:
                 self._take_back(row)
-                raise
-        return row
-
-    def wait_row(self, row: RowFanout) -> None:
-        """Return once its sums are whole. Raises what `wait` does."""
-        news: list[News] = []
-        while row.unanswered and row.adopted is None:
-            try:
-                with self._lock:
-                    if self._row is not row:
-                        break  # adopted meanwhile
-                    others = self._others(row)
-                    self._collecting = row
-                row.collect(others, news)
-            finally:  # a signal may have raised, after replies were added
-                with self._lock:
-                    if self._collecting is row:  # else it was adopted before, and another may be
-                        self._collecting = None
-                        self._take_news(row, news)
-        if row.adopted is not None:
-            self.wait(row.adopted)
-        elif row.fault is not None:
+            raise
+        if row.fault is not None:
             raise row.fault
+        return row if row.sent else None
 
     def health(self, node: int) -> NodeHealth | None:
         """Return what is known of a node's speed, all its replies included."""
         with self._lock:
-            self._catch_up()
+            self._tell()
             return super().health(node)
 
-    def abandon_row(self, row: RowFanout) -> None:
-        """Take its calls back (see `abandon`)."""
+    def _begin_row(
+        self, asked: Asked, plan: RoutingPlan, route: Route, maker: CallMaker
+    ) -> RowFanout | None:
         with self._lock:
-            self._take_back(row)
+            if self._is_led or not self._is_open:
+                return None
+            now_s = time.monotonic()
+            standing = self._standing
+            if standing is None or standing.route is not route:
+                standing = self._stand(asked, plan, route, maker, now_s)
+                if standing is None:
+                    return None
+            row = RowFanout(
+                asked,
+                plan,
+                route,
+                maker,
+                standing,
+                self.next_call_id(plan.experts.shape[1]),  # at most a call for each expert
+                np.zeros((1, asked.rows.dim), np.int64),
+                now_s,
+            )
+            self._row, self._is_led = row, True
+        return row
 
     # Under the lock.
 
     def _take_back(self, row: RowFanout) -> None:
         if self._row is row:
-            self._adopt_row()
+            self._catch_up()
+            self._adopt(row)
         if row.adopted is not None:
             self._in_flight.abandon(row.adopted)
             self._flush_dirty()
 
-    def _buffer_for(self, num_lanes: int, dim: int) -> NDArray[np.uint8]:
-        room = wire.ENVELOPE_BYTES + wire.reply_row_bytes(dim) + SPARE_ROOM_BYTES
-        if self._row_buffer.size < num_lanes * room:
-            self._row_buffer = np.empty(num_lanes * room, np.uint8)
-        return self._row_buffer
+    def _stand(
+        self, asked: Asked, plan: RoutingPlan, route: Route, maker: CallMaker, now_s: float
+    ) -> Standing | None:
+        """Ask the core, and the lanes, where rows may be sent; None: nowhere now."""
+        if not (wire.IS_WIRE_ORDER and maker.sends_rows_interactively):
+            return None
+        work = maker.work(asked.layer, plan.experts.shape[1], maker.max_row_bytes)
+        found = self._in_flight.followers(route.candidates, work, now_s)
+        followers: dict[int, Follower] = {}
+        lane_of_slot: list[int] = []
+        for follower in found or ():
+            if follower is None or not self._may_bypass(follower.node, maker.max_row_bytes):
+                lane_of_slot.append(-1)
+                continue
+            known = followers.setdefault(follower.node, follower)
+            if known.is_alone:  # of two that share a node the one with a choice is impatient
+                followers[follower.node] = follower
+            lane_of_slot.append(list(followers).index(follower.node))
+        if not followers:
+            return None
+        lanes = [self._lanes[node, Lane.INTERACTIVE] for node in followers]
+        mine = {lane.fileno() for lane in lanes}
+        wires = RowWires(
+            [(lane.fileno(), lane.stream_id) for lane in lanes],
+            lane_of_slot,
+            [fd for fd in self._lane_of_fd if fd not in mine] + [self._woken.fileno()],
+            wire.ENVELOPE_BYTES + wire.reply_row_bytes(asked.rows.dim) + SPARE_ROOM_BYTES,
+        )
+        patience_s = min(follower.patience_s(0.0) for follower in followers.values())
+        self._standing = Standing(route, list(followers.values()), lanes, wires, patience_s)
+        return self._standing
 
-    def _send_row(self, row: RowFanout, split: RowSplit) -> None:
-        lane, error = row.send(split)
-        for node, sent_on in zip(row.lead.nodes, row.lanes, strict=True):
-            if sent_on.has_unwritten:
-                self._dirty.add((node, Lane.INTERACTIVE))
-        if lane >= 0:
-            self._lose(row.lead.nodes[lane], row.lanes[lane].ended(error))
-        elif self._dirty:
-            self._adopt_row()
-            self._flush_dirty()
+    def _may_bypass(self, node: int, num_bytes: int) -> bool:
+        lane = self._lanes.get((node, Lane.INTERACTIVE))
+        # Also of what is in flight, and of what follows until they are told.
+        return lane is not None and lane.may_bypass(num_bytes, MAX_UNTOLD + 2)
 
-    def _others(self, row: RowFanout) -> list[int]:
-        mine = {lane.fileno() for lane in row.lanes}
-        return [fd for fd in self._lane_of_fd if fd not in mine] + [self._woken.fileno()]
-
-    def _take_news(self, row: RowFanout, news: list[News]) -> None:
-        self._bury()
-        if news and row.is_done_by(news[0]) and self._row is row:
+    def _take_report(self, row: RowFanout, report: list[News]) -> None:
+        """Go on from what came of the row that runs ahead."""
+        if self._unburied:
+            self._bury()
+        if report and not row.sent and row.is_done_by(report[0]):
             # All as hoped: who waits gets the sums, the core is told when it does not matter.
-            self._late = row, news.pop()
+            self._untold.append(row)
             self._let_go()
+            first = self._untold[0]
+            if len(self._untold) >= MAX_UNTOLD or row.sent_s - first.sent_s > MAX_UNTOLD_S:
+                self._catch_up()
             return
+        self._catch_up()
         num_ended = self._in_flight.num_ended
-        while news:
-            why, lane, error, replies, unread = news.pop()
-            for reply in replies:
-                row.take(reply)
-            now_s = time.monotonic()
-            for index, begin, end in unread:
-                self._take_unread(row, index, row.buffer[begin:end], now_s)
-            if why == Stop.BROKEN and row.lanes[lane] is self._lanes.get(
-                (row.lead.nodes[lane], Lane.INTERACTIVE)
-            ):
-                self._lose(row.lead.nodes[lane], row.lanes[lane].ended(error))
-            is_over = now_s >= row.lead.until_s or self._is_adoption_due
-            if row.unanswered and (is_over or why == Stop.OTHERS):
-                self._adopt_row()  # whoever leads then reads the others, too
-            for node in row.lead.nodes:
-                self._note_output((node, Lane.INTERACTIVE))
-            self._flush_dirty()
-        if self._row is row and not row.unanswered:
-            self._finish_row(row)
+        self._is_reporting = True
+        try:
+            while report:
+                self._take_news(row, report.pop(0))
+            if self._row is row and not row.unanswered:
+                self._adopt(row)
+        finally:
+            self._is_reporting = False
         if self._num_following and num_ended != self._in_flight.num_ended:
             self._led.notify_all()
 
-    def _take_unread(
-        self, row: RowFanout, index: int, data: NDArray[np.uint8], now_s: float
-    ) -> None:
-        node, lane = row.lead.nodes[index], row.lanes[index]
-        if lane is self._lanes.get((node, Lane.INTERACTIVE)):
-            self._feed(node, Lane.INTERACTIVE, lane.take(data.data, now_s), now_s)
-
-    def _finish_row(self, row: RowFanout) -> None:
-        self._in_flight.ran_ahead(row.answered, row.sent_s)
-        self._let_go()
-
-    def _catch_up(self) -> None:
-        """Tell the core, and the lanes, of what they have not been told yet."""
-        if self._late is None:
-            return
-        (row, (_, _, _, replies, _)), self._late = self._late, None
+    def _take_news(self, row: RowFanout, news: News) -> None:
+        sent, why, lane, error, replies, unread = news
+        standing = row.standing
+        if sent:
+            row.was_sent(sent)
+            row.count_sent()
         for reply in replies:
             row.take(reply)
-        self._in_flight.ran_ahead(row.answered, row.sent_s)
-        for node in row.lead.nodes:
-            self._note_output((node, Lane.INTERACTIVE))
+        now_s = time.monotonic()
+        for index, data in unread:
+            self._take_unread(row, index, data, now_s)
+        if why == Stop.BROKEN:
+            self._lose_lane(standing, lane, error)
+        for lane, _, _, _, error, _ in sent:
+            if error:
+                self._lose_lane(standing, lane, error)
+            elif standing.lanes[lane].has_unwritten:
+                self._dirty.add((standing.followers[lane].node, Lane.INTERACTIVE))
+        if row.unanswered and (
+            self._is_adoption_due or why not in (Stop.TIME, Stop.UNREAD) or row.left_s(now_s) <= 0.0
+        ):
+            self._adopt_row()  # whoever leads then reads the others, too
+        for follower in standing.followers:
+            self._note_output((follower.node, Lane.INTERACTIVE))
         self._flush_dirty()
-        now_s = row.answered[-1].reply.now_s
+
+    def _lose_lane(self, standing: Standing, index: int, error: int) -> None:
+        node, lane = standing.followers[index].node, standing.lanes[index]
+        if lane is self._lanes.get((node, Lane.INTERACTIVE)):
+            self._lose(node, lane.ended(error))
+
+    def _take_unread(self, row: RowFanout, index: int, data: bytes, now_s: float) -> None:
+        node, lane = row.standing.followers[index].node, row.standing.lanes[index]
+        if lane is self._lanes.get((node, Lane.INTERACTIVE)):
+            self._feed(node, Lane.INTERACTIVE, lane.take(memoryview(data), now_s), now_s)
+
+    def _catch_up(self) -> None:
+        """Tell the core, and the lanes, of what they have not been told yet.
+
+        Anything may happen then, and rows ask again.
+        """
+        self._standing = None
+        self._tell()
+
+    def _tell(self) -> None:
+        if not self._untold:
+            return
+        exchanged: dict[FastLane, Exchanged] = {}
+        answered: list[Answered] = []
+        told, self._untold = self._untold, []
+        for row in told:
+            answered += row.settle(exchanged)
+        for lane, sums in exchanged.items():
+            counts = sums.num_messages, sums.received_bytes, sums.sent_bytes
+            lane.exchanged_beside(*counts, sums.now_s)
+            if self._lanes.get((sums.node, Lane.INTERACTIVE)) is lane:
+                self._note_output((sums.node, Lane.INTERACTIVE))
+        self._in_flight.ran_ahead(answered)
+        self._flush_dirty()
+        now_s = answered[-1].reply.now_s
         if now_s - self._kept_alive_s >= IDLE_TICK_S:
             self._tick(now_s)
 
     def _adopt_row(self) -> None:
-        """Make the row that runs ahead, if there is one, a fan-out like any other."""
+        """Make the row that runs ahead, if there is one, a fan-out like any other.
+
+        At once if its own thread asks; else soon: what it has collected is not known yet.
+        """
         self._catch_up()
-        row = self._row
-        if row is None:
+        if self._row is None:
             return
-        if not row.unanswered:
-            self._finish_row(row)
-            return
-        if self._collecting is not None:
-            self._is_adoption_due = True  # what it has collected is not known yet
-            self._wake_leader()
-            return
-        self._in_flight.ran_ahead(row.answered, row.sent_s)
-        fanout, nodes = row.rest()
-        if self._is_open:
-            self._in_flight.adopt(fanout, nodes, row.sent_s, time.monotonic())
+        if self._is_reporting:
+            self._adopt(self._row)
         else:
-            fanout.end(closed())
+            self._is_adoption_due = True
+            self._wake_leader()
+
+    def _adopt(self, row: RowFanout) -> None:
+        """Tell the core all of a row; what has no answer yet is the core's from now on."""
+        row.count_sent()
+        self._in_flight.ran_ahead(row.answered)
+        if row.unanswered:
+            fanout, nodes = row.rest()
+            if self._is_open:
+                self._in_flight.adopt(fanout, nodes, row.sent_s, time.monotonic())
+            else:
+                fanout.end(closed())
         self._let_go()
+
+    def _may_write(self, key: tuple[int, Lane]) -> bool:
+        """Whether nobody else writes to a lane: its row does, natively, and not yet reported."""
+        row = self._row
+        return row is None or self._is_reporting or self._lanes.get(key) not in row.standing.lanes
 
     def _let_go(self) -> None:
         """Run nothing ahead any more, and leave the lead to others."""
         self._row, self._is_adoption_due, self._is_led = None, False, False
         if self._num_following:
             self._led.notify_all()
+        if self._dirty:  # what had to wait for the row
+            self._flush_dirty()
         self._find_a_leader()
 
     def _take_frame(self, node: int, frame: NodeNews, num_bytes: int, now_s: float) -> None:
@@ -230,12 +290,14 @@ class FastRows(FastWires):
         super()._take_frame(node, frame, num_bytes, now_s)
 
     def _close_lanes(self, node: int, why: errors.NodeError | None) -> None:
-        if self._row is not None and node in self._row.lead.nodes:
+        row = self._row
+        if row is not None and any(f.node == node for f in row.standing.followers):
             self._adopt_row()
         super()._close_lanes(node, why)
 
     def _close_lane(self, lane: FastLane) -> None:
-        is_read = self._collecting is not None and lane in self._collecting.lanes
+        row = self._row
+        is_read = row is not None and not self._is_reporting and lane in row.standing.lanes
         closing = lane.close(is_read=is_read)
         if closing is not None:
             self._unburied.append(closing)

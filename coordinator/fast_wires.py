@@ -197,12 +197,20 @@ class FastWires(KnownNodes):
         if key in self._lanes and self._lanes[key].has_output:  # acknowledgements, windows, a ping
             self._dirty.add(key)
 
+    def _may_write(self, key: tuple[int, Lane]) -> bool:
+        """Whether a lane may be written to now; else it stays dirty."""
+        return True
+
     def _flush_dirty(self) -> None:
+        kept: set[tuple[int, Lane]] = set()
         while self._dirty:  # a node that is lost frees credit, and so more frames
             key = self._dirty.pop()
             lane = self._lanes.get(key)
             if lane is None:
                 continue  # lost meanwhile
+            if not self._may_write(key):
+                kept.add(key)
+                continue
             try:
                 lane.flush()
             except errors.NodeError as error:
@@ -210,6 +218,7 @@ class FastWires(KnownNodes):
                 continue
             if lane.has_unwritten != (key in self._blocked):
                 self._watch(key, lane)
+        self._dirty |= kept
 
     def _watch(self, key: tuple[int, Lane], lane: FastLane) -> None:
         if lane.has_unwritten:

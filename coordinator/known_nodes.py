@@ -1,6 +1,6 @@
 """What every client can tell of the nodes that it keeps, however their frames travel."""
 
-import itertools
+import threading
 
 from coordinator.calls_in_flight import CallsInFlight
 from coordinator.handshake import NodeFacts
@@ -14,7 +14,8 @@ class KnownNodes:
     def __init__(self, keeper: NodeKeeper, in_flight: CallsInFlight) -> None:
         self._keeper = keeper
         self._in_flight = in_flight
-        self._call_ids = itertools.count(1)
+        self._next_id = 1
+        self._ids_lock = threading.Lock()
 
     def facts(self, node: int) -> NodeFacts | None:
         """Return what a node says of itself; None: it is lost."""
@@ -32,6 +33,9 @@ class KnownNodes:
         """Return whether a node reads experts ahead."""
         return node in self._keeper.wants_hints
 
-    def next_call_id(self) -> int:
-        """Return an id that no other call of this client has."""
-        return next(self._call_ids)
+    def next_call_id(self, count: int = 1) -> int:
+        """Return the first of as many ids in a row that no other call of this client has."""
+        with self._ids_lock:
+            first = self._next_id
+            self._next_id += count
+        return first

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.call_split import RowSplit
+from coordinator.call_maker import CallMaker
 from coordinator.calls_in_flight import (
     Asked,
     CallsInFlight,
@@ -30,9 +30,11 @@ from coordinator.known_nodes import KnownNodes
 from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import NodeKeeper, OpenedLanes, Terms
 from coordinator.node_link import KEEPALIVE, Greeting, Keepalive, LaneLink, NodeLink
+from coordinator.route import Route
 from coordinator.row_fanout import RowFanout
 from coordinator.tls import Trust
 from shoal import errors
+from shoal.router import RoutingPlan
 from shoal.shard_map import Endpoint
 
 TICK_S = 0.005  # how late it may be noticed that a call is: a tenth of the shortest silence
@@ -81,7 +83,10 @@ class ExpertClient(Protocol):
         """Return a node's endpoint."""
         ...
 
-    def next_call_id(self) -> int: ...
+    def next_call_id(self, count: int = 1) -> int:
+        """Return the first of as many ids in a row that no other call of this client has."""
+        ...
+
     def wants_hints(self, node: int) -> bool:
         """Return whether a node reads experts ahead."""
         ...
@@ -97,21 +102,13 @@ class ExpertClient(Protocol):
         """
         ...
 
-    def start_row(
-        self, asked: Asked, calls: list[OutgoingCall], split: RowSplit
+    def run_row(
+        self, asked: Asked, plan: RoutingPlan, route: Route, maker: CallMaker
     ) -> RowFanout | None:
-        """Send a fan-out of one row the short way, if there is one now; None: `submit` it.
+        """Do a fan-out of one row the short way, if there is one now; None: `submit` it.
 
-        Args: calls: one for each group of the split. To be waited for, or abandoned.
+        Returns once its sums are whole; raises whatever else ended it.
         """
-        ...
-
-    def wait_row(self, row: RowFanout) -> None:
-        """Return once its sums are whole; raises whatever else ended it."""
-        ...
-
-    def abandon_row(self, row: RowFanout) -> None:
-        """Nobody waits for it any more."""
         ...
 
     def wait(self, fanout: Fanout) -> None:
@@ -167,14 +164,8 @@ class NodeClient(KnownNodes):
         """Call these nodes no more (see ExpertClient)."""
         self._loop.call_soon_threadsafe(self._retire, nodes)
 
-    def start_row(self, asked: Asked, calls: list[OutgoingCall], split: RowSplit) -> None:
+    def run_row(self, asked: Asked, plan: RoutingPlan, route: Route, maker: CallMaker) -> None:
         """There is no short way through grpc.aio."""
-
-    def wait_row(self, row: RowFanout) -> None:
-        """None was started."""
-
-    def abandon_row(self, row: RowFanout) -> None:
-        """None was started."""
 
     def submit(self, calls: Sequence[OutgoingCall], sums: NDArray[np.int64]) -> Fanout:
         """Send a fan-out's calls (see ExpertClient)."""

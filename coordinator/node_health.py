@@ -204,6 +204,11 @@ class NodeHealth:
             return UNKNOWN_S
         return max(SILENT_S, DEADLINE_FACTOR * self.model.slow_s(work) + self.load_s)
 
+    def slow_line(self) -> tuple[float, float]:
+        """Return (seconds, seconds a work): what a call takes that is among the slow ones."""
+        model = self.model
+        return model.base_s * model.tail + self.load_s, model.slope_s * model.tail
+
     def hedge_after_s(self, work: float) -> float:
         """Return after how long a call is among the slow ones. `model.is_known` only."""
         return max(MIN_HEDGE_S, self.model.slow_s(work) + self.load_s)

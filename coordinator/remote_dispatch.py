@@ -7,18 +7,17 @@ take 0.2 s to import.
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coordinator import call_split
+from coordinator.call_maker import CallMaker, max_rows_per_call
 from coordinator.call_split import Part
-from coordinator.calls_in_flight import Asked, Fanout, Hint, OutgoingCall
-from coordinator.dispatch_events import Lane
+from coordinator.calls_in_flight import Fanout, Hint, OutgoingCall
 from coordinator.dispatch_stats import DispatchStats
-from coordinator.expert_dispatch import BULK_ROWS_PER_CALL, SHARD_WAIT_S, PendingSums
+from coordinator.expert_dispatch import SHARD_WAIT_S, PendingSums
 from coordinator.fast_client import FastClient
 from coordinator.handshake import Expected, NodeFacts, check_node, check_rows
 from coordinator.hinted_experts import HintedExperts
@@ -27,10 +26,10 @@ from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import Terms
 from coordinator.node_link import KEEPALIVE, Greeting, Keepalive
 from coordinator.placement import Placement
-from coordinator.remote_sums import RemoteSums, RowSums
-from coordinator.row_fanout import RowFanout
+from coordinator.remote_sums import RemoteSums
+from coordinator.route import Route
 from coordinator.tls import settle_transport
-from shoal import __version__, errors, limits, numerics, shard_map, wire
+from shoal import __version__, errors, numerics, ops, shard_map, wire
 from shoal.allocator import keep_freed_memory
 from shoal.artifact import Artifact
 from shoal.experts.executor import ExpertExecutor
@@ -45,11 +44,6 @@ from shoal.tls_files import ClientFiles
 from shoal.transport import Transport, Wire
 
 READY_TIMEOUT_S = 600.0  # warm-up: 500 GB at 1 GB/s
-
-# What a call's work is reckoned with. Only the ratio matters: a node's own speed is learned.
-MEMORY_BYTES_PER_US = 10_000
-WIRE_BYTES_PER_US = 100
-MANY_EXPERTS = 128  # a call of more pairs than that repeats experts
 
 
 def read_shard_map(argument: str) -> shard_map.ShardMap:
@@ -146,23 +140,6 @@ def open_remote_dispatch(
     return RemoteDispatch(artifact, moe_shards, route, client, executor, call_timeout_s, replies)
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A shard map in use. Replaced as a whole when the map is.
-
-    candidates: of each slot, the nodes that have it, the preferred one first; None: this process.
-    shards: of each slot, its range in words.
-    """
-
-    placement: Placement
-    candidates: tuple[tuple[int, ...] | None, ...]
-    shards: tuple[str, ...]
-
-    @property
-    def nodes(self) -> set[int]:
-        return {node for nodes in self.candidates if nodes is not None for node in nodes}
-
-
 def meet_nodes(
     artifact: Artifact, placement: Placement, client: ExpertClient, ready_timeout_s: float
 ) -> Route:
@@ -188,12 +165,7 @@ def meet_nodes(
         for slot in placement.slots
     ]
     shards = [placement.range_of(slot) for slot in range(len(placement.slots))]
-    return Route(placement, tuple(candidates), tuple(shards))
-
-
-def max_rows_per_call(artifact: Artifact) -> int:
-    """Return the most rows that a call has."""
-    return min(wire.max_rows_per_call(artifact.spec.model_dim), BULK_ROWS_PER_CALL)
+    return Route(placement, tuple(candidates), tuple(shards), bool(local))
 
 
 def _local_experts(artifact: Artifact, placement: Placement, local: int) -> Ownership:
@@ -235,51 +207,53 @@ class RemoteDispatch:
         self._moe_shards = moe_shards
         self._client = client
         self._executor = executor
-        self._deadline_ms = max(1, int(call_timeout_s * 1000))
-        layers = [i for i, layer in enumerate(artifact.spec.layers) if layer.router is not None]
-        self._grids = {layer: artifact.grid(layer) for layer in layers}
-        self._expert_us = {layer: _expert_us(artifact, layer) for layer in layers}
-        dim = artifact.spec.model_dim
-        self._max_rows = max_rows_per_call(artifact)
-        room = limits.INTERACTIVE_MESSAGE_BYTES - wire.ENVELOPE_BYTES
-        self._interactive_reply_rows = room // wire.reply_row_bytes(dim)
+        self._maker = CallMaker(artifact, call_timeout_s, replies, client.next_call_id)
 
     @property
     def num_layers_on_nodes(self) -> int:
         """Number of layers that have experts on nodes: the round trips of one pass."""
         route = self.route
-        owners = [set(route.placement.owners(layer).tolist()) for layer in self._grids]
+        owners = [set(route.placement.owners(layer).tolist()) for layer in self._maker.layers]
         return sum(any(route.candidates[slot] is not None for slot in slots) for slots in owners)
 
     def start(self, layer: int, rows: Rows, plan: RoutingPlan) -> PendingSums:
         """Send the rows to the nodes that own their experts; see PendingSums for what may fail."""
         started_s = time.perf_counter()
-        self._hinted.forget(layer)
         route = self.route
-        asked = Asked(layer, rows, self._grids[layer], self._deadline_ms, self._replies)
-        if rows.num_rows == 1:
-            split = call_split.split_row(plan, route.placement.owners(layer))
-            parts = call_split.parts_of_row(split)
-        else:
-            split, parts = None, call_split.by_owner(plan, route.placement.owners(layer))
+        asked = self._maker.asked(layer, rows)
+        self._hinted.forget(layer)
         calls: list[OutgoingCall] = []
         local: Part | None = None
-        for part in parts:
-            candidates = route.candidates[part.slot]
-            if candidates is None:
+        for part in call_split.by_owner(plan, route.owners(layer)):
+            if route.candidates[part.slot] is None:
                 local = part
-                continue
-            shard = route.shards[part.slot]
-            for piece in call_split.by_size(part, self._max_rows):
-                calls.append(self._call(asked, piece, candidates, shard))
-        if split is not None and local is None:
-            row = self._client.start_row(asked, calls, split)
-            if row is not None:
-                return RowSums(self, route, plan, row, started_s)
+            else:
+                calls += self._maker.calls(asked, part, route)
         remote: Fanout | None = None
         if calls:
             remote = self._client.submit(calls, np.zeros((rows.num_rows, rows.dim), np.int64))
         return RemoteSums(self, route, (layer, rows, plan), local, remote, started_s)
+
+    def sums(self, layer: int, rows: Rows, plan: RoutingPlan) -> NDArray[np.int64]:
+        """As `start` and `wait`: a single row's fan-out may run ahead of the dispatch core."""
+        route = self.route
+        if not route.has_local:
+            ops.rest_threads()  # nodes of this machine need their cores
+        if rows.num_rows == 1 and not route.has_local:
+            started_s = time.perf_counter()
+            try:
+                asked = self._maker.asked(layer, rows)
+                row = self._client.run_row(asked, plan, route, self._maker)
+            except errors.NodeError:
+                if self.route is route:
+                    raise
+                row = None  # by a map that holds no more: the layer is asked for again
+            if row is not None:
+                self._hinted.forget(layer)
+                elapsed_s = time.perf_counter() - started_s
+                self.stats.record(elapsed_s, *row.figures())
+                return row.sums
+        return self.start(layer, rows, plan).wait()
 
     def hint(self, layer: int, plan: RoutingPlan) -> None:
         """Tell nodes that read experts ahead that a pass to come will likely be routed like this.
@@ -288,14 +262,14 @@ class RemoteDispatch:
         go to now. Any thread.
         """
         route, hints = self.route, list[Hint]()
-        for part in call_split.by_owner(plan, route.placement.owners(layer)):
+        for part in call_split.by_owner(plan, route.owners(layer)):
             candidates = route.candidates[part.slot]
             if candidates is None or not any(map(self._client.wants_hints, candidates)):
                 continue
             new = self._hinted.take_new(layer, part.experts.tolist())
             if new:
                 frame = wire.encode_hint(layer, new).SerializeToString()
-                work = self._work(layer, part.experts.size, len(frame))
+                work = self._maker.work(layer, part.experts.size, len(frame))
                 hints.append(Hint(candidates, frame, work))
         if hints:
             self._client.hint(hints)
@@ -345,26 +319,6 @@ class RemoteDispatch:
         if self._executor is not None:
             self._executor.close()
 
-    def _call(
-        self, asked: Asked, part: Part, candidates: tuple[int, ...], shard: str
-    ) -> OutgoingCall:
-        num_rows, num_pairs = part.num_rows, part.experts.size
-        num_bytes = wire.call_bytes(num_rows, num_pairs, asked.rows)
-        is_small = (
-            num_rows <= self._interactive_reply_rows
-            and num_bytes <= limits.INTERACTIVE_MESSAGE_BYTES
-        )
-        lane = Lane.INTERACTIVE if is_small else Lane.BULK
-        work = self._work(asked.layer, num_pairs, num_bytes)
-        call_id = self._client.next_call_id()
-        return OutgoingCall(call_id, candidates, lane, num_bytes, work, asked, part, shard)
-
-    def _work(self, layer: int, num_pairs: int, num_bytes: int) -> float:
-        # Each expert is read once, whatever its rows; the wire carries them there and back.
-        num_experts = min(num_pairs, MANY_EXPERTS)
-        compute_us = (num_experts + 0.1 * num_pairs) * self._expert_us[layer]
-        return compute_us + num_bytes / WIRE_BYTES_PER_US
-
     def compute_local(self, layer: int, rows: Rows, part: Part) -> NDArray[np.int64]:
         """Return [T, D]: the part's sums at its rows, zeros elsewhere."""
         assert self._executor is not None
@@ -384,26 +338,8 @@ class RemoteDispatch:
         self._client.wait(fanout)
         return fanout.sums
 
-    def finish_row(self, row: RowFanout, started_s: float) -> NDArray[np.int64]:
-        """Wait for a row's fan-out that runs ahead; as `finish`."""
-        self._client.wait_row(row)
-        done = row if row.adopted is None else row.adopted
-        compute_s = max(done.compute_us.values()) * 1e-6
-        elapsed_s = time.perf_counter() - started_s
-        self.stats.record(elapsed_s, compute_s, done.bytes_up, done.bytes_down)
-        return row.sums
-
-    def abandon_row(self, row: RowFanout) -> None:
-        self._client.abandon_row(row)
-
     def abandon(self, fanout: Fanout) -> None:
         self._client.abandon(fanout)
-
-
-def _expert_us(artifact: Artifact, layer: int) -> float:
-    entry = artifact.manifest.expert_layer(layer)
-    assert entry is not None, f"layer {layer} has no experts"
-    return entry.expert_bytes / MEMORY_BYTES_PER_US
 
 
 def _has_tls(placement: Placement) -> bool:

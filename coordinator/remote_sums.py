@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 from coordinator.call_split import Part
 from coordinator.calls_in_flight import Fanout
-from coordinator.row_fanout import RowFanout
 from shoal import errors
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
 
 if TYPE_CHECKING:
-    from coordinator.remote_dispatch import RemoteDispatch, Route
+    from coordinator.remote_dispatch import RemoteDispatch
+    from coordinator.route import Route
 
 
 class RemoteSums:
@@ -67,32 +67,3 @@ class RemoteSums:
     def abandon(self) -> None:
         if self._fanout is not None:
             self._dispatch.abandon(self._fanout)
-
-
-class RowSums:
-    """Of one row, whose fan-out runs ahead."""
-
-    def __init__(
-        self,
-        dispatch: "RemoteDispatch",
-        route: "Route",
-        plan: RoutingPlan,
-        row: RowFanout,
-        started_s: float,
-    ) -> None:
-        self._dispatch, self._route, self._plan = dispatch, route, plan
-        self._row, self._started_s = row, started_s
-
-    def wait(self) -> NDArray[np.int64]:
-        dispatch = self._dispatch
-        try:
-            return dispatch.finish_row(self._row, self._started_s)
-        except BaseException as error:
-            dispatch.abandon_row(self._row)
-            if isinstance(error, errors.NodeError) and dispatch.route is not self._route:
-                asked = self._row.asked  # again, by the new map
-                return dispatch.start(asked.layer, asked.rows, self._plan).wait()
-            raise
-
-    def abandon(self) -> None:
-        self._dispatch.abandon_row(self._row)

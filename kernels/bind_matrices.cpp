@@ -268,6 +268,8 @@ void bind_matrices(nb::module_& m) {
   bind_packing(m);
   bind_products(m);
   m.def("set_threads", &set_pool_threads, "threads"_a, "Threads that kernels use.");
+  m.def("rest_threads", &rest_threads,
+        "Say that no kernel is called for a while: threads that wait for work sleep at once.");
   m.def("num_threads", &pool_threads, "Threads that kernels use.");
   m.def("usable_cpus", &usable_cpus, "CPUs of this process, by affinity and cgroup quota.");
   m.def(

@@ -96,6 +96,8 @@ class Pool {
     busy_.store(false, std::memory_order_release);
   }
 
+  void rest() { rested_.store(state_.load(std::memory_order_relaxed) / kGeneration); }
+
   void prepare() {
     calls_.fetch_add(1);  // seq_cst: before the load of sleepers_
     wake();
@@ -174,8 +176,9 @@ class Pool {
   // Waits for a job, or a call of prepare, that the worker has not seen.
   void wait(uint64_t seen, uint64_t* called) {
     const auto is_over = [&] { return is_new(seen) || calls_.load() != *called || quit_; };
-    for (int i = 0; i < kPauses && !is_over(); ++i) pause();
-    for (int i = 0; i < kYields && !is_over(); ++i) std::this_thread::yield();
+    const auto is_resting = [&] { return rested_.load(std::memory_order_relaxed) == seen; };
+    for (int i = 0; i < kPauses && !is_resting() && !is_over(); ++i) pause();
+    for (int i = 0; i < kYields && !is_resting() && !is_over(); ++i) std::this_thread::yield();
     if (!is_over()) {
       std::unique_lock<std::mutex> lock(sleep_);
       sleepers_.fetch_add(1);  // seq_cst: before the loads of state_ and calls_
@@ -189,7 +192,8 @@ class Pool {
   alignas(64) std::atomic<uint64_t> state_{0};
   Run runs_[kMaxPoolThreads];
   alignas(64) std::atomic<int> sleepers_{0};
-  std::atomic<uint64_t> calls_{0};  // of prepare
+  std::atomic<uint64_t> calls_{0};   // of prepare
+  std::atomic<uint64_t> rested_{0};  // the last generation before a rest
   std::atomic<int> threads_{1};
   std::atomic<bool> busy_{false}, quit_{false};
   std::mutex sleep_;
@@ -227,6 +231,8 @@ void run_parallel(int64_t items, int64_t chunk, void (*body)(void*, int64_t, int
 }
 
 void prepare_threads() { pool().prepare(); }
+
+void rest_threads() { pool().rest(); }
 
 void* thread_scratch(int64_t num_bytes) {
   thread_local Scratch scratch;

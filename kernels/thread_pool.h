@@ -42,6 +42,10 @@ void parallel_for(int64_t items, int64_t chunk, F&& body) {
 // Costs 9 us if one sleeps, which parallel_for would have taken, and nothing else.
 void prepare_threads();
 
+// Says that no parallel_for comes for a while: threads that wait for one sleep at once, and leave
+// their cores to others.
+void rest_threads();
+
 // At least num_bytes of 64-byte aligned memory that belongs to the calling thread until its next
 // thread_scratch call.  Contents are undefined.  Throws std::bad_alloc.
 void* thread_scratch(int64_t num_bytes);

@@ -49,6 +49,44 @@ Found find_message(const uint8_t* data, size_t size, uint32_t stream_id, size_t 
   return Found::kMessage;
 }
 
+// The calls that replies are awaited to.
+struct Calls {
+  std::vector<uint64_t>& wanted;
+  uint64_t first_id;
+  const std::vector<int>& sent_to;
+
+  // A call may be answered from where it was sent alone.
+  bool awaits(uint64_t call_id, int lane) const {
+    const uint64_t index = call_id - first_id;
+    return index < sent_to.size() && sent_to[index] == lane &&
+           std::find(wanted.begin(), wanted.end(), call_id) != wanted.end();
+  }
+};
+
+// How a send ended; rest: what the socket did not take.
+struct Sent {
+  int error = 0;
+  std::string rest;
+};
+
+Sent send_all(int fd, const uint8_t* data, size_t size) {
+  Sent sent;
+  size_t at = 0;
+  while (at < size) {
+    const ssize_t n = send(fd, data + at, size - at, kSendFlags);
+    if (n >= 0) {
+      at += size_t(n);
+    } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
+      sent.rest.assign(reinterpret_cast<const char*>(data + at), size - at);
+      break;
+    } else if (errno != EINTR) {
+      sent.error = errno;
+      break;
+    }
+  }
+  return sent;
+}
+
 // A lane's bytes that have come and are not used.
 struct Pending {
   uint8_t* data;
@@ -63,9 +101,8 @@ struct Pending {
 };
 
 // Takes the replies that a lane's bytes begin with; false: what follows is something else.
-bool take_replies(Pending& pending, const Awaited& lane, int lane_index,
-                  std::vector<OpenCall>& calls, const RowSums& into, double after_s,
-                  std::vector<Collected>& collected) {
+bool take_replies(Pending& pending, const RowLane& lane, int lane_index, Calls& calls,
+                  const RowSums& into, double after_s, std::vector<Collected>& collected) {
   while (pending.begin < pending.end) {
     ByteSpan message;
     const uint8_t* data = pending.data + pending.begin;
@@ -74,14 +111,11 @@ bool take_replies(Pending& pending, const Awaited& lane, int lane_index,
     if (found == Found::kPart) return true;
     ReplyFound reply;
     if (found == Found::kOther || !find_reply(message, reply)) return false;
-    const auto call = std::find_if(calls.begin(), calls.end(), [&](const OpenCall& open) {
-      return open.call_id == reply.head.call_id && open.lane == lane_index;
-    });
     const int32_t row = 0;
-    if (call == calls.end() ||
+    if (!calls.awaits(reply.head.call_id, lane_index) ||
         !add_reply(reply, into.grid, into.takes_bf16, &row, 1, into.sums, 1, into.dim))
       return false;
-    calls.erase(call);
+    calls.wanted.erase(std::find(calls.wanted.begin(), calls.wanted.end(), reply.head.call_id));
     const ReplyHead& head = reply.head;
     collected.push_back({head.call_id, lane_index, head.queue_us, head.compute_us, head.load_us,
                          message.size, after_s});
@@ -91,7 +125,7 @@ bool take_replies(Pending& pending, const Awaited& lane, int lane_index,
 }
 
 // Reads what a lane has; kDone: go on.
-Stop read_lane(Pending& pending, const Awaited& lane, int lane_index, std::vector<OpenCall>& calls,
+Stop read_lane(Pending& pending, const RowLane& lane, int lane_index, Calls& calls,
                const RowSums& into, double after_s, std::vector<Collected>& collected, int& error) {
   pending.settle();
   const ssize_t n =
@@ -146,27 +180,48 @@ void write_data_frame(const CallArrays& call, uint32_t stream_id, uint8_t* out) 
   write_call_frame(call, out + kHead);
 }
 
-Sent send_all(int fd, const uint8_t* data, size_t size) {
-  Sent sent;
-  size_t at = 0;
-  while (at < size) {
-    const ssize_t n = send(fd, data + at, size - at, kSendFlags);
-    if (n >= 0) {
-      at += size_t(n);
-    } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-      sent.rest.assign(reinterpret_cast<const char*>(data + at), size - at);
-      break;
-    } else if (errno != EINTR) {
-      sent.error = errno;
-      break;
-    }
+RowWires::RowWires(std::vector<RowLane> lanes, std::vector<int> lane_of_slot,
+                   std::vector<int> others, size_t room)
+    : lanes_(std::move(lanes)),
+      lane_of_slot_(std::move(lane_of_slot)),
+      others_(std::move(others)),
+      room_(room),
+      buffer_(lanes_.size() * room) {}
+
+std::vector<SentCall> RowWires::send(const RowCall& row) {
+  experts_.resize(size_t(row.num_experts));
+  weights_.resize(size_t(row.num_experts));
+  const std::vector<RowPart> parts = split_row(row.experts, row.weights, row.num_experts,
+                                               row.owners, experts_.data(), weights_.data());
+  sent_to_.clear();
+  for (const RowPart& part : parts) {
+    const int lane = lane_of_slot_[size_t(part.slot)];
+    if (lane < 0 || std::find(sent_to_.begin(), sent_to_.end(), lane) != sent_to_.end()) return {};
+    sent_to_.push_back(lane);
+  }
+  first_id_ = row.head.call_id;
+  std::vector<SentCall> sent;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const RowLane& lane = lanes_[size_t(sent_to_[i])];
+    const int32_t offsets[2] = {0, parts[i].end - parts[i].begin};
+    CallArrays call{row.head,
+                    row.values,
+                    row.scales,
+                    offsets,
+                    experts_.data() + parts[i].begin,
+                    weights_.data() + parts[i].begin};
+    call.head.call_id += i;
+    frame_.resize(data_frame_size(call));
+    write_data_frame(call, lane.stream_id, frame_.data());
+    Sent one = send_all(lane.fd, frame_.data(), frame_.size());
+    sent.push_back({sent_to_[i], parts[i].slot, offsets[1], frame_.size() - kHead, one.error,
+                    std::move(one.rest)});
   }
   return sent;
 }
 
-CollectEnd collect(const std::vector<Awaited>& lanes, const std::vector<int>& others,
-                   std::vector<OpenCall>& calls, const RowSums& into, uint8_t* buffer, size_t room,
-                   double patience_s, std::vector<Collected>& collected) {
+CollectEnd RowWires::collect(std::vector<uint64_t>& wanted, const RowSums& into, double patience_s,
+                             std::vector<Collected>& collected) {
   using Clock = std::chrono::steady_clock;
   const auto began = Clock::now();
   const auto elapsed_s = [&] {
@@ -174,13 +229,21 @@ CollectEnd collect(const std::vector<Awaited>& lanes, const std::vector<int>& ot
   };
   std::vector<pollfd> watched;
   std::vector<Pending> pending;
-  for (size_t i = 0; i < lanes.size(); ++i) {
-    watched.push_back({lanes[i].fd, POLLIN, 0});
-    pending.push_back({buffer + i * room, room});
+  for (size_t i = 0; i < lanes_.size(); ++i) {
+    watched.push_back({lanes_[i].fd, POLLIN, 0});
+    pending.push_back({buffer_.data() + i * room_, room_});
   }
-  for (int fd : others) watched.push_back({fd, POLLIN, 0});
+  for (int fd : others_) watched.push_back({fd, POLLIN, 0});
+  Calls calls{wanted, first_id_, sent_to_};
   CollectEnd end;
-  while (!calls.empty() && end.stop == Stop::kDone) {
+  while (!wanted.empty() && end.stop == Stop::kDone) {
+    // The largest call is answered last, most likely: to be woken for the others before costs the
+    // nodes of this machine a core. A descriptor below zero is not looked at.
+    const int largest = calls.awaits(first_id_, sent_to_[0]) ? sent_to_[0] : -1;
+    for (size_t i = 0; i < lanes_.size(); ++i) {
+      watched[i].fd = largest < 0 || int(i) == largest ? lanes_[i].fd : -1;
+      watched[i].revents = 0;
+    }
     const double left_s = patience_s - elapsed_s();
     const int ready =
         left_s <= 0 ? 0
@@ -189,12 +252,16 @@ CollectEnd collect(const std::vector<Awaited>& lanes, const std::vector<int>& ot
     for (size_t i = 0; ready > 0 && i < watched.size() && end.stop == Stop::kDone; ++i) {
       if (watched[i].revents == 0) continue;
       end.lane = int(i);
-      end.stop = i >= lanes.size() ? Stop::kOthers
-                                   : read_lane(pending[i], lanes[i], int(i), calls, into,
-                                               elapsed_s(), collected, end.error);
+      end.stop = i >= lanes_.size() ? Stop::kOthers
+                                    : read_lane(pending[i], lanes_[i], int(i), calls, into,
+                                                elapsed_s(), collected, end.error);
     }
   }
-  for (const Pending& one : pending) end.unread.emplace_back(one.begin, one.end);
+  for (size_t i = 0; i < pending.size(); ++i) {
+    const Pending& one = pending[i];
+    if (one.begin != one.end)
+      end.unread.emplace_back(int(i), ByteSpan{one.data + one.begin, one.end - one.begin});
+  }
   return end;
 }
 

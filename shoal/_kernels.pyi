@@ -41,6 +41,11 @@ def expert_sums(dim: int, ffn_dim: int, gate_up: int, down: int, weights: Sequen
 def set_threads(threads: int) -> None:
     """Threads that kernels use."""
 
+def rest_threads() -> None:
+    """
+    Say that no kernel is called for a while: threads that wait for work sleep at once.
+    """
+
 def num_threads() -> int:
     """Threads that kernels use."""
 
@@ -344,12 +349,20 @@ def split_row(experts: Annotated[NDArray[numpy.int32], dict(shape=(None, None), 
     Group a row's experts by owner; return (owner, begin, end) of each group.
     """
 
-def send_row(targets: Sequence[tuple[int, int, int, int, int]], layer: int, deadline_ms: int, scheme: int, dim: int, reply_format: int, values: numpy.ndarray, scales: numpy.ndarray, experts: numpy.ndarray, weights: numpy.ndarray) -> list[tuple[int, int, bytes]]:
-    """
-    Send a call to each (fd, stream, call id, first pair, end of pairs); return (bytes of the ClientFrame, errno, bytes that the socket did not take) of each.
-    """
+class RowWires:
+    """Sockets that rows are sent on, one row after the other."""
 
-def collect_row(lanes: Sequence[tuple[int, int]], others: Sequence[int], calls: Sequence[tuple[int, int]], grid: int, takes_bf16: bool, sums: numpy.ndarray, buffer: numpy.ndarray, patience_s: float, news: list[tuple[int, int, int, list[tuple[int, int, float, int, int, int, int]], list[tuple[int, int, int]]]]) -> None:
-    """
-    Add the replies to these (call id, lane) to `sums` as they come. Appended to `news`, so that no signal comes between: why it stopped, lane, errno, (call id, lane, seconds, queue_us, compute_us, load_us, bytes) of each reply, (lane, begin, end) of what lies unread in the buffer.
-    """
+    def __init__(self, lanes: Sequence[tuple[int, int]], lane_of_slot: Sequence[int], others: Sequence[int], room: int) -> None:
+        """
+        lanes: (fd, HTTP/2 stream). lane_of_slot: -1 for none. others: descriptors whose news end collecting. room: bytes for a reply that comes in pieces.
+        """
+
+    def run(self, first_id: int, layer: int, deadline_ms: int, scheme: int, dim: int, reply_format: int, values: numpy.ndarray, scales: numpy.ndarray, experts: numpy.ndarray, weights: numpy.ndarray, owners: numpy.ndarray, grid: int, takes_bf16: bool, sums: numpy.ndarray, patience_s: float, out: list) -> None:
+        """
+        Send a call, of ids from `first_id` on, to each slot that owns any of a row's experts, then `collect` their replies. Appended to `out`: (calls, why it stopped, lane, errno, replies, unread), where a call is (lane, slot, experts, bytes of the ClientFrame, errno, bytes that the socket did not take), in `split_row`'s order; a reply (call id, lane, seconds, queue_us, compute_us, load_us, bytes); unread (lane, bytes). No calls: a slot has no lane, or two have one, and nothing was sent.
+        """
+
+    def collect(self, wanted: Sequence[int], grid: int, takes_bf16: bool, sums: numpy.ndarray, patience_s: float, out: list) -> None:
+        """
+        Add the replies to these calls of the last row to `sums` as they come, for so long at most. Appends to `out` as `run` does, without calls.
+        """

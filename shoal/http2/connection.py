@@ -112,15 +112,20 @@ class Connection:
 
     # What native code sends and receives beside this object, in whole messages of one frame.
 
-    def may_bypass(self, stream_id: int, num_bytes: int) -> bool:
-        """Whether a message of that many bytes may be sent, and others received, beside us now."""
+    def may_bypass(self, stream_id: int, num_bytes: int, count: int = 1) -> bool:
+        """Whether `count` messages of that many bytes may be sent beside us, and others received.
+
+        From now on, until we are told of them.
+        """
         stream = self._streams.get(stream_id)
         if stream is None or not (stream.is_between_messages and stream.may_send):
             return False
         is_busy = (
             self._output or self._buffer or stream.outbox or self._blocks.stream_id is not None
         )
-        return not is_busy and num_bytes + PREFIX_BYTES <= self._room(stream)
+        size = num_bytes + PREFIX_BYTES
+        has_room = count * size <= min(self._windows.send, stream.windows.send)
+        return not is_busy and has_room and size <= self._peer_frame_bytes
 
     def sent_beside(self, stream_id: int, num_bytes: int) -> None:
         """Count a message that was sent so."""
@@ -132,6 +137,17 @@ class Connection:
         self._windows.take_in(num_bytes + PREFIX_BYTES)
         stream.windows.take_in(num_bytes + PREFIX_BYTES)
         self._flood.on_message(num_bytes)
+        self._grant(stream_id, stream)
+
+    def exchanged_beside(
+        self, stream_id: int, num_messages: int, received_bytes: int, sent_bytes: int
+    ) -> None:
+        """Count so many messages, with their prefixes, that were received, and others sent."""
+        stream = self._streams[stream_id]
+        self._windows.take_in(received_bytes)
+        stream.windows.take_in(received_bytes)
+        self._count_sent(stream, sent_bytes)
+        self._flood.on_message(received_bytes + sent_bytes, 2 * num_messages)
         self._grant(stream_id, stream)
 
     @property

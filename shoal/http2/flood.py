@@ -23,10 +23,10 @@ class FloodGuard:
             self._earn((now_s - self._last_s) * EARNED_PER_SECOND)
         self._last_s = now_s
 
-    def on_message(self, num_bytes: int) -> None:
-        """A message was received or sent."""
+    def on_message(self, num_bytes: int, num_messages: int = 1) -> None:
+        """A message was received or sent, or so many of these bytes together."""
         if self._tokens < limits.MAX_H2_CONTROL_FRAMES:
-            self._earn(EARNED_PER_MESSAGE + num_bytes // BYTES_THAT_EARN_ONE)
+            self._earn(num_messages * EARNED_PER_MESSAGE + num_bytes // BYTES_THAT_EARN_ONE)
 
     def on_control(self, what: str) -> None:
         """A frame that carries nothing arrived. Raises Http2Error when there are too many."""

@@ -2,16 +2,17 @@
 
 from enum import IntEnum
 
-from shoal._kernels import collect_row, send_row, split_row
+from shoal._kernels import RowWires, split_row
 
-__all__ = ["Stop", "collect_row", "send_row", "split_row"]
+__all__ = ["RowWires", "Stop", "split_row"]
 
 
 class Stop(IntEnum):
-    """Why `collect_row` came back.
+    """Why `RowWires` came back.
 
     DONE: every call is answered. TIME: the patience is over, or a signal came. OTHERS: another
-    descriptor has news. UNREAD: a lane brought something else. BROKEN: a lane has ended.
+    descriptor has news. UNREAD: a lane brought something else. BROKEN: a lane has ended. UNSENT:
+    nothing was collected: a socket did not take all of a call or has ended, or no call was made.
     """
 
     DONE = 0
@@ -19,3 +20,4 @@ class Stop(IntEnum):
     OTHERS = 2
     UNREAD = 3
     BROKEN = 4
+    UNSENT = 5

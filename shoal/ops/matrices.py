@@ -111,6 +111,11 @@ def set_threads(n: int) -> None:
     _kernels.set_threads(n)
 
 
+def rest_threads() -> None:
+    """Say that no kernel is called for a while: its threads leave their cores to others at once."""
+    _kernels.rest_threads()
+
+
 def num_threads() -> int:
     return _kernels.num_threads()
 

@@ -10,11 +10,14 @@ from types import FrameType
 import numpy as np
 import pytest
 
+from coordinator.call_maker import CallMaker
+from coordinator.calls_in_flight import Asked
 from coordinator.expert_dispatch import PendingSums
 from coordinator.fast_client import FastClient
 from coordinator.fast_lane import FastLane
 from coordinator.node_health import MIN_SAMPLES
 from coordinator.remote_dispatch import RemoteDispatch, open_remote_dispatch
+from coordinator.route import Route
 from coordinator.row_fanout import RowFanout
 from shoal import errors, ops
 from shoal.artifact import Artifact
@@ -55,36 +58,40 @@ class Asker:
 
     def __init__(self, dispatch: RemoteDispatch, artifact: Artifact, wanted: list[bytes]) -> None:
         self.dispatch, self._artifact, self._wanted = dispatch, artifact, wanted
-        self.num_ahead = 0
-
-    def start(self, number: int) -> PendingSums:
-        return self.dispatch.start(1, *asked(self._artifact, number % 8))
-
-    @property
-    def row(self) -> RowFanout | None:
-        """What runs ahead now."""
-        client = self.dispatch._client
+        client = dispatch._client
         assert isinstance(client, FastClient)
-        return client._row
+        self.client = client
+        self.num_ahead = 0
+        self.last: RowFanout | None = None  # that ran ahead, at first at least
+        self._run_row = client.run_row
+        client.run_row = self._noting  # type: ignore[method-assign]
+
+    def _noting(
+        self, asked: Asked, plan: RoutingPlan, route: Route, maker: CallMaker
+    ) -> RowFanout | None:
+        self.last = self._run_row(asked, plan, route, maker)
+        self.num_ahead += self.last is not None and self.last.adopted is None
+        return self.last
 
     @property
     def lanes(self) -> list[FastLane]:
-        client = self.dispatch._client
-        assert isinstance(client, FastClient)
-        return list(client._lanes.values())
+        return list(self.client._lanes.values())
+
+    def start(self, number: int) -> PendingSums:
+        """Begin a fan-out of the long way."""
+        return self.dispatch.start(1, *asked(self._artifact, number % 8))
 
     def ask(self, number: int) -> None:
-        pending = self.start(number)
-        self.num_ahead += self.row is not None
-        assert pending.wait().tobytes() == self._wanted[number % 8]
+        sums = self.dispatch.sums(1, *asked(self._artifact, number % 8))
+        assert sums.tobytes() == self._wanted[number % 8]
 
-    def until_ahead(self) -> PendingSums:
-        """Return a fan-out that runs ahead, of row 0."""
-        for number in range(40 * MIN_SAMPLES):
-            pending = self.start(0)
-            if self.row is not None:
-                return pending
-            assert pending.wait().tobytes() == self._wanted[0], number
+    def until_ahead(self) -> None:
+        """Ask for row 0 until it runs ahead."""
+        self.num_ahead = 0
+        for _ in range(40 * MIN_SAMPLES):
+            self.ask(0)
+            if self.num_ahead:
+                return
         raise AssertionError("nothing ever ran ahead")
 
 
@@ -110,29 +117,23 @@ def test_rows_run_ahead_once_their_nodes_are_known(
             lane._connection.check_integrity()
 
 
-def test_a_second_fan_out_adopts_the_first(
+def test_a_fan_out_of_another_thread_adopts_the_row_that_runs_ahead(
     nodes: list[str], artifact: Artifact, wanted: list[bytes]
 ) -> None:
-    shards = f"0-7={nodes[0]},8-15={nodes[1]}"
-    with closing(opened(artifact, shards)) as dispatch:
+    with (
+        ChaosProxy(nodes[0]) as proxy,
+        closing(opened(artifact, f"0-7={proxy.endpoint},8-15={nodes[1]}")) as dispatch,
+    ):
         asker = Asker(dispatch, artifact, wanted)
-        first = asker.until_ahead()
-        second = asker.start(1)
-        assert asker.row is None
-        assert second.wait().tobytes() == wanted[1]
-        assert first.wait().tobytes() == wanted[0]
-        asker.until_ahead().abandon()
-        assert asker.row is None
-        asker.ask(2)
-        from_others: list[bytes] = []
-        mine = asker.until_ahead()
-        thread = threading.Thread(
-            target=lambda: from_others.append(asker.start(3).wait().tobytes())
-        )
+        asker.until_ahead()
+        proxy.forecast = steady(Weather(delay_s=0.02))  # soon enough to run ahead till the end
+        thread = threading.Thread(target=asker.ask, args=(0,))
         thread.start()
-        assert mine.wait().tobytes() == wanted[0]
+        while asker.client._row is None:
+            pass
+        assert asker.start(3).wait().tobytes() == wanted[3]
         thread.join()
-        assert from_others == [wanted[3]]
+        assert asker.last is not None and asker.last.adopted is not None
 
 
 def test_rows_of_many_threads_run_ahead_of_each_other_and_are_right(
@@ -142,18 +143,55 @@ def test_rows_of_many_threads_run_ahead_of_each_other_and_are_right(
     right: list[bool] = []
     with closing(opened(artifact, f"0-7={nodes[0]},8-15={nodes[1]}")) as dispatch:
         asker = Asker(dispatch, artifact, wanted)
-        asker.until_ahead().wait()
+        asker.until_ahead()
 
         def work(first: int) -> None:
             for number in range(first, first + NUM_ASKED):
-                right.append(asker.start(number).wait().tobytes() == wanted[number % 8])
+                if (number + first) % 3:
+                    sums = dispatch.sums(1, *asked(artifact, number % 8))
+                else:
+                    sums = asker.start(number).wait()
+                right.append(sums.tobytes() == wanted[number % 8])
 
         threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        asker.until_ahead()
+        for lane in asker.lanes:
+            lane._connection.check_integrity()
     assert right == [True] * (4 * NUM_ASKED)
+
+
+def test_hints_between_rows_and_beside_them_disturb_nothing(
+    nodes: list[str], artifact: Artifact, wanted: list[bytes]
+) -> None:
+    """They are written to the same sockets, by another thread."""
+    with closing(opened(artifact, f"0-7={nodes[0]},8-15={nodes[1]}")) as dispatch:
+        asker = Asker(dispatch, artifact, wanted)
+        asker.until_ahead()
+        asker.client._keeper.wants_hints.update(range(2))
+        is_over = threading.Event()
+
+        def hint() -> None:
+            number = 0
+            while not is_over.is_set():
+                dispatch.hint(1, asked(artifact, number)[1])
+                dispatch._hinted.forget(1)
+                number += 1
+
+        thread = threading.Thread(target=hint)
+        thread.start()
+        try:
+            for number in range(NUM_ASKED):
+                asker.ask(number)
+        finally:
+            is_over.set()
+            thread.join()
+        asker.until_ahead()
+        for lane in asker.lanes:
+            lane._connection.check_integrity()
 
 
 def test_a_far_node_s_row_is_adopted_and_answered(
@@ -164,12 +202,11 @@ def test_a_far_node_s_row_is_adopted_and_answered(
         closing(opened(artifact, f"0-15={proxy.endpoint}")) as dispatch,
     ):
         asker = Asker(dispatch, artifact, wanted)
-        asker.until_ahead().wait()
+        asker.until_ahead()
         proxy.forecast = steady(Weather(delay_s=FAR_S / 2))
-        pending = asker.until_ahead()
-        row = asker.row
-        assert row is not None and pending.wait().tobytes() == wanted[0]
-        assert row.adopted is not None and row.adopted.retries == []
+        asker.ask(0)
+        row = asker.last
+        assert row is not None and row.adopted is not None and row.adopted.retries == []
 
 
 @pytest.mark.parametrize("how", ["kill", "freeze"])
@@ -180,7 +217,7 @@ def test_a_node_that_is_lost_with_a_row_is_replaced(
         a, b = cluster.nodes(path)
         with closing(opened(artifact, f"0-15={a.endpoint}|{b.endpoint}")) as dispatch:
             asker = Asker(dispatch, artifact, wanted)
-            asker.until_ahead().wait()
+            asker.until_ahead()
             (kill if how == "kill" else freeze)(a)
             try:
                 for number in range(8):
@@ -200,10 +237,10 @@ def test_a_row_whose_only_node_dies_ends_with_its_name(path: Path, artifact: Art
         ) as dispatch:
             sums = dispatch.start(1, *asked(artifact, 0)).wait().tobytes()
             asker = Asker(dispatch, artifact, [sums] * 8)
-            asker.until_ahead().wait()
+            asker.until_ahead()
             kill(node)
             with pytest.raises(errors.NodeError, match=node.endpoint.removeprefix("grpc://")):
-                asker.start(0).wait()
+                asker.ask(0)
 
 
 def test_a_signal_in_the_middle_loses_nothing(
@@ -222,15 +259,14 @@ def test_a_signal_in_the_middle_loses_nothing(
         closing(opened(artifact, f"0-7={proxy.endpoint},8-15={nodes[1]}")) as dispatch,
     ):
         asker = Asker(dispatch, artifact, wanted)
-        asker.until_ahead().wait()
+        asker.until_ahead()
         proxy.forecast = steady(Weather(delay_s=0.1))  # beyond what a busy machine holds us up
         before = signal.signal(signal.SIGALRM, interrupt)
         try:
             for number in range(4):
-                pending = asker.until_ahead()
-                signal.setitimer(signal.ITIMER_REAL, 0.002)
+                signal.setitimer(signal.ITIMER_REAL, 0.01 * (number + 1))  # sent, not answered
                 with pytest.raises(Interrupted):
-                    pending.wait()
+                    asker.ask(number)
                 asker.ask(number)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from coordinator import call_split
-from coordinator.row_fanout import News
+from coordinator.row_fanout import News, SentCall
 from shoal import ops, wire
 from shoal.experts.call import ExpertCall
 from shoal.http2 import frames, grpc_headers
@@ -74,48 +75,123 @@ def test_a_row_is_split_into_its_owners_parts_the_largest_first(
         assert split.weights[begin:end].tolist() == mine
 
 
+def wires(fd: int, stream_id: int, others: tuple[int, ...] = ()) -> fanout.RowWires:
+    """One lane, the owner of every expert."""
+    return fanout.RowWires([(fd, stream_id)], [0], list(others), 4096)
+
+
+def send(on: fanout.RowWires, first_id: int, scheme: Scheme = Scheme.INT8_32) -> list[SentCall]:
+    """Send `row(scheme)` to slot 0."""
+    rows, plan = row(scheme)
+    owners = np.zeros(32, np.int32)
+    return send_row(on, first_id, rows, plan, owners)
+
+
+def send_row(
+    on: fanout.RowWires, first_id: int, rows: Rows, plan: RoutingPlan, owners: NDArray[np.int32]
+) -> list[SentCall]:
+    """Send, and wait for nothing."""
+    report: list[News] = []
+    on.run(
+        first_id,
+        3,
+        1500,
+        rows.scheme + 1,
+        DIM,
+        0,
+        rows.values,
+        rows.scales,
+        plan.experts,
+        plan.weights,
+        owners,
+        GRID,
+        False,
+        np.zeros((1, DIM), np.int64),
+        0.0,
+        report,
+    )
+    [(sent, why, _, _, replies, unread)] = report
+    is_whole = bool(sent) and not any(error or rest for *_, error, rest in sent)
+    assert why == (Stop.TIME if is_whole else Stop.UNSENT) and not (replies or unread)
+    return sent
+
+
 @pytest.mark.parametrize("scheme", list(Scheme))
 def test_what_is_sent_is_what_the_long_way_sends(ends: Ends, scheme: Scheme) -> None:
     client, _, stream_id = streams()
     twin, _, _ = streams()
     rows, plan = row(scheme)
-    split = call_split.split_row(plan, np.zeros(32, np.int32))
-    [(_, begin, end)] = split.groups
-    call = ExpertCall(3, rows, np.array([0, end - begin], np.int32), split.experts, split.weights)
+    offsets = np.array([0, 8], np.int32)
+    call = ExpertCall(3, rows, offsets, plan.experts[0], plan.weights[0])
     client.send_message(stream_id, wire.call_frame(77, 1500, call))
     wanted = client.take_output()
     ours, theirs = ends
-    target = (ours.fileno(), stream_id, 77, begin, end)
-    sent = fanout.send_row(
-        [target],
-        3,
-        1500,
-        scheme + 1,
-        DIM,
-        0,
-        rows.values,
-        rows.scales,
-        split.experts,
-        split.weights,
+    [(lane, slot, num_pairs, num_bytes, error, unsent)] = send(
+        wires(ours.fileno(), stream_id), 77, scheme
     )
-    [(num_bytes, error, unsent)] = sent
-    assert (error, unsent) == (0, b"")
+    assert (lane, slot, num_pairs, error, unsent) == (0, 0, 8, 0, b"")
     assert theirs.recv(1 << 20) == wanted
     twin.sent_beside(stream_id, num_bytes)
     assert twin._windows == client._windows, "a window that leaks ends all sending one day"
     assert twin._streams[stream_id].windows == client._streams[stream_id].windows
 
 
-def test_what_a_full_socket_does_not_take_is_given_back_and_an_end_is_told(ends: Ends) -> None:
+def test_each_owner_gets_its_part_the_largest_first_under_ids_in_that_order() -> None:
     rows, plan = row(Scheme.INT8_32)
-    split = call_split.split_row(plan, np.zeros(32, np.int32))
+    owners = np.zeros(32, np.int32)
+    owners[plan.experts[0, :5]] = 2
+    with closing(Lanes()) as lanes:
+        a, b = lanes.ours
+        on = fanout.RowWires([(a.fileno(), 1), (b.fileno(), 3)], [0, -1, 1], [], 4096)
+        sent = send_row(on, 40, rows, plan, owners)
+    assert [call[:3] for call in sent] == [(1, 2, 5), (0, 0, 3)]
+    split = call_split.split_row(plan, owners)
+    for (_, _, _, num_bytes, _, _), (_, begin, end), call_id in zip(
+        sent, split.groups, (40, 41), strict=True
+    ):
+        offsets = np.array([0, end - begin], np.int32)
+        experts, weights = split.experts[begin:end], split.weights[begin:end]
+        call = ExpertCall(3, rows, offsets, experts, weights)
+        assert num_bytes == len(wire.call_frame(call_id, 1500, call))
+
+
+@pytest.mark.parametrize("lane_of_slot", [[0, -1], [0, 0]])
+def test_nothing_is_sent_unless_every_owner_has_a_lane_of_its_own(
+    ends: Ends, lane_of_slot: list[int]
+) -> None:
+    rows, plan = row(Scheme.INT8_32)
+    owners = np.zeros(32, np.int32)
+    owners[plan.experts[0, 7]] = 1
     ours, theirs = ends
+    on = fanout.RowWires([(ours.fileno(), 1)], lane_of_slot, [], 4096)
+    assert send_row(on, 1, rows, plan, owners) == []
+    theirs.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        theirs.recv(1)
+
+
+@pytest.mark.parametrize("wrong", ["expert", "slot", "lane"])
+def test_numbers_out_of_range_are_refused(ends: Ends, wrong: str) -> None:
+    rows, plan = row(Scheme.INT8_32)
+    owners = np.zeros(32, np.int32)
+    if wrong == "lane":
+        with pytest.raises(ValueError, match="a slot of no lane"):
+            fanout.RowWires([(ends[0].fileno(), 1)], [1], [], 4096)
+        return
+    if wrong == "slot":
+        owners[:] = 1
+    else:
+        owners = owners[: int(plan.experts.max())]
+    with pytest.raises(ValueError, match="owner"):
+        send_row(wires(ends[0].fileno(), 1), 1, rows, plan, owners)
+
+
+def test_what_a_full_socket_does_not_take_is_given_back_and_an_end_is_told(ends: Ends) -> None:
+    ours, theirs = ends
+    on = wires(ours.fileno(), 1)
     received, sent, unsent = b"", 0, b""
-    target = (ours.fileno(), 1, 7, 0, 8)
     while not unsent:
-        [(size, error, unsent)] = fanout.send_row(
-            [target], 0, 9, 2, DIM, 0, rows.values, rows.scales, split.experts, split.weights
-        )
+        [(*_, size, error, unsent)] = send(on, 7)
         assert error == 0
         sent += frames.HEADER_BYTES + 5 + size
     theirs.settimeout(10)
@@ -123,25 +199,35 @@ def test_what_a_full_socket_does_not_take_is_given_back_and_an_end_is_told(ends:
         received += theirs.recv(1 << 20)
     assert len(received) == sent - len(unsent)
     theirs.close()
-    [(_, error, _)] = fanout.send_row(
-        [target], 0, 9, 2, DIM, 0, rows.values, rows.scales, split.experts, split.weights
-    )
+    [(*_, error, _)] = send(on, 7)
     assert error != 0
 
 
-class Lane:
-    """A lane with calls 5 and 6 in flight, and a node that answers as it is told."""
+class Lanes:
+    """Two lanes, call 5 in flight on the first and 6 on the second, and nodes that do as told."""
 
-    def __init__(self, ends: Ends) -> None:
-        self.ours, self.theirs = ends
+    def __init__(self) -> None:
+        self.ours, self.theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
+        self.other, self.other_end = socket.socketpair()
         self.client, self.server, self.stream_id = streams()
+        rows, plan = row(Scheme.INT8_32)
+        owners = np.zeros(32, np.int32)
+        owners[plan.experts[0, 4:]] = 1
+        for end in self.ours:
+            end.setblocking(False)
+        lanes = [(end.fileno(), self.stream_id) for end in self.ours]
+        self.wires = fanout.RowWires(lanes, [0, 1], [self.other.fileno()], 4096)
+        assert [lane for lane, *_ in send_row(self.wires, 5, rows, plan, owners)] == [0, 1]
         self.sums = np.zeros((1, DIM), np.int64)
         self.answers = {
             call_id: np.random.default_rng(call_id).integers(-(2**30), 2**30, (1, DIM))
             for call_id in (5, 6)
         }
         self.left = [5, 6]
-        self.news: list[News] = []
+
+    def close(self) -> None:
+        for end in (*self.ours, *self.theirs, self.other, self.other_end):
+            end.close()
 
     def reply(self, call_id: int, sums: NDArray[np.int64] | None = None, grid: int = GRID) -> bytes:
         answer = self.answers[call_id] if sums is None else sums
@@ -149,131 +235,109 @@ class Lane:
         self.server.send_message(self.stream_id, frame)
         return self.server.take_output()
 
-    def collect(
-        self, others: tuple[int, ...] = (), patience_s: float = PATIENCE_S
-    ) -> tuple[int, list[int], bytes]:
-        """Return why it stopped, which calls were answered, and the bytes left unread."""
-        buffer = np.zeros(4096, np.uint8)
-        fanout.collect_row(
-            [(self.ours.fileno(), self.stream_id)],
-            list(others),
-            [(call_id, 0) for call_id in self.left],
-            GRID,
-            False,
-            self.sums,
-            buffer,
-            patience_s,
-            self.news,
-        )
-        why, _, _, replies, unread = self.news.pop()
+    def collect(self, patience_s: float = PATIENCE_S) -> tuple[int, list[int], dict[int, bytes]]:
+        """Return why it stopped, which calls were answered, and what is unread of each lane."""
+        news: list[News] = []
+        self.wires.collect(self.left, GRID, False, self.sums, patience_s, news)
+        [(_, why, _, _, replies, unread)] = news
         answered = [reply[0] for reply in replies]
         assert all(reply[4] == reply[0] for reply in replies), "compute_us"
+        assert all(reply[1] == reply[0] - 5 for reply in replies), "lane"
         self.left = [call_id for call_id in self.left if call_id not in answered]
-        rest = b"".join(buffer[begin:end].tobytes() for _, begin, end in unread)
-        return why, answered, rest
+        return why, answered, dict(unread)
 
     def wanted(self, *call_ids: int) -> NDArray[np.int64]:
         return sum((self.answers[call_id] for call_id in call_ids), np.zeros((1, DIM), np.int64))
 
 
+@pytest.fixture
+def lanes() -> Iterator[Lanes]:
+    with closing(Lanes()) as made:
+        yield made
+
+
 @settings(max_examples=60, deadline=None)
-@given(cuts=st.lists(st.integers(1, 400), max_size=8), first=st.sampled_from([5, 6]))
+@given(cuts=st.lists(st.integers(1, 400), max_size=8), first=st.sampled_from([0, 1]))
 def test_replies_are_added_however_their_bytes_are_cut(cuts: list[int], first: int) -> None:
     """Every piece may be all there is for now: then the wait ends, and the rest is read later."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        lane = Lane((ours, theirs))
-        data = lane.reply(first) + lane.reply(11 - first)
-        kept = b""
-        for cut in [*cuts, len(data)]:
-            if not data:
-                break
-            # What lay unread goes the long way in the client; here it is sent again with the rest.
-            theirs.sendall(kept + data[:cut])
-            data = data[cut:]
-            why, _, kept = lane.collect(patience_s=0.0 if data else PATIENCE_S)
-            assert why == (Stop.TIME if data else Stop.DONE) or not lane.left
-        assert lane.left == [] and not kept
-        assert np.array_equal(lane.sums, lane.wanted(5, 6))
+    with closing(Lanes()) as lanes:
+        for lane in (first, 1 - first):
+            data, kept = lanes.reply(5 + lane), b""
+            is_last = lane != first
+            for cut in [*cuts, len(data)]:
+                if not data:
+                    break
+                # What lay unread goes the long way in the client; here it is sent again.
+                lanes.theirs[lane].sendall(kept + data[:cut])
+                data = data[cut:]
+                is_over = is_last and not data
+                why, _, unread = lanes.collect(PATIENCE_S if is_over else 0.001)
+                assert why == (Stop.DONE if is_over else Stop.TIME)
+                kept = unread.get(lane, b"")
+            assert not kept
+        assert lanes.left == []
+        assert np.array_equal(lanes.sums, lanes.wanted(5, 6))
 
 
-def test_a_reply_in_pieces_is_waited_for(ends: Ends) -> None:
-    lane = Lane(ends)
-    data = lane.reply(5) + lane.reply(6)
-    others, other_end = socket.socketpair()
-    with others, other_end:
-        lane.theirs.sendall(data[:100])
-        other_end.send(b"x")
-        why, answered, rest = lane.collect((others.fileno(),))
-        assert (why, answered, rest) == (Stop.OTHERS, [], data[:100])
-    lane.theirs.sendall(data)
-    assert lane.collect() == (Stop.DONE, [5, 6], b"")
-    assert np.array_equal(lane.sums, lane.wanted(5, 6))
+def test_a_reply_in_pieces_is_waited_for(lanes: Lanes) -> None:
+    data = lanes.reply(5)
+    lanes.theirs[0].sendall(data[:100])
+    lanes.other_end.send(b"x")
+    assert lanes.collect() == (Stop.OTHERS, [], {0: data[:100]})
+    lanes.other.recv(1)
+    lanes.theirs[0].sendall(data)
+    lanes.theirs[1].sendall(lanes.reply(6))
+    assert lanes.collect() == (Stop.DONE, [5, 6], {})
+    assert np.array_equal(lanes.sums, lanes.wanted(5, 6))
 
 
-@pytest.mark.parametrize(
-    "what", ["ping", "foreign", "grid", "dim", "stream", "flags", "compressed", "progress"]
-)
-def test_anything_but_an_answer_is_left_as_it_came(ends: Ends, what: str) -> None:
+@pytest.mark.parametrize("what", ["ping", "foreign", "again", "progress"])
+def test_anything_but_an_answer_is_left_as_it_came(lanes: Lanes, what: str) -> None:
     """1. A reply comes, then that, then another reply. 2. The first one is added, the rest unread.
-    3. The connection takes the rest the long way, or breaks, as it would have without us.
+    3. The connection takes the rest the long way, as it would have without us.
     """
-    lane = Lane(ends)
-    good, last = lane.reply(5), lane.reply(6)
+    good, last = lanes.reply(5), lanes.reply(6)
     match what:
         case "ping":
             odd = frames.pack(Kind.PING, 0, 0, bytes(8))
-        case "foreign":
-            lane.server.send_message(lane.stream_id, wire.reply_frame(7, lane.answers[6], GRID))
-            odd = lane.server.take_output()
-        case "grid":
-            odd = lane.reply(6, grid=GRID + 1)
-        case "dim":
-            odd = lane.reply(6, lane.answers[6][:, :-1].copy())
-        case "progress":
-            lane.server.send_message(lane.stream_id, b"\x22\x03\x0a\x01\x05")
-            odd = lane.server.take_output()
+        case "foreign" | "again":
+            call_id = 7 if what == "foreign" else 5
+            lanes.server.send_message(
+                lanes.stream_id, wire.reply_frame(call_id, lanes.answers[6], GRID)
+            )
+            odd = lanes.server.take_output()
         case _:
-            changed = bytearray(last)
+            lanes.server.send_message(lanes.stream_id, b"\x22\x03\x0a\x01\x05")
+            odd = lanes.server.take_output()
+    lanes.theirs[0].sendall(good + odd + last)
+    assert lanes.collect() == (Stop.UNREAD, [5], {0: odd + last})
+    assert np.array_equal(lanes.sums, lanes.wanted(5))
+    lanes.client.received_beside(lanes.stream_id, len(good) - frames.HEADER_BYTES - 5)
+    events = lanes.client.receive(odd + last, 0.0)
+    assert isinstance(events[-1], MessageReceived)
+    lanes.client.check_integrity()
+
+
+@pytest.mark.parametrize("what", ["grid", "dim", "stream", "flags", "compressed", "lane"])
+def test_an_answer_that_is_none_is_not_added(lanes: Lanes, what: str) -> None:
+    match what:
+        case "grid":
+            odd = lanes.reply(5, grid=GRID + 1)
+        case "dim":
+            odd = lanes.reply(5, lanes.answers[5][:, :-1].copy())
+        case "lane":  # to another node's call
+            odd = lanes.reply(6)
+        case _:
+            changed = bytearray(lanes.reply(5))
             changed[{"flags": 4, "stream": 8, "compressed": 9}[what]] ^= 2
             odd = bytes(changed)
-    lane.theirs.sendall(good + odd + last)
-    why, answered, rest = lane.collect()
-    assert (why, answered) == (Stop.UNREAD, [5]) and rest == odd + last
-    assert np.array_equal(lane.sums, lane.wanted(5))
-    if what in ("ping", "foreign", "progress"):
-        lane.client.received_beside(lane.stream_id, len(good) - frames.HEADER_BYTES - 5)
-        events = lane.client.receive(rest, 0.0)
-        assert isinstance(events[-1], MessageReceived)
-        lane.client.check_integrity()
+    lanes.theirs[0].sendall(odd)
+    assert lanes.collect() == (Stop.UNREAD, [], {0: odd})
+    assert not lanes.sums.any()
 
 
-def test_an_answer_counts_on_the_lane_that_was_asked_alone(ends: Ends) -> None:
-    lane = Lane(ends)
-    lane.theirs.sendall(lane.reply(5))
-    other, other_end = socket.socketpair()
-    with other, other_end:
-        other.setblocking(False)
-        news: list[News] = []
-        fanout.collect_row(
-            [(lane.ours.fileno(), lane.stream_id), (other.fileno(), lane.stream_id)],
-            [],
-            [(5, 1), (6, 1)],
-            GRID,
-            False,
-            lane.sums,
-            np.zeros(8192, np.uint8),
-            PATIENCE_S,
-            news,
-        )
-    why, _, _, replies, _ = news.pop()
-    assert why == Stop.UNREAD and replies == [] and not lane.sums.any()
-
-
-def test_an_end_and_impatience_are_told(ends: Ends) -> None:
-    lane = Lane(ends)
-    assert lane.collect(patience_s=0.001)[0] == Stop.TIME
-    lane.theirs.sendall(lane.reply(6))
-    lane.theirs.close()
-    assert lane.collect()[:2] == (Stop.BROKEN, [6])
+def test_an_end_and_impatience_are_told(lanes: Lanes) -> None:
+    assert lanes.collect(patience_s=0.001)[0] == Stop.TIME
+    lanes.theirs[0].sendall(lanes.reply(5))
+    lanes.theirs[0].close()
+    assert lanes.collect()[:2] == (Stop.BROKEN, [5])
