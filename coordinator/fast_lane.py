@@ -195,7 +195,7 @@ class FastLane:
 
     def sent_beside(self, num_bytes: int, unsent: bytes) -> None:
         """Count a message; `unsent`: what of it the socket did not take, for `flush`."""
-        self._connection.sent_beside(self._stream_id, num_bytes)
+        self._connection.exchanged_beside(self._stream_id, 1, 0, num_bytes + PREFIX_BYTES)
         if unsent:
             self._unwritten = memoryview(unsent)
 
@@ -212,7 +212,7 @@ class FastLane:
     def received_beside(self, num_bytes: int, now_s: float) -> None:
         """Count a message."""
         self._heard_s, self._pinged_s = now_s, None
-        self._connection.received_beside(self._stream_id, num_bytes)
+        self._connection.exchanged_beside(self._stream_id, 1, num_bytes + PREFIX_BYTES, 0)
 
     def _on(self, event: Event) -> None:
         match event:

@@ -127,22 +127,10 @@ class Connection:
         has_room = count * size <= min(self._windows.send, stream.windows.send)
         return not is_busy and has_room and size <= self._peer_frame_bytes
 
-    def sent_beside(self, stream_id: int, num_bytes: int) -> None:
-        """Count a message that was sent so."""
-        self._count_sent(self._streams[stream_id], num_bytes + PREFIX_BYTES)
-
-    def received_beside(self, stream_id: int, num_bytes: int) -> None:
-        """Count a message that was received so."""
-        stream = self._streams[stream_id]
-        self._windows.take_in(num_bytes + PREFIX_BYTES)
-        stream.windows.take_in(num_bytes + PREFIX_BYTES)
-        self._flood.on_message(num_bytes)
-        self._grant(stream_id, stream)
-
     def exchanged_beside(
         self, stream_id: int, num_messages: int, received_bytes: int, sent_bytes: int
     ) -> None:
-        """Count so many messages, with their prefixes, that were received, and others sent."""
+        """Count so many messages, with their prefixes, that were received, or sent, or both."""
         stream = self._streams[stream_id]
         self._windows.take_in(received_bytes)
         stream.windows.take_in(received_bytes)

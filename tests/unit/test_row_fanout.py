@@ -18,6 +18,7 @@ from shoal.http2 import frames, grpc_headers
 from shoal.http2.connection import Connection
 from shoal.http2.events import MessageReceived
 from shoal.http2.frames import Kind
+from shoal.http2.stream import PREFIX_BYTES
 from shoal.ops import fanout
 from shoal.ops.fanout import Stop
 from shoal.quant import Scheme
@@ -131,7 +132,7 @@ def test_what_is_sent_is_what_the_long_way_sends(ends: Ends, scheme: Scheme) -> 
     )
     assert (lane, slot, num_pairs, error, unsent) == (0, 0, 8, 0, b"")
     assert theirs.recv(1 << 20) == wanted
-    twin.sent_beside(stream_id, num_bytes)
+    twin.exchanged_beside(stream_id, 1, 0, num_bytes + PREFIX_BYTES)
     assert twin._windows == client._windows, "a window that leaks ends all sending one day"
     assert twin._streams[stream_id].windows == client._streams[stream_id].windows
 
@@ -312,7 +313,7 @@ def test_anything_but_an_answer_is_left_as_it_came(lanes: Lanes, what: str) -> N
     lanes.theirs[0].sendall(good + odd + last)
     assert lanes.collect() == (Stop.UNREAD, [5], {0: odd + last})
     assert np.array_equal(lanes.sums, lanes.wanted(5))
-    lanes.client.received_beside(lanes.stream_id, len(good) - frames.HEADER_BYTES - 5)
+    lanes.client.exchanged_beside(lanes.stream_id, 1, len(good) - frames.HEADER_BYTES, 0)
     events = lanes.client.receive(odd + last, 0.0)
     assert isinstance(events[-1], MessageReceived)
     lanes.client.check_integrity()
