@@ -27,6 +27,7 @@ from coordinator.dispatch_events import Lane, NodeAbsent, NodeLost, NodeOpened, 
 from coordinator.grpc_loop import grpc_loop
 from coordinator.handshake import NodeFacts
 from coordinator.known_nodes import KnownNodes
+from coordinator.loop_rows import LoopRows
 from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import NodeKeeper, OpenedLanes, Terms
 from coordinator.node_link import KEEPALIVE, Greeting, Keepalive, LaneLink, NodeLink
@@ -147,14 +148,13 @@ class NodeClient(KnownNodes):
             keeper.names, patience.call_timeout_s, patience.shard_wait_s, self
         )
         super().__init__(keeper, in_flight)
+        self._rows = LoopRows(in_flight, keeper.names, self)
         self._lanes: dict[int, dict[Lane, LaneLink]] = {}  # of open nodes
         self._released: dict[int, asyncio.Event] = {}
         self._is_ticking = False
         self._running = asyncio.run_coroutine_threadsafe(self._keeper.run(), self._loop)
         # Over: closed, or dead of a bug that `close` will raise.
-        self._running.add_done_callback(
-            lambda _: self._loop.call_soon_threadsafe(self._in_flight.end_all)
-        )
+        self._running.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._end_all))
 
     def meet(self, endpoints: Sequence[Endpoint], terms: Terms) -> list[int]:
         """Meet nodes (see ExpertClient)."""
@@ -165,7 +165,7 @@ class NodeClient(KnownNodes):
         self._loop.call_soon_threadsafe(self._retire, nodes)
 
     def run_row(self, asked: Asked, plan: RoutingPlan, route: Route, maker: CallMaker) -> None:
-        """There is no short way through grpc.aio."""
+        """There is no other way than `submit`, which finds out itself what may run ahead."""
 
     def submit(self, calls: Sequence[OutgoingCall], sums: NDArray[np.int64]) -> Fanout:
         """Send a fan-out's calls (see ExpertClient)."""
@@ -183,7 +183,7 @@ class NodeClient(KnownNodes):
 
     def abandon(self, fanout: Fanout) -> None:
         """Take a fan-out's calls back (see ExpertClient)."""
-        self._loop.call_soon_threadsafe(self._in_flight.abandon, fanout)
+        self._loop.call_soon_threadsafe(self._abandon, fanout)
 
     def close(self) -> None:
         """End all streams (see ExpertClient)."""
@@ -258,14 +258,17 @@ class NodeClient(KnownNodes):
         try:
             while True:
                 frame, num_bytes = await lane.read()
-                self._in_flight.on_frame(node, frame, num_bytes, time.monotonic())
+                self._rows.on_frame(node, frame, num_bytes, time.monotonic())
         except errors.NodeError as error:
             broke_protocol = isinstance(error, errors.MalformedMessage)
-            self._in_flight.on(NodeLost(node, error, broke_protocol, time.monotonic()))
+            now_s = time.monotonic()
+            self._rows.adopt(now_s)
+            self._in_flight.on(NodeLost(node, error, broke_protocol, now_s))
             raise
 
     def _retire(self, nodes: Sequence[int]) -> None:
         self._keeper.retire(nodes)
+        self._rows.adopt(time.monotonic())
         for node in nodes:
             self._in_flight.on(NodeRetired(node, retired(self._keeper.names[node])))
         self._tick_later()
@@ -274,8 +277,16 @@ class NodeClient(KnownNodes):
         if self._running.done():
             fanout.end(closed())
             return
-        self._in_flight.start(fanout, time.monotonic())
+        self._rows.start(fanout, time.monotonic())
         self._tick_later()
+
+    def _abandon(self, fanout: Fanout) -> None:
+        self._rows.adopt(time.monotonic())
+        self._in_flight.abandon(fanout)
+
+    def _end_all(self) -> None:
+        self._rows.adopt(time.monotonic())
+        self._in_flight.end_all()
 
     def _hint(self, hints: Sequence[Hint]) -> None:
         self._in_flight.hint(hints, self._keeper.wants_hints, time.monotonic())
@@ -288,8 +299,8 @@ class NodeClient(KnownNodes):
     def _tick(self) -> None:
         self._is_ticking = False
         if not self._running.done():
-            self._in_flight.tick(time.monotonic())
-            if not self._in_flight.is_idle:
+            self._rows.tick(time.monotonic())
+            if not self._rows.is_idle:
                 self._tick_later()
 
 

@@ -212,6 +212,7 @@ def channel_options(keepalive: Keepalive) -> list[tuple[str, int | str]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.lookahead_bytes", 16 * limits.MIB),
+        ("grpc.experimental.tcp_min_read_chunk_size", 32 * limits.KIB),  # a row's in one go
         ("grpc.enable_retries", 0),  # retrying is the dispatch core's business
         ("grpc.enable_http_proxy", 0),  # nodes are peers, not web sites
     ]

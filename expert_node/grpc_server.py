@@ -36,6 +36,7 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_metadata_size", 16 * limits.KIB),
     ("grpc.http2.max_frame_size", limits.MIB),  # fewer frames for prefill's large messages
     ("grpc.http2.lookahead_bytes", limits.MAX_MESSAGE_BYTES),
+    ("grpc.experimental.tcp_min_read_chunk_size", 32 * limits.KIB),  # a row's in one go
     ("grpc.max_concurrent_streams", 1024),
 ]
 _STATUS = {
