@@ -11,6 +11,7 @@ import ssl
 
 from expert_node.config import ListenAddress
 from expert_node.fast_connection import HANDSHAKE_TIMEOUT_S, FastConnection
+from expert_node.lent_sockets import LentSockets
 from expert_node.lifecycle import Health
 from expert_node.service import ExpertService
 from shoal import limits
@@ -25,9 +26,13 @@ _log = get_logger("fast_server")
 class FastServer:
     """Accepts connections and knows those that are open (see grpc_server.Server)."""
 
-    def __init__(self, service: ExpertService, health: Health) -> None:
+    def __init__(
+        self, service: ExpertService, health: Health, lent: LentSockets | None = None
+    ) -> None:
+        """Args: lent: who answers plain calls beside the loop; None: nobody."""
         self._service = service
         self._health = health
+        self._lent = lent
         self._connections: set[FastConnection] = set()
         self._all_gone = asyncio.Event()
         self._all_gone.set()
@@ -92,7 +97,7 @@ class FastServer:
             await self._server.wait_closed()
 
     def _accept(self) -> FastConnection:
-        return FastConnection(self._service, self._health, self._joined, self._left)
+        return FastConnection(self._service, self._health, self._joined, self._left, self._lent)
 
     def _joined(self, connection: FastConnection) -> None:
         self._connections.add(connection)

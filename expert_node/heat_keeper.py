@@ -70,6 +70,11 @@ class HeatKeeper:
     def path(self) -> Path | None:
         return self._path
 
+    @property
+    def records(self) -> bool:
+        """Whether it wants to see each call, and not only how many there were."""
+        return self._records
+
     def on_call(self, stream_id: int, num_rows: int, call: Callable[[], ExpertCall]) -> None:
         """Count a call of that many rows that was taken in; `call` makes it."""
         self._num_calls += 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from expert_node.config import ListenAddress, NodeConfig
 from expert_node.fast_server import FastServer
 from expert_node.heat_keeper import WRITE_INTERVAL_S, HeatKeeper, read_heat
+from expert_node.lent_sockets import LentSockets
 from expert_node.lifecycle import Health, StopSignal, WarmUpStopped, drained_too_late, warm_up
 from expert_node.pace_keeper import PaceKeeper
 from expert_node.pins import pins_of, warm_up_order
@@ -82,11 +83,16 @@ class Node:
         """Use `start`."""
         self.stop_signal = StopSignal()
         self.reloader = Reloader(config, reread, self._apply)
+        loop = asyncio.get_running_loop()
+        self._lent = LentSockets(
+            loop, lambda: () if heat.records else served.executor.resident_layers()
+        )
         self.worker = Worker(
             served.executor,
-            asyncio.get_running_loop(),
+            loop,
             max_waiting=config.max_queued_calls,
             log_calls=config.log_calls,
+            gate=self._lent,
         )
         self.is_ready = False
         self._served = served
@@ -99,7 +105,7 @@ class Node:
         )
         self._health = Health()
         self._service = ExpertService(served.facts, self.worker, self)
-        self._server = _make_server(config, self._service, self._health)
+        self._server = _make_server(config, self._service, self._health, self._lent)
         self._metrics: MetricsServer | None = None
         self._port = 0
         self._tls: ServerTls | None = None
@@ -235,6 +241,7 @@ class Node:
             self.worker.abandon(drained_too_late(drain_timeout_s))
         self._service.end_streams()
         await self._server.stop(STREAM_GRACE_S)
+        self._lent.close()
         self.worker.close()
         await self._heat.write()
         if self._metrics is not None:
@@ -302,6 +309,7 @@ class Node:
             self._grace = loop.call_later(FORMER_GRACE_S, self.on_stream_end, GRACE)
         await self._heat.write()
         self._heat.rebind(prepared)
+        self._lent.take_all_back()
         return changed
 
     async def _settle(self) -> None:
@@ -341,9 +349,9 @@ class Node:
             facts=self._service.facts,
             is_ready=self.is_ready,
             is_draining=self.worker.is_draining,
-            calls_held=self.worker.num_held,
-            num_calls=heat.num_calls,
-            num_rows=heat.num_rows,
+            calls_held=self.worker.num_held + self._lent.num_held,
+            num_calls=heat.num_calls + self._lent.num_calls,
+            num_rows=heat.num_rows + self._lent.num_rows,
             owned_experts=served.ownership.num_experts,
             owned_bytes=served.owned_bytes,
             memory_limit_bytes=served.memory.num_bytes,
@@ -387,9 +395,11 @@ class Node:
             ) from None
 
 
-def _make_server(config: NodeConfig, service: ExpertService, health: Health) -> Server:
+def _make_server(
+    config: NodeConfig, service: ExpertService, health: Health, lent: LentSockets
+) -> Server:
     if config.transport is not Transport.GRPCIO:
-        return FastServer(service, health)
+        return FastServer(service, health, lent)
     from expert_node.grpc_server import GrpcServer
 
     return GrpcServer(service, health)

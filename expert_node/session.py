@@ -106,16 +106,23 @@ class Session:
         """Whether a call of this stream still waits for its terminal frame."""
         return bool(self._held)
 
-    def receive(self, data: bytes | memoryview) -> None:
+    @property
+    def may_bypass(self) -> bool:
+        """Whether calls may be answered beside us: interactive ones, while none is held."""
+        is_open = self._lane is Lane.INTERACTIVE and not self._is_closed
+        return is_open and not (self._held or self._used_bytes)
+
+    def receive(self, data: bytes | memoryview) -> bool:
         """Act on one ClientFrame, whose bytes never change again.
+
+        Returns whether it was a plain call: answered at once, by one native step.
 
         Raises:
             StreamEnded: calls in flight have got their terminal frames; end the stream.
         """
         view = None if self._lane is None else wire.parse_call(data)
         if view is not None:
-            self._on_parsed_call(view, data)
-            return
+            return self._on_parsed_call(view, data)
         try:
             frame = pb.ClientFrame.FromString(bytes(data))
         except DecodeError:
@@ -133,6 +140,7 @@ class Session:
             raise self._broken("a second Open")
         else:
             raise self._broken("a frame without content")
+        return False
 
     def sent(self, credit_bytes: int) -> None:
         """Note that a frame has gone out, which gives back that much credit."""
@@ -198,7 +206,7 @@ class Session:
         )
         self._emit(_frame(opened=opened), 0)
 
-    def _on_parsed_call(self, view: CallView, data: bytes | memoryview) -> None:
+    def _on_parsed_call(self, view: CallView, data: bytes | memoryview) -> bool:
         received_s = self._clock()
         num_bytes = len(data)
         if view.call_id not in self._held and self._has_room(num_bytes):
@@ -207,11 +215,12 @@ class Session:
                 self._used_bytes += num_bytes
                 self._observe(self._stream_id, view.num_rows, lambda: wire.call_of(view, data))
                 self._emit(frame, num_bytes)
-                return
+                return True
         self._take_in(
             _Arrival(view.call_id, received_s, view.deadline_ms, num_bytes),
             lambda: (wire.call_of(view, data), wire.form_of(view)),
         )
+        return False
 
     def _on_call(self, message: pb.ExpertCall, num_bytes: int) -> None:
         self._take_in(

@@ -67,6 +67,13 @@ class Caller(Protocol):
         ...
 
 
+class Gate(Protocol):
+    """What lets calls be computed beside the worker while it has nothing: `LentSockets`."""
+
+    def shut(self) -> None: ...
+    def open(self) -> None: ...
+
+
 @dataclass(slots=True)
 class Job:
     """A decoded and checked call, and who waits for it; opened: once it is computed or loads.
@@ -96,6 +103,7 @@ class Worker:
         max_loading: int = limits.MAX_LOADING_CALLS,
         inline_pair_bytes: int = limits.INLINE_PAIR_BYTES,
         log_calls: bool = False,
+        gate: Gate | None = None,
     ) -> None:
         self._executor = executor
         self._loop = loop
@@ -111,6 +119,8 @@ class Worker:
         self._is_ticking = False
         self._is_pump_due = False
         self._is_answering = False
+        self._gate = gate
+        self._set_gate()
 
     @property
     def num_held(self) -> int:
@@ -130,6 +140,7 @@ class Worker:
         """Take other settings (see `__init__`) from now on."""
         self._admission.set_max_waiting(max_waiting)
         self._log_calls = log_calls
+        self._set_gate()
 
     def check(self, call: ExpertCall) -> None:
         """Refuse a call that does not fit the model or the ownership (see `ExpertExecutor`)."""
@@ -177,6 +188,7 @@ class Worker:
             self._fail(job, _refused(refusal, self._admission.num_waiting))
             return
         self._jobs[job.ticket.key] = job
+        self._set_gate()
         if not self._is_pump_due:  # else enough was computed in this turn
             self._pump()
         if self._jobs:
@@ -203,6 +215,7 @@ class Worker:
     def drain(self) -> None:
         """Refuse new calls; what is held goes on."""
         self._admission.drain()
+        self._set_gate()
 
     async def wait_idle(self) -> None:
         """Return once no call is held."""
@@ -360,6 +373,15 @@ class Worker:
     def _note_idle(self) -> None:
         if not self._jobs:
             self._idle.set()
+            self._set_gate()
+
+    def _set_gate(self) -> None:
+        if self._gate is None:
+            return
+        if self._jobs or self._log_calls or self._admission.is_draining:
+            self._gate.shut()
+        else:
+            self._gate.open()
 
     def _tick_later(self) -> None:
         if not self._is_ticking:

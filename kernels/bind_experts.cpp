@@ -1,12 +1,9 @@
-// Python's door to expert_table.h.
+// Python's door to expert_table.h and call_answer.h.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
-#include <chrono>
-#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -15,6 +12,7 @@
 #include "bind_expert_table.h"
 #include "bind_frames.h"
 #include "bindings.h"
+#include "call_answer.h"
 #include "expert_table.h"
 
 namespace nb = nanobind;
@@ -89,57 +87,24 @@ std::optional<BadRows> sums(BoundTable& self, int scheme, int dim, const Activat
   return indices_of(bad);
 }
 
-bool compute(ExpertTable& table, const CallFound& call, int grid, int64_t* sums, uint8_t* bad) {
-  const size_t rows = call.head.num_rows, pairs = call.num_pairs;
-  const std::unique_ptr<uint8_t[]> memory(new uint8_t[numbers_size(call)]);
-  const uint8_t* values = put_numbers(call, memory.get());
-  const auto* offsets = reinterpret_cast<const int32_t*>(memory.get());
-  const int32_t* experts = offsets + rows + 1;
-  const auto* weights = reinterpret_cast<const float*>(experts + pairs);
-  const RowsView view{Scheme(int(call.head.scheme) - 1),
-                      int(rows),
-                      int(call.head.dim),
-                      reinterpret_cast<const float*>(values),
-                      reinterpret_cast<const int8_t*>(values),
-                      weights + pairs};
-  return table.sums({view, offsets, experts, weights, grid}, sums, bad);
-}
-
-ReplyHead head_of_reply(const CallHead& call, int grid, uint32_t queue_us,
-                        std::chrono::steady_clock::time_point began) {
-  const auto spent = std::chrono::steady_clock::now() - began;
-  const auto us = std::chrono::duration_cast<std::chrono::microseconds>(spent).count();
-  const uint32_t compute_us = uint32_t(std::min<int64_t>(us, UINT32_MAX));
-  return {call.call_id, call.num_rows, call.dim, grid, queue_us, compute_us, 0, call.reply_format};
-}
-
 // The whole way of a call in its frame: bytes of its reply; the rows out of range; or None: it is
 // not for this table, or walks over more weights than that.
 nb::object answer(BoundTable& self, const CallView& view, int grid, int64_t max_weight_bytes,
                   uint32_t queue_us) {
   const CallFound& call = view.found();
-  const ExpertShape& shape = self.table().shape();
-  const int scheme = int(call.head.scheme) - 1;
-  if (int64_t(call.head.dim) != shape.dim || scheme != int(scheme_of(shape.gate_up)) ||
-      int64_t(call.num_pairs) * shape.bytes() > max_weight_bytes)
-    return nb::none();
+  if (!is_for_table(self.table().shape(), call, max_weight_bytes)) return nb::none();
   require(grid >= -64 && grid <= 96, "grid must be in -64..96");
   if (!self.table().enter()) return nb::none();
   const BoundTable::Stay stay{self};
-  const size_t num_sums = size_t(call.head.num_rows) * call.head.dim;
-  const std::unique_ptr<int64_t[]> sums(new int64_t[num_sums]);  // scratch is the kernels'
-  std::vector<uint8_t> bad(call.head.num_rows);
-  std::optional<ReplyFrame> reply;
-  bool is_known;
+  CallAnswer answer;
+  Outcome outcome;
   {
     nb::gil_scoped_release released;
-    const auto began = std::chrono::steady_clock::now();
-    is_known = compute(self.table(), call, grid, sums.get(), bad.data());
-    if (is_known && std::find(bad.begin(), bad.end(), 1) == bad.end())
-      reply.emplace(head_of_reply(call.head, grid, queue_us, began), sums.get());
+    outcome = answer.compute(self.table(), call, grid, queue_us);
   }
-  if (!is_known) return nb::none();
-  return reply ? nb::object(written(*reply, num_sums)) : nb::cast(indices_of(bad));
+  if (outcome == Outcome::kNotHere) return nb::none();
+  if (outcome == Outcome::kBadRows) return nb::cast(indices_of(answer.bad_rows()));
+  return written(answer.reply(), size_t(call.head.num_rows) * call.head.dim);
 }
 
 }  // namespace

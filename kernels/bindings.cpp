@@ -10,5 +10,6 @@ NB_MODULE(_kernels, m) {
   shoal::bind_guess(m);
   shoal::bind_wire(m);
   shoal::bind_experts(m);
+  shoal::bind_call_server(m);
   shoal::bind_fanout(m);
 }

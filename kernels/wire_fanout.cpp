@@ -9,45 +9,12 @@
 #include <chrono>
 #include <cmath>
 
+#include "wire_data_frame.h"
 #include "wire_reply.h"
+#include "wire_send.h"
 
 namespace shoal {
 namespace {
-
-constexpr size_t kFrameHeader = 9, kMessagePrefix = 5, kHead = kFrameHeader + kMessagePrefix;
-
-#ifdef MSG_NOSIGNAL
-constexpr int kSendFlags = MSG_DONTWAIT | MSG_NOSIGNAL;
-#else
-constexpr int kSendFlags = MSG_DONTWAIT;  // Python ignores SIGPIPE
-#endif
-
-void put_big_endian(uint8_t* out, uint64_t value, int num_bytes) {
-  for (int i = 0; i < num_bytes; ++i) out[i] = uint8_t(value >> (8 * (num_bytes - 1 - i)));
-}
-
-uint32_t big_endian(const uint8_t* data, int num_bytes) {
-  uint32_t value = 0;
-  for (int i = 0; i < num_bytes; ++i) value = value << 8 | data[i];
-  return value;
-}
-
-enum class Found { kMessage, kPart, kOther };
-
-// What `data` begins with: a DATA frame with one whole message of that stream, what may become one
-// within `room` bytes, or anything else.
-Found find_message(const uint8_t* data, size_t size, uint32_t stream_id, size_t room,
-                   ByteSpan& message) {
-  if (size < kFrameHeader) return Found::kPart;
-  const size_t body = big_endian(data, 3);
-  const bool is_plain_data = data[3] == 0 && data[4] == 0;
-  if (!is_plain_data || (big_endian(data + 5, 4) & 0x7fffffff) != stream_id) return Found::kOther;
-  if (body < kMessagePrefix || kFrameHeader + body > room) return Found::kOther;
-  if (size < kFrameHeader + body) return Found::kPart;
-  if (data[9] != 0 || big_endian(data + 10, 4) != body - kMessagePrefix) return Found::kOther;
-  message = {data + kHead, body - kMessagePrefix};
-  return Found::kMessage;
-}
 
 // The calls that replies are awaited to.
 struct Calls {
@@ -62,30 +29,6 @@ struct Calls {
            std::find(wanted.begin(), wanted.end(), call_id) != wanted.end();
   }
 };
-
-// How a send ended; rest: what the socket did not take.
-struct Sent {
-  int error = 0;
-  std::string rest;
-};
-
-Sent send_all(int fd, const uint8_t* data, size_t size) {
-  Sent sent;
-  size_t at = 0;
-  while (at < size) {
-    const ssize_t n = send(fd, data + at, size - at, kSendFlags);
-    if (n >= 0) {
-      at += size_t(n);
-    } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-      sent.rest.assign(reinterpret_cast<const char*>(data + at), size - at);
-      break;
-    } else if (errno != EINTR) {
-      sent.error = errno;
-      break;
-    }
-  }
-  return sent;
-}
 
 // A lane's bytes that have come and are not used.
 struct Pending {
@@ -119,7 +62,7 @@ bool take_replies(Pending& pending, const RowLane& lane, int lane_index, Calls& 
     const ReplyHead& head = reply.head;
     collected.push_back({head.call_id, lane_index, head.queue_us, head.compute_us, head.load_us,
                          message.size, after_s});
-    pending.begin += kHead + message.size;
+    pending.begin += kDataHead + message.size;
   }
   return true;
 }
@@ -168,16 +111,11 @@ std::vector<RowPart> split_row(const int32_t* experts, const float* weights, int
   return parts;
 }
 
-size_t data_frame_size(const CallArrays& call) { return kHead + call_frame_size(call); }
+size_t data_frame_size(const CallArrays& call) { return kDataHead + call_frame_size(call); }
 
 void write_data_frame(const CallArrays& call, uint32_t stream_id, uint8_t* out) {
-  const size_t length = call_frame_size(call);
-  put_big_endian(out, length + kMessagePrefix, 3);
-  out[3] = out[4] = 0;  // DATA, no flags
-  put_big_endian(out + 5, stream_id, 4);
-  out[9] = 0;  // not compressed
-  put_big_endian(out + 10, length, 4);
-  write_call_frame(call, out + kHead);
+  put_data_head(stream_id, call_frame_size(call), out);
+  write_call_frame(call, out + kDataHead);
 }
 
 RowWires::RowWires(std::vector<RowLane> lanes, std::vector<int> lane_of_slot,
@@ -214,7 +152,7 @@ std::vector<SentCall> RowWires::send(const RowCall& row) {
     frame_.resize(data_frame_size(call));
     write_data_frame(call, lane.stream_id, frame_.data());
     Sent one = send_all(lane.fd, frame_.data(), frame_.size());
-    sent.push_back({sent_to_[i], parts[i].slot, offsets[1], frame_.size() - kHead, one.error,
+    sent.push_back({sent_to_[i], parts[i].slot, offsets[1], frame_.size() - kDataHead, one.error,
                     std::move(one.rest)});
   }
   return sent;

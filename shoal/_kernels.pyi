@@ -344,6 +344,55 @@ class ExpertTable:
     def num_hits(self) -> int:
         """Experts that calls visited, each once a call."""
 
+class CallServer:
+    """Answers plain calls on lent sockets, on a thread."""
+
+    def __init__(self, max_message_size: int, max_weight_bytes: int) -> None: ...
+
+    @property
+    def news_fd(self) -> int:
+        """Readable while `news` has something."""
+
+    @property
+    def num_calls(self) -> int:
+        """Calls answered."""
+
+    @property
+    def num_rows(self) -> int:
+        """Their rows."""
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether one is computed now."""
+
+    def lend(self, fd: int, stream_id: int, may_receive: int, may_send: int, max_frame_size: int) -> int:
+        """Answer what a socket brings; return the loan's id."""
+
+    def take_back(self, id: int) -> tuple[int, int, int, int, int, int, float, bytes, bytes, bytes] | None:
+        """
+        End a loan; return what `news` tells of one that came back, None: it has told.
+        """
+
+    def news(self) -> list[tuple[int, int, int, int, int, int, float, bytes, bytes, bytes]]:
+        """
+        Sockets that came back, once: (id, why, errno, calls answered, bytes received, bytes sent, seconds since it was heard, unread, unsent, reply).
+        """
+
+    def quiet_s(self, id: int) -> float:
+        """Seconds since a lent socket was heard."""
+
+    def shut(self) -> None:
+        """Answer nothing until `open`; wait for what is computed."""
+
+    def open(self) -> None:
+        """Answer again."""
+
+    def serve(self, layers: Sequence[tuple[int, object, int]]) -> None:
+        """Answer for these (layer, table, grid), and no others."""
+
+    def close(self) -> None:
+        """End the thread. Loans are left as they are."""
+
 def split_row(experts: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], owners: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], grouped: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')], grouped_weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')]) -> list[tuple[int, int, int]]:
     """
     Group a row's experts by owner; return (owner, begin, end) of each group.

@@ -29,6 +29,7 @@ MAX_H2_SETTINGS = 64  # in one frame; ten are known
 MAX_H2_STREAMS = 256  # of one connection at a time
 MAX_H2_UNFINISHED_BYTES = 4 * MAX_MESSAGE_BYTES  # of messages begun, on one connection's streams
 MAX_H2_QUEUED_FRAMES = 65_536  # towards a peer that does not read: then the connection ends
+MAX_LENT_SOCKETS = 64  # of a node, whose calls one thread answers: a buffer of 256 KiB each
 MAX_CONNECTIONS = 1024  # of a node at a time; a coordinator has two
 MAX_H2_CONTROL_FRAMES = 2000  # in one burst (shoal/http2/flood.py says what earns more)
 DRAIN_TIMEOUT_S = 25.0  # Kubernetes kills 30 s after SIGTERM by default

@@ -196,6 +196,13 @@ class ExpertExecutor:
             lent.append(ops.ResidentExperts(table, self._layers[layer].grid))
         return lent
 
+    def resident_layers(self) -> list[tuple[int, ops.ExpertTable, int]]:
+        """Return (layer, table, grid) of the layers that `answer_resident` answers for."""
+        if self._prefetcher is not None:
+            return []
+        tables = dict(self._tables)
+        return [(layer, table, self._layers[layer].grid) for layer, table in tables.items()]
+
     def open(self, call: ExpertCall, stream: int = 0) -> "OpenCall":
         """Hold a checked call's experts that are in memory, and start to read the others.
 

@@ -25,7 +25,7 @@ from shoal.http2.events import (
 from shoal.http2.flood import FloodGuard
 from shoal.http2.frames import Code, Http2Error, Kind, Setting
 from shoal.http2.header_blocks import HeaderBlock, HeaderBlocks, Headers, HeaderWriter
-from shoal.http2.stream import GRANT_BYTES, PREFIX_BYTES, Stream, Windows
+from shoal.http2.stream import GRANT_BYTES, PREFIX_BYTES, Bypass, Stream, Windows
 
 MAX_UNREAD_BYTES: Final = limits.MIB
 _MESSAGE_HEAD: Final = struct.Struct(">BHBBIBI")  # a DATA frame's header and the gRPC prefix
@@ -126,6 +126,13 @@ class Connection:
         size = num_bytes + PREFIX_BYTES
         has_room = count * size <= min(self._windows.send, stream.windows.send)
         return not is_busy and has_room and size <= self._peer_frame_bytes
+
+    def bypass(self, stream_id: int) -> Bypass | None:
+        """Return how messages may go beside us if that is the only stream; None: not now."""
+        if len(self._streams) != 1 or not self.may_bypass(stream_id, 0):
+            return None
+        stream = self._streams[stream_id]
+        return stream.windows.bypass(self._windows, self._peer_frame_bytes)
 
     def exchanged_beside(
         self, stream_id: int, num_messages: int, received_bytes: int, sent_bytes: int
@@ -381,19 +388,16 @@ class Connection:
             if len(block) < 5:
                 raise Http2Error(Code.FRAME_SIZE_ERROR, "HEADERS without its priority")
             block = block[5:]
-        self._add_to_block(self._blocks.start(stream_id, flags, block), events)
+        self._on_block(self._blocks.start(stream_id, flags, block), events)
 
     def _on_continuation(self, flags: int, body: memoryview, events: list[Event]) -> None:
         self._flood.on_control("CONTINUATION")
-        self._add_to_block(self._blocks.go_on(flags, body), events)
+        self._on_block(self._blocks.go_on(flags, body), events)
 
-    def _add_to_block(self, block: HeaderBlock | None, events: list[Event]) -> None:
-        if block is not None:
-            self._on_block(block.stream_id, block.ends_stream, block.fields, events)
-
-    def _on_block(
-        self, stream_id: int, ends: bool, fields: dict[bytes, bytes], events: list[Event]
-    ) -> None:
+    def _on_block(self, block: HeaderBlock | None, events: list[Event]) -> None:
+        if block is None:
+            return
+        stream_id, ends, fields = block.stream_id, block.ends_stream, block.fields
         stream = self._streams.get(stream_id)
         if stream is None:
             stream = self._accept(stream_id)

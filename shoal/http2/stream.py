@@ -3,13 +3,24 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from shoal import limits
 from shoal.http2.events import MessageReceived, MessageRefused
 
 PREFIX_BYTES: Final = 5  # of a gRPC message: compressed or not, length
 GRANT_BYTES: Final = limits.H2_WINDOW_BYTES // 4  # so much is given back at once
+
+
+class Bypass(NamedTuple):
+    """How messages of one stream may be exchanged beside a connection: bytes with their prefixes.
+
+    may_receive: until windows have to be given back. may_send: until the peer gives some back.
+    """
+
+    may_receive: int
+    may_send: int
+    max_frame_bytes: int
 
 
 @dataclass(slots=True)
@@ -35,6 +46,11 @@ class Windows:
         granted, self.consumed = self.consumed, 0
         self.receive += granted
         return granted
+
+    def bypass(self, whole: "Windows", max_frame_bytes: int) -> Bypass:
+        """Return what may be exchanged within a stream's windows and those of its connection."""
+        may_receive = GRANT_BYTES - max(self.consumed, whole.consumed)
+        return Bypass(may_receive, min(self.send, whole.send), max_frame_bytes)
 
 
 @dataclass(slots=True)

@@ -57,6 +57,17 @@ EXECUTE = "/shoal.v1.ExpertService/Execute"
 MAX_ANSWER_BYTES_PER_BYTE, MAX_FIRST_ANSWER_BYTES = 64, limits.MIB
 PROBE_STREAM = 2**31 - 3  # above whatever a spoiled conversation opened, but for the very last
 GREETING = Greeting("ab" * 32, "cd" * 32, bytes(16))
+FACTS = NodeFacts(
+    model_name="fables",
+    identity=GREETING.identity,
+    numerics=GREETING.numerics,
+    instance_epoch="ef" * 8,
+    owned=(OwnedRange(0, NUM_LAYERS - 1, 0, NUM_EXPERTS - 1),),
+    quantisation="q8_0",
+    isa="any",
+    num_threads=1,
+    max_rows_per_call=limits.MAX_ROWS_PER_CALL,
+)
 
 
 class Wire(asyncio.Transport):
@@ -119,23 +130,12 @@ class NodeWorld:
     def __init__(self, artifact: Artifact) -> None:
         """Use `open`, which records a conversation, and what a call is answered with."""
         self._artifact = artifact
-        facts = NodeFacts(
-            model_name="fables",
-            identity=GREETING.identity,
-            numerics=GREETING.numerics,
-            instance_epoch="ef" * 8,
-            owned=(OwnedRange(0, NUM_LAYERS - 1, 0, NUM_EXPERTS - 1),),
-            quantisation="q8_0",
-            isa="any",
-            num_threads=1,
-            max_rows_per_call=limits.MAX_ROWS_PER_CALL,
-        )
         loop = asyncio.get_running_loop()
         self._experts = LocalExperts(artifact, Ownership(artifact.owned_experts))
         self._experts.warm_up(lambda _: None)  # so that calls go the native way, as a node's do
         self.worker = Worker(self._experts.executor, loop)
         self.health = Health()
-        self.service = ExpertService(facts, self.worker, Host())
+        self.service = ExpertService(FACTS, self.worker, Host())
         self._open: set[FastConnection] = set()
         call = call_of(artifact, 1, [0, 5, 9, 31])
         self._call = wire.call_frame(77, 60_000, call)
