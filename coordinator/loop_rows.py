@@ -5,6 +5,7 @@ at once afterwards. Whatever else happens the fan-out is *adopted* first: looked
 other. See `coordinator/run_ahead.py`. All of this runs on the event loop's thread.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -54,9 +55,10 @@ class LoopRows:
 
     def start(self, fanout: Fanout, now_s: float) -> None:
         """Send a fan-out's calls, ahead of the core if they may."""
+        if self._ahead is None and self._begin(fanout, now_s):
+            return
         self.adopt(now_s)
-        if not self._begin(fanout, now_s):
-            self._in_flight.start(fanout, now_s)
+        self._in_flight.start(fanout, now_s)
 
     def on_frame(self, node: int, frame: NodeNews, num_bytes: int, now_s: float) -> None:
         """Take a frame of a node. Raises MalformedMessage: it makes no sense there."""
@@ -85,22 +87,27 @@ class LoopRows:
         self._in_flight.tick(now_s)
 
     def _begin(self, fanout: Fanout, now_s: float) -> bool:
-        calls = fanout.calls
-        if any(call.asked.rows.num_rows != 1 for call in calls):
+        first = fanout.calls[0]  # which asks for the most
+        if first.asked.rows.num_rows != 1:
             return False
-        slots = [call.candidates for call in calls]
-        found = self._in_flight.followers(slots, max(call.work for call in calls), now_s) or ()
-        followers = [follower for follower in found if follower is not None]
-        if len({follower.node for follower in followers}) < len(calls):
-            return False  # of two calls to one node one waits for the other
-        pairs = list(zip(calls, followers, strict=True))
-        patience_s = min(follower.patience_s(call.work) for call, follower in pairs)
-        self._ahead = ahead = Ahead(fanout, now_s, now_s + patience_s)
-        for call, follower in pairs:
+        slots = [call.candidates for call in fanout.calls]
+        ahead = Ahead(fanout, now_s, math.inf)
+        asked_of: set[int] = set()
+        for call, follower in zip(
+            fanout.calls, self._in_flight.followers(slots, first.work, now_s) or (), strict=False
+        ):
+            if follower is None or follower.node in asked_of:
+                return False  # of two calls to one node one waits for the other
+            asked_of.add(follower.node)
+            ahead.unanswered[call.call_id] = call, follower.node
+            ahead.until_s = min(ahead.until_s, now_s + follower.patience_s(call.work))
+        if not asked_of:
+            return False
+        self._ahead = ahead
+        for call, node in ahead.unanswered.values():
             frame = call.frame(call.call_id)
             fanout.bytes_up += len(frame)
-            ahead.unanswered[call.call_id] = call, follower.node
-            self._wires.send(follower.node, call.lane, frame)
+            self._wires.send(node, call.lane, frame)
         return True
 
     def _takes(self, node: int, reply: ReplyView, num_bytes: int, now_s: float) -> bool:
