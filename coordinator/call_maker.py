@@ -8,8 +8,9 @@ from coordinator.calls_in_flight import Asked, OutgoingCall
 from coordinator.dispatch_events import Lane, NewCall
 from coordinator.expert_dispatch import BULK_ROWS_PER_CALL
 from coordinator.route import Route
-from shoal import limits, wire
+from shoal import limits, ops, wire
 from shoal.artifact import Artifact
+from shoal.ops.fanout import RowWires
 from shoal.quant import Scheme
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
@@ -63,6 +64,20 @@ class CallMaker:
     def asked(self, layer: int, rows: Rows) -> Asked:
         """Return what all calls for these rows of a layer have in common."""
         return Asked(layer, rows, self._grids[layer], self._deadline_ms, self._replies)
+
+    def experts(self, layer: int, route: Route) -> ops.WiredExperts:
+        """Return a layer's experts as a native run asks nodes for them."""
+        return ops.WiredExperts(layer, route.owners(layer), self._grids[layer])
+
+    def run_of(
+        self, wires: RowWires, first_id: int, num_ids: int, patience_s: float, max_seconds: float
+    ) -> ops.WiredRun:
+        """Return how a native run asks nodes: see WiredRun."""
+        replies, deadline_ms = self._replies, self._deadline_ms
+        form, is_bf16 = wire.reply_format(replies), replies is Wire.BF16
+        return ops.WiredRun(
+            wires, first_id, num_ids, deadline_ms, form, is_bf16, patience_s, max_seconds
+        )
 
     def calls(self, asked: Asked, part: Part, route: Route) -> list[OutgoingCall]:
         """Return the calls of one slot's part, none too large."""

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from coordinator.array_types import I32
-from coordinator.expert_dispatch import AnswersAtOnce, ExpertDispatch, LocalDispatch
+from coordinator.expert_dispatch import AnswersAtOnce, ExpertDispatch
 from coordinator.row_forms import RowForms
 from coordinator.speculation.routing_watch import Routing
 from shoal import ops
@@ -27,15 +27,11 @@ class ExpertBranch(Protocol):
         """
         ...
 
-    def resident(self, layers: range) -> list[ops.ResidentExperts]:
-        """Return the experts of the first of these layers, while `run` is just their sums.
+    def run_layers(self, first: int, run: ops.LayerRun) -> ops.RanLayers | None:
+        """Run layers, from `first` on, with their experts at one stroke, as far as that goes.
 
-        Whoever used them says so by `ran`. [] sends the first of the layers to `run`.
+        None sends the first of them to `run`. Raises: as `run`.
         """
-        ...
-
-    def ran(self, first: int, layers: ops.RanLayers) -> None:
-        """The rows of a pass ran through these layers, from the `first` on."""
         ...
 
 
@@ -49,7 +45,6 @@ class DispatchedExperts:
         layers = [i for i, layer in enumerate(artifact.spec.layers) if layer.router is not None]
         self._forms = {index: (artifact.scheme(index), artifact.grid(index)) for index in layers}
         self._dispatch = dispatch
-        self._local = dispatch if isinstance(dispatch, LocalDispatch) else None
         self._at_once = dispatch if isinstance(dispatch, AnswersAtOnce) else None
 
     def scheme(self, layer: int) -> Scheme:
@@ -64,14 +59,9 @@ class DispatchedExperts:
             return ops.Sums(self._at_once.sums(layer, rows, plan), grid)
         return ops.Sums(self._dispatch.start(layer, rows, plan).wait(), grid)
 
-    def resident(self, layers: range) -> list[ops.ResidentExperts]:
-        """See `ExpertBranch.resident`."""
-        return [] if self._local is None else self._local.resident(layers)
-
-    def ran(self, first: int, layers: ops.RanLayers) -> None:
-        """See `ExpertBranch.ran`."""
-        assert self._local is not None, "it lends no experts"
-        self._local.ran(layers.expert_seconds)
+    def run_layers(self, first: int, run: ops.LayerRun) -> ops.RanLayers | None:
+        """See `ExpertBranch.run_layers`."""
+        return None if self._at_once is None else self._at_once.run_layers(first, run)
 
 
 class WatchedExperts:
@@ -98,16 +88,13 @@ class WatchedExperts:
             self._visited[layer] = plan.experts
         return self._inner.run(layer, forms, plan)
 
-    def resident(self, layers: range) -> list[ops.ResidentExperts]:
-        """See `ExpertBranch.resident`."""
-        return self._inner.resident(layers)
-
-    def ran(self, first: int, layers: ops.RanLayers) -> None:
-        """See `ExpertBranch.ran`."""
-        for layer, experts in enumerate(layers.experts, first):
+    def run_layers(self, first: int, run: ops.LayerRun) -> ops.RanLayers | None:
+        """See `ExpertBranch.run_layers`."""
+        ran = self._inner.run_layers(first, run)
+        for layer, experts in enumerate(ran.experts if ran is not None else (), first):
             if layer in self._visited:
                 self._visited[layer] = experts
-        self._inner.ran(first, layers)
+        return ran
 
     def last_rows(self, num_rows: int) -> tuple[Routing, ...]:
         """Return the routing of the last pass's last rows, whose logits were all wanted."""

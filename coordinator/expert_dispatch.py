@@ -58,10 +58,17 @@ class ExpertDispatch(Protocol):
 
 @runtime_checkable
 class AnswersAtOnce(Protocol):
-    """A dispatch with a shorter way for who has nothing else to do meanwhile."""
+    """A dispatch with shorter ways for who has nothing else to do meanwhile."""
 
     def sums(self, layer: int, rows: Rows, plan: RoutingPlan) -> NDArray[np.int64]:
         """Return what `start` and `wait` do; raises what they do."""
+        ...
+
+    def run_layers(self, first: int, run: ops.LayerRun) -> ops.RanLayers | None:
+        """Run layers, from `first` on, with their experts, as far as that goes; None: not one.
+
+        Raises: as `sums`.
+        """
         ...
 
 
@@ -75,17 +82,19 @@ class LocalDispatch:
     def start(self, layer: int, rows: Rows, plan: RoutingPlan) -> PendingSums:
         return _LocalSums(self._executor, self.stats, layer, rows, plan)
 
-    def resident(self, layers: range) -> list[ops.ResidentExperts]:
-        """Return the experts of the first of these layers, while all are in memory.
+    def sums(self, layer: int, rows: Rows, plan: RoutingPlan) -> NDArray[np.int64]:
+        """See AnswersAtOnce."""
+        return self.start(layer, rows, plan).wait()
 
-        Who uses them says so by `ran`.
-        """
-        return self._executor.resident(layers)
-
-    def ran(self, elapsed_s: list[float]) -> None:
-        """Resident experts took so long, layer by layer."""
-        for each_s in elapsed_s:
+    def run_layers(self, first: int, run: ops.LayerRun) -> ops.RanLayers | None:
+        """See AnswersAtOnce: while all experts of these layers are in memory."""
+        experts = self._executor.resident(range(first, first + len(run.layers)))
+        if not experts:
+            return None
+        ran = run.in_memory(experts)
+        for each_s in ran.expert_seconds if ran is not None else ():
             self.stats.record(each_s, each_s, 0, 0)
+        return ran
 
     def close(self) -> None:
         self._executor.close()

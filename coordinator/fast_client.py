@@ -1,6 +1,7 @@
 """The transport `fast`: Execute streams on plain sockets, in our own framing of gRPC's wire.
 
-`fast_wires` moves frames, `fast_rows` is the short way of a single row's fan-out. Describe goes
+`fast_wires` moves frames, `fast_rows` is the short way of a single row's fan-out, `fast_layers` of
+many. Describe goes
 through gRPC, each time that a node is met.
 """
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from coordinator.calls_in_flight import Fanout, Hint, OutgoingCall, closed
 from coordinator.dispatch_events import Lane, NodeAbsent, NodeOpened, NodeRetired
 from coordinator.fast_lane import FastLane
-from coordinator.fast_rows import FastRows
+from coordinator.fast_layers import FastLayers
 from coordinator.node_client import Patience, on_grpc_loop, retired
 from coordinator.node_keeper import NodeKeeper, OpenedLanes, Terms
 from coordinator.node_link import Greeting, NodeLink
@@ -27,7 +28,7 @@ from shoal.shard_map import Endpoint
 CLOSE_TIMEOUT_S = 2.0
 
 
-class FastClient(FastRows):
+class FastClient(FastLayers):
     """Calls to nodes on our own framing; see ExpertClient. Arguments as NodeClient's."""
 
     def __init__(

@@ -20,10 +20,10 @@ from coordinator.node_client import Patience
 from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import NodeKeeper
 from coordinator.route import Route
-from coordinator.row_fanout import Exchanged, News, RowFanout, Standing
+from coordinator.row_fanout import Exchanged, RowFanout, Standing
 from coordinator.run_ahead import MAX_UNTOLD, Follower
 from shoal import errors, wire
-from shoal.ops.fanout import RowWires, Stop
+from shoal.ops.fanout import RowReport, RowWires, Stop
 from shoal.ops.frames import ReplyView
 from shoal.router import RoutingPlan
 
@@ -36,8 +36,9 @@ class FastRows(FastWires):
 
     def __init__(self, keeper: NodeKeeper, patience: Patience) -> None:
         super().__init__(keeper, patience)
-        self._row: RowFanout | None = None  # that runs ahead, without the lock
-        self._is_reporting = False  # its own thread has come back with news
+        self._lent: Standing | None = None  # whose lanes native code uses, without the lock
+        self._runner: object | None = None  # what runs ahead there
+        self._row: RowFanout | None = None  # whose thread has come back with news
         self._is_adoption_due = False
         self._unburied: list[socket.socket] = []  # closed while they were read from
         self._standing: Standing | None = None  # what may be sent to without asking again
@@ -50,24 +51,38 @@ class FastRows(FastWires):
 
         Raises what `wait` does.
         """
-        row = self._begin_row(asked, plan, route, maker)
-        if row is None:
+        num_ids = plan.experts.shape[1]  # at most a call for each expert
+        begun = self._begin(asked.layer, num_ids, asked.rows.dim, route, maker)
+        if begun is None:
             return None
-        report: list[News] = []
+        standing, now_s = begun
+        first_id = self.next_call_id(num_ids)
+        sums = np.zeros((1, asked.rows.dim), np.int64)
+        row = RowFanout(asked, plan, route, maker, standing, first_id, sums, now_s)
+        self._runner = row
+        reports: list[RowReport] = []
         try:
-            while self._row is row:
-                try:
-                    if row.sent:
-                        row.collect(time.monotonic(), report)
-                    else:
-                        row.run(report)
-                finally:  # a signal may have raised, after replies were added
-                    with self._lock:
-                        self._take_report(row, report)
+            row.run(reports)
+        except BaseException:
+            with self._lock:
+                self._take_report(row, reports)
+                self._take_back(row)
+            raise
+        return self._see_through(row, reports)
+
+    def _see_through(self, row: RowFanout, reports: list[RowReport]) -> RowFanout | None:
+        """Go on with a row that native code came back from, until it has ended.
+
+        None: it was not sent. Raises what `wait` does.
+        """
+        try:
+            while self._took(row, reports):
+                row.collect(time.monotonic(), reports)
             if row.adopted is not None:
                 self.wait(row.adopted)
         except BaseException:  # nobody waits for it any more
             with self._lock:
+                self._take_report(row, reports)
                 self._take_back(row)
             raise
         if row.fault is not None:
@@ -80,48 +95,44 @@ class FastRows(FastWires):
             self._tell()
             return super().health(node)
 
-    def _begin_row(
-        self, asked: Asked, plan: RoutingPlan, route: Route, maker: CallMaker
-    ) -> RowFanout | None:
+    def _begin(
+        self, layer: int, num_experts: int, dim: int, route: Route, maker: CallMaker
+    ) -> tuple[Standing, float] | None:
+        """Lead from now on, with what may be sent to, if rows may run ahead. Returns the time."""
         with self._lock:
             if self._is_led or not self._is_open:
                 return None
             now_s = time.monotonic()
             standing = self._standing
             if standing is None or standing.route is not route:
-                standing = self._stand(asked, plan, route, maker, now_s)
+                standing = self._stand(layer, num_experts, dim, route, maker, now_s)
                 if standing is None:
                     return None
-            row = RowFanout(
-                asked,
-                plan,
-                route,
-                maker,
-                standing,
-                self.next_call_id(plan.experts.shape[1]),  # at most a call for each expert
-                np.zeros((1, asked.rows.dim), np.int64),
-                now_s,
-            )
-            self._row, self._is_led = row, True
-        return row
+            self._lent, self._is_led = standing, True
+        return standing, now_s
+
+    def _took(self, row: RowFanout, reports: list[RowReport]) -> bool:
+        with self._lock:
+            return self._take_report(row, reports)
 
     # Under the lock.
 
     def _take_back(self, row: RowFanout) -> None:
-        if self._row is row:
+        if self._runner is row:
             self._catch_up()
+            self._lent, self._row = None, row
             self._adopt(row)
         if row.adopted is not None:
             self._in_flight.abandon(row.adopted)
             self._flush_dirty()
 
     def _stand(
-        self, asked: Asked, plan: RoutingPlan, route: Route, maker: CallMaker, now_s: float
+        self, layer: int, num_experts: int, dim: int, route: Route, maker: CallMaker, now_s: float
     ) -> Standing | None:
         """Ask the core, and the lanes, where rows may be sent; None: nowhere now."""
         if not (wire.IS_WIRE_ORDER and maker.sends_rows_interactively):
             return None
-        work = maker.work(asked.layer, plan.experts.shape[1], maker.max_row_bytes)
+        work = maker.work(layer, num_experts, maker.max_row_bytes)
         found = self._in_flight.followers(route.candidates, work, now_s)
         followers: dict[int, Follower] = {}
         lane_of_slot: list[int] = []
@@ -141,7 +152,7 @@ class FastRows(FastWires):
             [(lane.fileno(), lane.stream_id) for lane in lanes],
             lane_of_slot,
             [fd for fd in self._lane_of_fd if fd not in mine] + [self._woken.fileno()],
-            wire.ENVELOPE_BYTES + wire.reply_row_bytes(asked.rows.dim) + SPARE_ROOM_BYTES,
+            wire.ENVELOPE_BYTES + wire.reply_row_bytes(dim) + SPARE_ROOM_BYTES,
         )
         patience_s = min(follower.patience_s(0.0) for follower in followers.values())
         self._standing = Standing(route, list(followers.values()), lanes, wires, patience_s)
@@ -152,33 +163,45 @@ class FastRows(FastWires):
         # Also of what is in flight, and of what follows until they are told.
         return lane is not None and lane.may_bypass(num_bytes, MAX_UNTOLD + 2)
 
-    def _take_report(self, row: RowFanout, report: list[News]) -> None:
-        """Go on from what came of the row that runs ahead."""
+    def _take_report(self, row: RowFanout, reports: list[RowReport]) -> bool:
+        """Go on from what came of the row that runs ahead; True: collect on, it still does."""
+        if self._runner is not row:
+            return False
+        self._lent = None
         if self._unburied:
             self._bury()
-        if report and not row.sent and row.is_done_by(report[0]):
+        if reports and not row.sent and row.is_done_by(reports[0]):
             # All as hoped: who waits gets the sums, the core is told when it does not matter.
+            reports.clear()
             self._untold.append(row)
             self._let_go()
-            first = self._untold[0]
-            if len(self._untold) >= MAX_UNTOLD or row.sent_s - first.sent_s > MAX_UNTOLD_S:
-                self._catch_up()
-            return
+            self._tell_in_time()
+            return False
         self._catch_up()
         num_ended = self._in_flight.num_ended
-        self._is_reporting = True
+        self._row = row
         try:
-            while report:
-                self._take_news(row, report.pop(0))
-            if self._row is row and not row.unanswered:
+            while reports:
+                self._take_news(row, reports.pop(0))
+            if self._runner is row and not row.unanswered:
                 self._adopt(row)
         finally:
-            self._is_reporting = False
+            self._row = None
         if self._num_following and num_ended != self._in_flight.num_ended:
             self._led.notify_all()
+        if self._runner is not row:
+            return False
+        self._lent = row.standing
+        return True
 
-    def _take_news(self, row: RowFanout, news: News) -> None:
-        sent, why, lane, error, replies, unread = news
+    def _tell_in_time(self) -> None:
+        untold = self._untold
+        is_due = len(untold) >= MAX_UNTOLD or untold[-1].sent_s - untold[0].sent_s > MAX_UNTOLD_S
+        if is_due:
+            self._catch_up()
+
+    def _take_news(self, row: RowFanout, report: RowReport) -> None:
+        sent, why, lane, error, replies, unread = report
         standing = row.standing
         if sent:
             row.was_sent(sent)
@@ -246,11 +269,9 @@ class FastRows(FastWires):
         At once if its own thread asks; else soon: what it has collected is not known yet.
         """
         self._catch_up()
-        if self._row is None:
-            return
-        if self._is_reporting:
+        if self._row is not None:
             self._adopt(self._row)
-        else:
+        elif self._lent is not None:
             self._is_adoption_due = True
             self._wake_leader()
 
@@ -267,13 +288,13 @@ class FastRows(FastWires):
         self._let_go()
 
     def _may_write(self, key: tuple[int, Lane]) -> bool:
-        """Whether nobody else writes to a lane: its row does, natively, and not yet reported."""
-        row = self._row
-        return row is None or self._is_reporting or self._lanes.get(key) not in row.standing.lanes
+        """Whether nobody else writes to a lane, as native code does for a row."""
+        return self._lent is None or self._lanes.get(key) not in self._lent.lanes
 
     def _let_go(self) -> None:
         """Run nothing ahead any more, and leave the lead to others."""
-        self._row, self._is_adoption_due, self._is_led = None, False, False
+        self._runner = self._lent = self._row = None
+        self._is_adoption_due = self._is_led = False
         if self._num_following:
             self._led.notify_all()
         if self._dirty:  # what had to wait for the row
@@ -290,14 +311,13 @@ class FastRows(FastWires):
         super()._take_frame(node, frame, num_bytes, now_s)
 
     def _close_lanes(self, node: int, why: errors.NodeError | None) -> None:
-        row = self._row
-        if row is not None and any(f.node == node for f in row.standing.followers):
+        standing = self._lent if self._row is None else self._row.standing
+        if standing is not None and any(f.node == node for f in standing.followers):
             self._adopt_row()
         super()._close_lanes(node, why)
 
     def _close_lane(self, lane: FastLane) -> None:
-        row = self._row
-        is_read = row is not None and not self._is_reporting and lane in row.standing.lanes
+        is_read = self._lent is not None and lane in self._lent.lanes
         closing = lane.close(is_read=is_read)
         if closing is not None:
             self._unburied.append(closing)

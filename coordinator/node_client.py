@@ -32,9 +32,9 @@ from coordinator.node_health import NodeHealth
 from coordinator.node_keeper import NodeKeeper, OpenedLanes, Terms
 from coordinator.node_link import KEEPALIVE, Greeting, Keepalive, LaneLink, NodeLink
 from coordinator.route import Route
-from coordinator.row_fanout import RowFanout
+from coordinator.row_fanout import LayersEnd, RowFanout
 from coordinator.tls import Trust
-from shoal import errors
+from shoal import errors, ops
 from shoal.router import RoutingPlan
 from shoal.shard_map import Endpoint
 
@@ -112,6 +112,12 @@ class ExpertClient(Protocol):
         """
         ...
 
+    def run_layers(
+        self, first: int, run: ops.LayerRun, route: Route, maker: CallMaker
+    ) -> LayersEnd | None:
+        """Run layers of a single row, from `first` on, the short way; None: there is none now."""
+        ...
+
     def wait(self, fanout: Fanout) -> None:
         """Return once every reply is there; raises whatever else ended it."""
         ...
@@ -166,6 +172,9 @@ class NodeClient(KnownNodes):
 
     def run_row(self, asked: Asked, plan: RoutingPlan, route: Route, maker: CallMaker) -> None:
         """There is no other way than `submit`, which finds out itself what may run ahead."""
+
+    def run_layers(self, first: int, run: ops.LayerRun, route: Route, maker: CallMaker) -> None:
+        """There is no short way through grpc.aio."""
 
     def submit(self, calls: Sequence[OutgoingCall], sums: NDArray[np.int64]) -> Fanout:
         """Send a fan-out's calls (see ExpertClient)."""

@@ -28,6 +28,7 @@ from coordinator.node_link import KEEPALIVE, Greeting, Keepalive
 from coordinator.placement import Placement
 from coordinator.remote_sums import RemoteSums
 from coordinator.route import Route
+from coordinator.row_fanout import LayersEnd
 from coordinator.tls import settle_transport
 from shoal import __version__, errors, numerics, ops, shard_map, wire
 from shoal.allocator import keep_freed_memory
@@ -254,6 +255,45 @@ class RemoteDispatch:
                 self.stats.record(elapsed_s, *row.figures())
                 return row.sums
         return self.start(layer, rows, plan).wait()
+
+    def run_layers(self, first: int, run: ops.LayerRun) -> ops.RanLayers | None:
+        """See AnswersAtOnce: of a single row, whose fan-outs run ahead of the dispatch core."""
+        route = self.route
+        if run.places.num_rows != 1 or route.has_local:
+            return None
+        end = self._client.run_layers(first, run, route, self._maker)
+        if end is None:
+            return None
+        ran = end.ran
+        for layer, (row, elapsed_s) in enumerate(
+            zip(end.rows, ran.expert_seconds, strict=True), first
+        ):
+            self._hinted.forget(layer)
+            self.stats.record(elapsed_s, *row.figures())
+        if end.left is None:
+            return ran if end.rows or ran.stopped is not None else None
+        return self._finish_layer(first + len(end.rows), end, route)
+
+    def _finish_layer(self, layer: int, end: LayersEnd, route: Route) -> ops.RanLayers:
+        """Return a run with its last layer, whose fan-out did not go well, done too."""
+        left, row, ran = end.left, end.row, end.ran
+        assert left is not None
+        if isinstance(end.error, errors.NumericError):
+            return ran._replace(stopped=end.error)
+        if end.error is not None and self.route is route:
+            raise end.error
+        self._hinted.forget(layer)
+        if row is None:  # never sent, or by a map that holds no more
+            try:
+                sums = self.start(layer, left.rows, left.plan).wait()
+            except errors.NumericError as error:
+                return ran._replace(stopped=error)
+        else:
+            sums = row.sums
+            self.stats.record(time.monotonic() - row.sent_s, *row.figures())
+        grid = self._maker.experts(layer, route).grid
+        experts = [*ran.experts, left.plan.experts]
+        return ran._replace(sums=ops.Sums(sums, grid), experts=experts)
 
     def hint(self, layer: int, plan: RoutingPlan) -> None:
         """Tell nodes that read experts ahead that a pass to come will likely be routed like this.

@@ -147,15 +147,12 @@ class _RecordedExperts:
         self._recorder.visit(layer, plan.experts)
         return self._inner.run(layer, forms, plan)
 
-    def resident(self, layers: range) -> list[ops.ResidentExperts]:
-        """See `ExpertBranch.resident`."""
-        return self._inner.resident(layers)
-
-    def ran(self, first: int, layers: ops.RanLayers) -> None:
-        """See `ExpertBranch.ran`."""
-        for layer, experts in enumerate(layers.experts, first):
+    def run_layers(self, first: int, run: ops.LayerRun) -> ops.RanLayers | None:
+        """See `ExpertBranch.run_layers`."""
+        ran = self._inner.run_layers(first, run)
+        for layer, experts in enumerate(ran.experts if ran is not None else (), first):
             self._recorder.visit(layer, experts)
-        self._inner.ran(first, layers)
+        return ran
 
 
 class _RecordedTransformer(Transformer):

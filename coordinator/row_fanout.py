@@ -16,18 +16,11 @@ from coordinator.dispatch_events import Answered, NewCall, Replied
 from coordinator.fast_lane import FastLane
 from coordinator.route import Route
 from coordinator.run_ahead import Follower
-from shoal import errors, wire
-from shoal.ops.fanout import RowWires, Stop
+from shoal import errors, ops, wire
+from shoal.ops.fanout import Reply, RowReport, RowWires, SentCall, Stop
 from shoal.ops.frames import ReplyView
 from shoal.router import RoutingPlan
 from shoal.transport import Wire
-
-# As `RowWires` reports. Of a call: lane, slot, number of experts, bytes, errno, what the socket did
-# not take. Of a reply: call id, lane, seconds, queue_us, compute_us, load_us, bytes. Of a row: the
-# calls sent, why collecting stopped, lane, errno, replies, what is unread of lanes.
-SentCall = tuple[int, int, int, int, int, bytes]
-Reply = tuple[int, int, float, int, int, int, int]
-News = tuple[list[SentCall], int, int, int, list[Reply], list[tuple[int, bytes]]]
 
 
 @dataclass(slots=True)
@@ -60,6 +53,7 @@ class Exchanged:
 class RowFanout:
     """See the module.
 
+    asked, plan: of one that is over, only their sizes: no plan, and rows of other values.
     standing: lanes below are indices into its own.
     first_id: of its calls, the next have those after it.
     sums: [1, D] int64, what replies are added to.
@@ -73,7 +67,7 @@ class RowFanout:
     """
 
     asked: Asked
-    plan: RoutingPlan
+    plan: RoutingPlan | None
     route: Route
     maker: CallMaker
     standing: Standing
@@ -118,13 +112,14 @@ class RowFanout:
             for call, (lane, *_) in zip(self.calls, self.sent, strict=True)
         )
 
-    def run(self, report: list[News]) -> None:
+    def run(self, reports: list[RowReport]) -> None:
         """Send the calls, and collect their replies.
 
         Until every call is answered, the patience is over, or something else comes. Blocks,
         without the GIL. `take` and the lanes go on from the report.
         """
         asked, plan, standing = self.asked, self.plan, self.standing
+        assert plan is not None, "over before it began"
         rows = asked.rows
         self.began_s = self.sent_s
         standing.wires.run(
@@ -143,19 +138,19 @@ class RowFanout:
             asked.replies is Wire.BF16,
             self.sums,
             standing.patience_s,
-            report,
+            reports,
         )
 
-    def collect(self, now_s: float, report: list[News]) -> None:
+    def collect(self, now_s: float, reports: list[RowReport]) -> None:
         """Go on as `run` does."""
         self.began_s = now_s
         asked, patience_s = self.asked, max(0.0, self.left_s(now_s))
         is_bf16 = asked.replies is Wire.BF16
         self.standing.wires.collect(
-            self.unanswered, asked.grid, is_bf16, self.sums, patience_s, report
+            self.unanswered, asked.grid, is_bf16, self.sums, patience_s, reports
         )
 
-    def is_done_by(self, news: News) -> bool:
+    def is_done_by(self, news: RowReport) -> bool:
         """Whether that is all: every call answered at once, and nothing else came.
 
         Then it is done, and the core and the lanes are still to be told (`settle`).
@@ -249,6 +244,7 @@ class RowFanout:
     def rest(self) -> tuple[Fanout, tuple[int, ...]]:
         """Return the calls without an answer as a fan-out of their own, and their nodes."""
         followers = self.standing.followers
+        assert self.plan is not None, "nothing of it is left"
         calls = self.maker.calls_of_row(self.asked, self.plan, self.route, self.first_id)
         left = [
             (call, followers[lane].node)
@@ -260,3 +256,19 @@ class RowFanout:
         made.compute_us, made.fault = self.compute_us, self.fault
         self.adopted = made
         return made, tuple(node for _, node in left)
+
+
+@dataclass(slots=True)
+class LayersEnd:
+    """What came of a run of layers.
+
+    ran: of those that went well. rows: the fan-out of each.
+    left: what the next layer asks, if its fan-out did not go well.
+    row: that fan-out, if it ended well after all; else error says why not, or it was never sent.
+    """
+
+    ran: ops.RanLayers
+    rows: list[RowFanout]
+    left: ops.OpenLayer | None = None
+    row: RowFanout | None = None
+    error: errors.ShoalError | None = None

@@ -76,7 +76,7 @@ class Transformer:
         index = 0
         while index <= last:
             cancellation.check()
-            ran = self._run_resident(index, hidden, branch, places, cache, all_go_on)
+            ran = self._run_at_once(index, hidden, branch, places, cache, all_go_on)
             if ran is not None:
                 hidden, branch = ran.residual, ran.sums
                 index += len(ran.experts)
@@ -90,7 +90,7 @@ class Transformer:
             index += 1
         return hidden if branch is None else ops.add_branch(hidden, branch)
 
-    def _run_resident(
+    def _run_at_once(
         self,
         first: int,
         hidden: F32,
@@ -99,7 +99,7 @@ class Transformer:
         cache: KvArrays,
         all_go_on: bool,
     ) -> ops.RanLayers | None:
-        """Run the layers from `first` on whose experts are in memory, several in one native call.
+        """Run layers from `first` on, several in one native call, as far as their experts allow.
 
         Of few rows, which all go on. None: `first` has to be run alone.
         """
@@ -107,21 +107,17 @@ class Transformer:
         if not all_go_on:
             end = min(end, len(self._layers) - 1)
         layers = range(first, min(end, first + MAX_ROWS_AT_ONCE // places.num_rows))
-        lent = self._experts.resident(layers)
-        if not lent:
+        if not layers:
             return None
-        ran = ops.run_layers(
-            [_native(layer) for layer in self._layers[first : first + len(lent)]],
-            lent,
+        run = ops.LayerRun(
+            [_native(self._layers[index]) for index in layers],
             hidden,
             branch,
             places,
-            [cache.layer(index) for index in range(first, first + len(lent))],
+            [cache.layer(index) for index in layers],
         )
-        if ran is None:
-            return None
-        self._experts.ran(first, ran)
-        if ran.stopped is not None:
+        ran = self._experts.run_layers(first, run)
+        if ran is not None and ran.stopped is not None:
             raise _in_layer(first + len(ran.experts), ran.stopped) from ran.stopped
         return ran
 

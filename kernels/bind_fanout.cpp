@@ -7,6 +7,7 @@
 
 #include <tuple>
 
+#include "bind_row_report.h"
 #include "bindings.h"
 #include "wire_fanout.h"
 
@@ -43,21 +44,6 @@ std::vector<Part> bind_split_row(const Array<const int32_t, 2>& experts,
                                        owners.data(), grouped.data(), grouped_weights.data()))
     parts.emplace_back(part.slot, part.begin, part.end);
   return parts;
-}
-
-// What came of a row, as Python takes it: appended to a list, so that no signal comes between.
-void report(nb::list& out, const std::vector<SentCall>& sent, const CollectEnd& end,
-            const std::vector<Collected>& collected) {
-  nb::list calls, replies, unread;
-  for (const SentCall& one : sent)
-    calls.append(nb::make_tuple(one.lane, one.slot, one.num_pairs, one.frame_size, one.error,
-                                nb::bytes(one.rest.data(), one.rest.size())));
-  for (const Collected& c : collected)
-    replies.append(nb::make_tuple(c.call_id, c.lane, c.after_s, c.queue_us, c.compute_us, c.load_us,
-                                  c.frame_size));
-  for (const auto& [lane, bytes] : end.unread)
-    unread.append(nb::make_tuple(lane, nb::bytes(bytes.data, bytes.size)));
-  out.append(nb::make_tuple(calls, int(end.stop), end.lane, end.error, replies, unread));
 }
 
 RowSums sums_of(const Array<int64_t, 2>& sums, int grid, bool takes_bf16) {
@@ -99,19 +85,9 @@ void bind_run(RowWires& wires, uint64_t first_id, uint32_t layer, uint32_t deadl
   CollectEnd end;
   {
     nb::gil_scoped_release release;
-    sent = wires.send(row);
-    std::vector<uint64_t> wanted;
-    bool is_sent = !sent.empty();
-    for (const SentCall& one : sent) {
-      is_sent = is_sent && one.error == 0 && one.rest.empty();
-      wanted.push_back(first_id + wanted.size());
-    }
-    if (is_sent)
-      end = wires.collect(wanted, into, patience_s, collected);
-    else
-      end.stop = Stop::kUnsent;
+    end = wires.run(row, into, patience_s, sent, collected);
   }
-  report(out, sent, end, collected);
+  out.append(report_of(sent, end, collected));
 }
 
 void bind_collect(RowWires& wires, std::vector<uint64_t> wanted, int grid, bool takes_bf16,
@@ -123,7 +99,7 @@ void bind_collect(RowWires& wires, std::vector<uint64_t> wanted, int grid, bool 
     nb::gil_scoped_release release;
     end = wires.collect(wanted, into, patience_s, collected);
   }
-  report(out, {}, end, collected);
+  out.append(report_of({}, end, collected));
 }
 
 void make_wires(RowWires* made, const std::vector<std::pair<int, uint32_t>>& lanes,

@@ -21,7 +21,7 @@ struct Asked {  // of a layer's experts
 };
 
 // Where run_layer leaves what it asks; without a router every expert is asked, with weight 1.
-Asked prepare(const ResidentLayer& at, Arena& arena, int num_rows, int32_t* experts) {
+Asked prepare(const RunLayer& at, Arena& arena, int num_rows, int32_t* experts) {
   const DecoderLayer& layer = *at.layer;
   const int dim = int(layer.dim), pairs = num_rows * at.num_experts;
   Asked asked{
@@ -42,9 +42,9 @@ Asked prepare(const ResidentLayer& at, Arena& arena, int num_rows, int32_t* expe
   return asked;
 }
 
-// Everything of one layer.
-double run(const ResidentLayer& at, LayerCall& call, Arena& arena, int32_t* experts,
-           int64_t* sums) {
+// Everything of one layer; false: its sums are not whole.
+bool run(int index, const RunLayer& at, LayerCall& call, Arena& arena, int32_t* experts,
+         const RunCall& run_call, LayerExperts& source) {
   const int num_rows = int(call.places.rows);
   const Asked asked = prepare(at, arena, num_rows, experts);
   call.cache = at.cache;
@@ -57,14 +57,17 @@ double run(const ResidentLayer& at, LayerCall& call, Arena& arena, int32_t* expe
   const auto began = std::chrono::steady_clock::now();
   uint8_t* const bad = arena.take<uint8_t>(num_rows);
   std::fill_n(bad, num_rows, uint8_t(0));
-  at.table->sums({asked.rows, asked.offsets, asked.experts, asked.weights, at.grid}, sums, bad);
+  const RoutedRows routed{asked.rows, asked.offsets, asked.experts, asked.weights, at.grid};
+  const bool is_whole = source.sums(index, routed, run_call.expert_sums, bad);
   throw_marked(Stop::expert_output, bad, num_rows);
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  run_call.expert_seconds[index] =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  return is_whole;
 }
 
 }  // namespace
 
-void run_layers(const std::vector<ResidentLayer>& layers, const RunCall& run_call) {
+int run_layers(const std::vector<RunLayer>& layers, const RunCall& run_call, LayerExperts& source) {
   LayerCall call{};
   call.hidden = run_call.hidden;
   call.branch = run_call.branch;
@@ -73,19 +76,21 @@ void run_layers(const std::vector<ResidentLayer>& layers, const RunCall& run_cal
   call.places = run_call.places;
   call.residual = run_call.residual;
   int32_t* experts = run_call.experts;
-  for (size_t i = 0; i < layers.size(); ++i) {
+  for (int i = 0; i < int(layers.size()); ++i) {
+    const RunLayer& at = layers[size_t(i)];
+    if (i > 0 && !source.goes_on(i)) return i;
     try {
-      run_call.expert_seconds[i] =
-          run(layers[i], call, empty_run_arena(), experts, run_call.expert_sums);
+      if (!run(i, at, call, empty_run_arena(), experts, run_call, source)) return i;
     } catch (StoppedRows& rows) {
-      throw StoppedLayer{int(i), std::move(rows)};
+      throw StoppedLayer{i, std::move(rows)};
     }
-    experts += run_call.places.rows * layers[i].num_experts;
+    experts += run_call.places.rows * at.num_experts;
     call.hidden = run_call.residual;
     call.branch = nullptr;
     call.sums = run_call.expert_sums;
-    call.sums_grid = layers[i].grid;
+    call.sums_grid = at.grid;
   }
+  return int(layers.size());
 }
 
 }  // namespace shoal

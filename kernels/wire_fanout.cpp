@@ -68,19 +68,22 @@ bool take_replies(Pending& pending, const RowLane& lane, int lane_index, Calls& 
 }
 
 // Reads what a lane has; kDone: go on.
-Stop read_lane(Pending& pending, const RowLane& lane, int lane_index, Calls& calls,
-               const RowSums& into, double after_s, std::vector<Collected>& collected, int& error) {
+Collecting read_lane(Pending& pending, const RowLane& lane, int lane_index, Calls& calls,
+                     const RowSums& into, double after_s, std::vector<Collected>& collected,
+                     int& error) {
   pending.settle();
   const ssize_t n =
       recv(lane.fd, pending.data + pending.end, pending.room - pending.end, MSG_DONTWAIT);
-  if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)) return Stop::kDone;
+  if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
+    return Collecting::kDone;
   if (n <= 0) {
     error = n < 0 ? errno : 0;
-    return Stop::kBroken;
+    return Collecting::kBroken;
   }
   pending.end += size_t(n);
-  return take_replies(pending, lane, lane_index, calls, into, after_s, collected) ? Stop::kDone
-                                                                                  : Stop::kUnread;
+  return take_replies(pending, lane, lane_index, calls, into, after_s, collected)
+             ? Collecting::kDone
+             : Collecting::kUnread;
 }
 
 }  // namespace
@@ -158,6 +161,21 @@ std::vector<SentCall> RowWires::send(const RowCall& row) {
   return sent;
 }
 
+CollectEnd RowWires::run(const RowCall& row, const RowSums& into, double patience_s,
+                         std::vector<SentCall>& sent, std::vector<Collected>& collected) {
+  sent = send(row);
+  std::vector<uint64_t> wanted;
+  bool is_sent = !sent.empty();
+  for (const SentCall& one : sent) {
+    is_sent = is_sent && one.error == 0 && one.rest.empty();
+    wanted.push_back(row.head.call_id + wanted.size());
+  }
+  if (is_sent) return collect(wanted, into, patience_s, collected);
+  CollectEnd end;
+  end.stop = Collecting::kUnsent;
+  return end;
+}
+
 CollectEnd RowWires::collect(std::vector<uint64_t>& wanted, const RowSums& into, double patience_s,
                              std::vector<Collected>& collected) {
   using Clock = std::chrono::steady_clock;
@@ -174,7 +192,7 @@ CollectEnd RowWires::collect(std::vector<uint64_t>& wanted, const RowSums& into,
   for (int fd : others_) watched.push_back({fd, POLLIN, 0});
   Calls calls{wanted, first_id_, sent_to_};
   CollectEnd end;
-  while (!wanted.empty() && end.stop == Stop::kDone) {
+  while (!wanted.empty() && end.stop == Collecting::kDone) {
     // The largest call is answered last, most likely: to be woken for the others before costs the
     // nodes of this machine a core. A descriptor below zero is not looked at.
     const int largest = calls.awaits(first_id_, sent_to_[0]) ? sent_to_[0] : -1;
@@ -186,11 +204,11 @@ CollectEnd RowWires::collect(std::vector<uint64_t>& wanted, const RowSums& into,
     const int ready =
         left_s <= 0 ? 0
                     : poll(watched.data(), nfds_t(watched.size()), int(std::ceil(left_s * 1e3)));
-    if (ready <= 0) end.stop = Stop::kTime;  // a signal: Python looks after it
-    for (size_t i = 0; ready > 0 && i < watched.size() && end.stop == Stop::kDone; ++i) {
+    if (ready <= 0) end.stop = Collecting::kTime;  // a signal: Python looks after it
+    for (size_t i = 0; ready > 0 && i < watched.size() && end.stop == Collecting::kDone; ++i) {
       if (watched[i].revents == 0) continue;
       end.lane = int(i);
-      end.stop = i >= lanes_.size() ? Stop::kOthers
+      end.stop = i >= lanes_.size() ? Collecting::kOthers
                                     : read_lane(pending[i], lanes_[i], int(i), calls, into,
                                                 elapsed_s(), collected, end.error);
     }

@@ -57,7 +57,8 @@ struct Collected {
   double after_s;     // since collecting began
 };
 
-enum class Stop {
+// How it ended.
+enum class Collecting {
   kDone,    // every call is answered
   kTime,    // the patience is over, or a signal came
   kOthers,  // another descriptor has news
@@ -68,7 +69,7 @@ enum class Stop {
 
 // unread: (lane, bytes) that came and that nobody has looked at.
 struct CollectEnd {
-  Stop stop = Stop::kDone;
+  Collecting stop = Collecting::kDone;
   int lane = -1;
   int error = 0;
   std::vector<std::pair<int, ByteSpan>> unread;
@@ -95,6 +96,10 @@ class RowWires {
   // Sends a call to each slot that owns any of the row's experts.  Nothing is sent, and nothing
   // returned, when a slot has no lane or two have the same one.
   std::vector<SentCall> send(const RowCall& row);
+
+  // Sends a row and, once all of it is sent, collects its replies.
+  CollectEnd run(const RowCall& row, const RowSums& into, double patience_s,
+                 std::vector<SentCall>& sent, std::vector<Collected>& collected);
 
   // Waits for the replies to the calls of the last row that `wanted` names, at most that long, adds
   // them up and takes each off `wanted`.  What is unread lies here until the next call.

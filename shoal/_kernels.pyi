@@ -166,6 +166,11 @@ def run_layers(layers: Sequence[DecoderLayer], tables: Sequence[ExpertTable], nu
     Run layers with their experts; returns how many were done, and what stopped the next and the rows to blame, or None.
     """
 
+def run_layers_on_nodes(layers: Sequence[DecoderLayer], num_experts: Sequence[int], grids: Sequence[int], hidden: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], branch: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None, sums: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None, sums_grid: int, places: Places, caches: Sequence[tuple[Annotated[NDArray, dict(shape=(None, None, 4, None, 16), order='C', device='cpu')], Annotated[NDArray, dict(shape=(None, None, 64, None), order='C', device='cpu')]]], residual: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], expert_sums: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu')], experts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')], expert_seconds: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu')], wires: RowWires, numbers: Sequence[int], owners: Sequence[Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]], first_id: int, num_ids: int, deadline_ms: int, reply_format: int, takes_bf16: bool, patience_s: float, max_seconds: float, left_values: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], left_scales: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], left_weights: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], out: list) -> tuple[int, tuple[int, list[int]] | None]:
+    """
+    Run layers of one row, their experts on nodes; as run_layers. Appended to `out`, one for each fan-out: (seconds since the run began, what RowWires.run reports). A last one that did not go well: what its row asks is left in the arrays.
+    """
+
 def direct_alignment(descriptor: int) -> tuple[int, int] | None:
     """
     Return (offset, address) alignment of direct reads, or None where it is not told.

@@ -96,13 +96,8 @@ class CorrectedExperts:
             self._ask(layer, first, end)
         return branch
 
-    def resident(self, layers: range) -> list[ops.ResidentExperts]:
-        """See ExpertBranch.resident: what a layer adds is never its sums alone."""
-        return []
-
-    def ran(self, first: int, layers: ops.RanLayers) -> None:
-        """See ExpertBranch.ran."""
-        raise AssertionError("it lends no experts")
+    def run_layers(self, first: int, run: ops.LayerRun) -> None:
+        """See `ExpertBranch.run_layers`: what a layer adds here is never its sums alone."""
 
     def ask(self, first: int, end: int) -> None:
         """Send what rows first .. end - 1 ask of all layers, together; the next sweep waits."""

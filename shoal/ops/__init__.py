@@ -25,7 +25,15 @@ from shoal.ops.floats import (
     rope_table,
     route,
 )
-from shoal.ops.layer_runs import RanLayers, ResidentExperts, run_layers
+from shoal.ops.layer_runs import (
+    LayerRun,
+    OpenLayer,
+    RanLayers,
+    ResidentExperts,
+    WiredEnd,
+    WiredExperts,
+    WiredRun,
+)
 from shoal.ops.layers import (
     Branch,
     DenseLayer,
@@ -69,8 +77,10 @@ __all__ = [
     "ExpertLayout",
     "ExpertTable",
     "GroupedQuery",
+    "LayerRun",
     "Linear",
     "Matrix",
+    "OpenLayer",
     "Places",
     "RanLayers",
     "ResidentExperts",
@@ -78,6 +88,9 @@ __all__ = [
     "RoutedLayer",
     "SamplingParams",
     "Sums",
+    "WiredEnd",
+    "WiredExperts",
+    "WiredRun",
     "add",
     "add_branch",
     "aligned_empty",
@@ -109,7 +122,6 @@ __all__ = [
     "rope",
     "rope_table",
     "route",
-    "run_layers",
     "sample",
     "set_isa",
     "set_threads",

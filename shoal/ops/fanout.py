@@ -4,7 +4,14 @@ from enum import IntEnum
 
 from shoal._kernels import RowWires, split_row
 
-__all__ = ["RowWires", "Stop", "split_row"]
+__all__ = ["Reply", "RowReport", "RowWires", "SentCall", "Stop", "split_row"]
+
+# As `RowWires` reports. Of a call: lane, slot, number of experts, bytes, errno, what the socket did
+# not take. Of a reply: call id, lane, seconds, queue_us, compute_us, load_us, bytes. Of a row: the
+# calls sent, why collecting stopped, lane, errno, replies, what is unread of lanes.
+SentCall = tuple[int, int, int, int, int, bytes]
+Reply = tuple[int, int, float, int, int, int, int]
+RowReport = tuple[list[SentCall], int, int, int, list[Reply], list[tuple[int, bytes]]]
 
 
 class Stop(IntEnum):

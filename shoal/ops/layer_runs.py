@@ -1,19 +1,25 @@
-"""Decoder layers in a row with their routed experts, where all of these are in memory: one call.
+"""Decoder layers in a row with their routed experts, in memory or on nodes: one call.
 
-The bits of `RoutedLayer.run` and `ExpertTable.sums` one after the other, without Python between
-them. Shape letters: T rows, D model dim, A experts a row.
+The bits of `RoutedLayer.run` and of the sums of its experts one after the other, without Python
+between them. Shape letters: T rows, D model dim, A experts a row.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shoal import _kernels
 from shoal.errors import NumericError
 from shoal.ops.combine import Sums
+from shoal.ops.fanout import RowReport, RowWires
 from shoal.ops.floats import F32, I32, KvArray
 from shoal.ops.layers import Branch, Places, RoutedLayer, numeric_error, split_branch
+from shoal.quant import round_up
+from shoal.router import RoutingPlan
+from shoal.rows import Rows
 
 
 class ResidentExperts(NamedTuple):
@@ -23,13 +29,42 @@ class ResidentExperts(NamedTuple):
     grid: int
 
 
+class WiredExperts(NamedTuple):
+    """A layer's experts on nodes.
+
+    number: of the layer, as nodes know it. owners: [E], the slot of each of its experts.
+    """
+
+    number: int
+    owners: I32
+    grid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WiredRun:
+    """What every layer of a run over nodes asks alike: see `RowWires.run`.
+
+    first_id: of the first layer's calls; each layer has `num_ids`.
+    max_seconds: no layer begins later.
+    """
+
+    wires: RowWires
+    first_id: int
+    num_ids: int
+    deadline_ms: int
+    reply_format: int
+    takes_bf16: bool
+    patience_s: float
+    max_seconds: float
+
+
 class RanLayers(NamedTuple):
     """What came of a run.
 
     residual, sums: after the last layer that was done, [T, D] each; the sums are still to be added.
     experts: [T, A] of each layer that was done, and how long they took, in seconds.
     stopped: why the next layer stopped, its rows those of the run; None: all were done, or the next
-    one's table was withdrawn. Then nothing of that layer was done.
+    one's experts were not to be had. Then nothing of that layer was done.
     """
 
     residual: F32
@@ -39,45 +74,133 @@ class RanLayers(NamedTuple):
     stopped: NumericError | None
 
 
-def run_layers(
-    layers: Sequence[RoutedLayer],
-    experts: Sequence[ResidentExperts],
-    hidden: F32,
-    branch: Branch | None,
-    places: Places,
-    caches: Sequence[tuple[KvArray, KvArray]],
-) -> RanLayers | None:
-    """Run layers as far as their experts are there; None: not one, and nothing is written.
+class OpenLayer(NamedTuple):
+    """A layer whose fan-out did not go well: what its row asks. `ran.sums` has what was answered.
 
-    Args:
-        experts, caches: of each layer. hidden, branch, places: see `RoutedLayer.run`.
+    rows: [1]; plan: of it.
     """
-    num_rows = places.num_rows
-    residual = np.empty_like(hidden)
-    sums = np.empty(hidden.shape, np.int64)
-    seconds = np.empty(len(layers), np.float64)
-    sizes = [layer.experts_per_row for layer in layers]
-    chosen = np.empty(num_rows * sum(sizes), np.int32)
-    num_done, stopped = _kernels.run_layers(
-        [layer.native for layer in layers],
-        [each.table for each in experts],
-        [layer.num_experts for layer in layers],
-        [each.grid for each in experts],
-        hidden,
-        *split_branch(branch),
-        places.native,
-        caches,
-        residual,
-        sums,
-        chosen,
-        seconds,
-    )
-    error = None if stopped is None else numeric_error(*stopped, caches[num_done])
-    if num_done == 0 and error is None:
-        return None
-    visited = _by_layer(chosen, sizes[:num_done], num_rows)
-    grid = experts[max(0, num_done - 1)].grid
-    return RanLayers(residual, Sums(sums, grid), visited, seconds[:num_done].tolist(), error)
+
+    rows: Rows
+    plan: RoutingPlan
+
+
+class WiredEnd(NamedTuple):
+    """What came of a run over nodes.
+
+    ran: of the layers that were done. Its residual and sums are those of `left`, if there is one.
+    reports: of each fan-out, and when it was sent, in seconds since the run began.
+    """
+
+    ran: RanLayers
+    reports: list[tuple[float, RowReport]]
+    left: OpenLayer | None
+
+
+@dataclass(slots=True)
+class LayerRun:
+    """Layers to run one after the other, as far as their experts are there.
+
+    caches: of each layer. hidden, branch, places: see `RoutedLayer.run`.
+    """
+
+    layers: Sequence[RoutedLayer]
+    hidden: F32
+    branch: Branch | None
+    places: Places
+    caches: Sequence[tuple[KvArray, KvArray]]
+
+    def in_memory(self, experts: Sequence[ResidentExperts]) -> RanLayers | None:
+        """Run the first layers, with these experts; None: not one, and nothing is written."""
+        made = _Made(self, len(experts))
+        num_done, stopped = _kernels.run_layers(
+            [layer.native for layer in made.layers],
+            [each.table for each in experts],
+            [layer.num_experts for layer in made.layers],
+            [each.grid for each in experts],
+            self.hidden,
+            *split_branch(self.branch),
+            self.places.native,
+            made.caches,
+            made.residual,
+            made.sums,
+            made.chosen,
+            made.seconds,
+        )
+        error = None if stopped is None else numeric_error(*stopped, self.caches[num_done])
+        if num_done == 0 and error is None:
+            return None
+        return made.ran(num_done, [each.grid for each in experts], error)
+
+    def on_nodes(
+        self,
+        experts: Sequence[WiredExperts],
+        how: WiredRun,
+        reports: list[tuple[float, RowReport]],
+    ) -> WiredEnd:
+        """Run the first layers of a single row, with these experts on nodes.
+
+        Args: reports: appended to before any signal can be seen; the result has them, too.
+        """
+        made = _Made(self, len(experts))
+        dim = self.hidden.shape[1]
+        values = np.empty(max(4 * dim, round_up(dim, 256)), np.uint8)
+        scales = np.empty(-(-dim // 32), np.float32)
+        weights = np.empty(max(made.sizes), np.float32)
+        num_done, stopped = _kernels.run_layers_on_nodes(
+            [layer.native for layer in made.layers],
+            [layer.num_experts for layer in made.layers],
+            [each.grid for each in experts],
+            self.hidden,
+            *split_branch(self.branch),
+            self.places.native,
+            made.caches,
+            made.residual,
+            made.sums,
+            made.chosen,
+            made.seconds,
+            how.wires,
+            [each.number for each in experts],
+            [each.owners for each in experts],
+            how.first_id,
+            how.num_ids,
+            how.deadline_ms,
+            how.reply_format,
+            how.takes_bf16,
+            how.patience_s,
+            how.max_seconds,
+            values,
+            scales,
+            weights,
+            reports,
+        )
+        error = None if stopped is None else numeric_error(*stopped, self.caches[num_done])
+        left = None
+        if len(reports) > num_done:
+            layer = made.layers[num_done]
+            first = sum(made.sizes[:num_done])
+            chosen = made.chosen[first : first + layer.experts_per_row]
+            plan = RoutingPlan(chosen[None], weights[None, : chosen.size])
+            left = OpenLayer(layer.rows_of(dim, values, scales), plan)
+        ran = made.ran(num_done, [each.grid for each in experts], error)
+        return WiredEnd(ran, reports, left)
+
+
+class _Made:
+    """The arrays that a run of the first layers writes to."""
+
+    def __init__(self, run: LayerRun, num_layers: int) -> None:
+        self.layers, self.caches = run.layers[:num_layers], run.caches[:num_layers]
+        self.sizes = [layer.experts_per_row for layer in self.layers]
+        self.residual = np.empty_like(run.hidden)
+        self.sums: NDArray[np.int64] = np.empty(run.hidden.shape, np.int64)
+        self.seconds = np.empty(num_layers, np.float64)
+        self._num_rows = run.places.num_rows
+        self.chosen = np.empty(self._num_rows * sum(self.sizes), np.int32)
+
+    def ran(self, num_done: int, grids: Sequence[int], error: NumericError | None) -> RanLayers:
+        visited = _by_layer(self.chosen, self.sizes[:num_done], self._num_rows)
+        sums = Sums(self.sums, grids[max(0, num_done - 1)])
+        return RanLayers(self.residual, sums, visited, self.seconds[:num_done].tolist(), error)
 
 
 def _by_layer(chosen: I32, sizes: list[int], num_rows: int) -> list[I32]:

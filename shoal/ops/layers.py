@@ -152,6 +152,7 @@ class RoutedLayer:
         self._num_quants = round_up(len(norms[0]), scheme.span)
         self._num_scales = self._num_quants // scheme.span
         self._last_plan: RoutingPlan | None = None
+        self._blank: Rows | None = None
         self.native = _kernels.DecoderLayer(
             attention_norm=norms[0],
             attention=attention.native,
@@ -173,6 +174,22 @@ class RoutedLayer:
         """Experts that a row visits."""
         router = self._router
         return router.num_experts if self._is_everyone else router.experts_per_token
+
+    def blank_row(self, dim: int) -> Rows:
+        """Return a row of the form that the experts take; its values say nothing."""
+        if self._blank is None:
+            size = max(4 * dim, self._num_quants)
+            scales = np.zeros(max(1, self._num_scales), np.float32)
+            self._blank = self.rows_of(dim, np.zeros(size, np.uint8), scales)
+        return self._blank
+
+    def rows_of(self, dim: int, values: U8, scales: F32) -> Rows:
+        """Return the row that native code left in this memory, as the experts take it."""
+        if self._scheme is Scheme.F32:
+            floats = values[: 4 * dim].view(np.float32)[None]
+            return Rows(Scheme.F32, dim, floats, np.empty((1, 0), np.float32))
+        quants = values.view(np.int8)[None, : self._num_quants]
+        return Rows(self._scheme, dim, quants, scales[None, : self._num_scales])
 
     def run(
         self,

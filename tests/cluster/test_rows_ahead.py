@@ -129,7 +129,7 @@ def test_a_fan_out_of_another_thread_adopts_the_row_that_runs_ahead(
         proxy.forecast = steady(Weather(delay_s=0.02))  # soon enough to run ahead till the end
         thread = threading.Thread(target=asker.ask, args=(0,))
         thread.start()
-        while asker.client._row is None:
+        while asker.client._lent is None:
             pass
         assert asker.start(3).wait().tobytes() == wanted[3]
         thread.join()

@@ -1,6 +1,6 @@
 """Passes whose experts are all in memory, several layers a native call: bits and errors as ever."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,14 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Layers done by each native run."""
     seen: list[int] = []
-    real: Callable[..., ops.RanLayers | None] = ops.run_layers
+    real = ops.LayerRun.in_memory
 
-    def spied(*arguments: Any) -> ops.RanLayers | None:
-        ran = real(*arguments)
+    def spied(run: ops.LayerRun, experts: Sequence[ops.ResidentExperts]) -> ops.RanLayers | None:
+        ran = real(run, experts)
         seen.append(0 if ran is None else len(ran.experts))
         return ran
 
-    monkeypatch.setattr(ops, "run_layers", spied)
+    monkeypatch.setattr(ops.LayerRun, "in_memory", spied)
     yield seen
 
 

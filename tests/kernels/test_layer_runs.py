@@ -49,20 +49,19 @@ class Run:
     def together(self, world: World) -> tuple[ops.RanLayers | None, Arrays]:
         """Return what the run says, and all that it made."""
         caches = [world.with_own_cache().cache for _ in self.grids]
-        ran = ops.run_layers(
-            self.layers,
-            [ops.ResidentExperts(*each) for each in zip(self.tables, self.grids, strict=True)],
-            world.hidden,
-            world.branch,
-            world.places(),
-            caches,
-        )
+        ran = self.of(world, caches).in_memory(self.lent())
         if ran is None:
             return None, []
         assert len(ran.expert_seconds) == len(ran.experts)
         assert all(each >= 0.0 for each in ran.expert_seconds)
         made: list[NDArray[Any]] = [ran.residual, ran.sums.values, *ran.experts]
         return ran, made + [array for cache in caches for array in cache]
+
+    def of(self, world: World, caches: Sequence[Any]) -> ops.LayerRun:
+        return ops.LayerRun(self.layers, world.hidden, world.branch, world.places(), caches)
+
+    def lent(self) -> list[ops.ResidentExperts]:
+        return [ops.ResidentExperts(*each) for each in zip(self.tables, self.grids, strict=True)]
 
     def one_by_one(self, world: World, num_layers: int = 3) -> Arrays:
         caches = [world.with_own_cache().cache for _ in self.grids]
@@ -179,12 +178,12 @@ def test_rows_that_leave_the_numbers_are_named_and_the_layers_before_count() -> 
 def test_what_does_not_belong_together_is_refused() -> None:
     run = Run(KINDS["qwen3"]())
     world = make_world(run.parts, 3, "float16")
-    with pytest.raises(ValueError, match="a table, a number of experts"):
-        ops.run_layers(run.layers, [], world.hidden, None, world.places(), [world.cache] * 3)
+    caches = [world.cache] * 3
     other = make_world(KINDS["no whole groups"](), 3, "float16")
-    lent = [ops.ResidentExperts(table, GRID) for table in run.tables]
+    with pytest.raises(ValueError, match="a table, a number of experts"):
+        run.of(world, caches[:2]).in_memory(run.lent())
     with pytest.raises(ValueError, match="other heads"):
-        ops.run_layers(run.layers, lent, world.hidden, None, world.places(), [other.cache] * 3)
+        run.of(world, [other.cache] * 3).in_memory(run.lent())
     with pytest.raises(ValueError, match="columns of hidden"):
-        ops.run_layers(run.layers, lent, other.hidden, None, world.places(), [world.cache] * 3)
+        ops.LayerRun(run.layers, other.hidden, None, world.places(), caches).in_memory(run.lent())
     assert all(table.withdraw(lambda: None) for table in run.tables), "nobody stayed inside"

@@ -80,11 +80,8 @@ class Zeros:
     def run(self, layer: int, forms: RowForms, plan: RoutingPlan) -> np.ndarray:
         return np.zeros((forms.num_rows, 4), np.float32)
 
-    def resident(self, layers: range) -> list[ops.ResidentExperts]:
-        return []
-
-    def ran(self, first: int, layers: ops.RanLayers) -> None:
-        raise AssertionError("it lends no experts")
+    def run_layers(self, first: int, run: ops.LayerRun) -> None:
+        """None at one stroke."""
 
 
 def test_what_is_remembered_are_the_last_rows_of_every_layer_that_chooses(tmp_path: Path) -> None:

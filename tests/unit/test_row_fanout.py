@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from coordinator import call_split
-from coordinator.row_fanout import News, SentCall
 from shoal import ops, wire
 from shoal.experts.call import ExpertCall
 from shoal.http2 import frames, grpc_headers
@@ -20,7 +19,7 @@ from shoal.http2.events import MessageReceived
 from shoal.http2.frames import Kind
 from shoal.http2.stream import PREFIX_BYTES
 from shoal.ops import fanout
-from shoal.ops.fanout import Stop
+from shoal.ops.fanout import RowReport, SentCall, Stop
 from shoal.quant import Scheme
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
@@ -92,7 +91,7 @@ def send_row(
     on: fanout.RowWires, first_id: int, rows: Rows, plan: RoutingPlan, owners: NDArray[np.int32]
 ) -> list[SentCall]:
     """Send, and wait for nothing."""
-    report: list[News] = []
+    report: list[RowReport] = []
     on.run(
         first_id,
         3,
@@ -238,7 +237,7 @@ class Lanes:
 
     def collect(self, patience_s: float = PATIENCE_S) -> tuple[int, list[int], dict[int, bytes]]:
         """Return why it stopped, which calls were answered, and what is unread of each lane."""
-        news: list[News] = []
+        news: list[RowReport] = []
         self.wires.collect(self.left, GRID, False, self.sums, patience_s, news)
         [(_, why, _, _, replies, unread)] = news
         answered = [reply[0] for reply in replies]
