@@ -6,6 +6,7 @@ NB_MODULE(_kernels, m) {
   shoal::bind_matrices(m);
   shoal::bind_floats(m);
   shoal::bind_layer(m);
+  shoal::bind_layer_runs(m);
   shoal::bind_store(m);
   shoal::bind_guess(m);
   shoal::bind_wire(m);

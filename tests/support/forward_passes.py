@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from coordinator.batch import Piece, make_batch
 from coordinator.cancellation import Cancellation
-from coordinator.expert_dispatch import LocalDispatch
+from coordinator.expert_dispatch import ExpertDispatch, LocalDispatch
 from coordinator.kv_arrays import KvArrays
 from coordinator.kv_cache import KvBlockPool
 from coordinator.sequence import Sequence
@@ -23,11 +23,17 @@ class ForwardPasses:
     """Sequences side by side in passes that the test composes; logits of every row."""
 
     def __init__(
-        self, path: Path, num_blocks: int = 32, *, executor: ExpertExecutor | None = None
+        self,
+        path: Path,
+        num_blocks: int = 32,
+        *,
+        executor: ExpertExecutor | None = None,
+        dispatch: ExpertDispatch | None = None,
     ) -> None:
-        """Open the artifact. executor: None: one with every expert in memory."""
+        """Open the artifact. dispatch, executor: None: one with every expert in memory."""
         artifact = Artifact.open(path)
-        dispatch = LocalDispatch(executor or whole_executor(artifact))
+        if dispatch is None:
+            dispatch = LocalDispatch(executor or whole_executor(artifact))
         self.transformer = exact_transformer(artifact, dispatch)
         self.pool = KvBlockPool(num_blocks)
         self.kv = KvArrays(artifact.spec, artifact.kv_dtype, num_blocks)
