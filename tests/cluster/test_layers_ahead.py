@@ -29,6 +29,7 @@ pytestmark = pytest.mark.processes
 NUM_LAYERS, NUM_EXPERTS = 20, 16  # more layers than may be untold
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 NUM_TOKENS = 40  # 20 layers of 16 are told at once
+MOST_TOKENS = 200  # a busy machine takes some until a pass runs ahead
 F32 = NDArray[np.float32]
 
 
@@ -47,7 +48,7 @@ def nodes(deep: Path) -> Iterator[list[str]]:
 @pytest.fixture(scope="module")
 def right(deep: Path) -> list[bytes]:
     """Logits after the prompt and each of the tokens."""
-    return Reader(ForwardPasses(deep)).read(NUM_TOKENS)
+    return Reader(ForwardPasses(deep)).read(MOST_TOKENS)
 
 
 class Reader:
@@ -91,13 +92,17 @@ class Told(Reader):
         """Read until whole passes run ahead; return how many tokens that took."""
         count = 0
         while not self.ends or len(self.ends[-1].rows) < NUM_LAYERS - 16:
+            assert count < MOST_TOKENS - NUM_TOKENS, "no whole pass ever ran ahead"
             assert self.read(1) == right[count : count + 1]
             count += 1
         return count
 
 
-def opened(path: Path, shards: str, **options: float) -> RemoteDispatch:
-    return open_remote_dispatch(Artifact.open(path), shards, transport=Transport.FAST, **options)
+def opened(path: Path, shards: str, shard_wait_s: float = 30.0) -> RemoteDispatch:
+    artifact = Artifact.open(path)
+    return open_remote_dispatch(
+        artifact, shards, shard_wait_s=shard_wait_s, transport=Transport.FAST
+    )
 
 
 def shard_file(endpoint: str) -> str:
@@ -113,7 +118,7 @@ def test_a_pass_is_a_few_native_calls_and_gives_the_bits_of_one_process(
 ) -> None:
     with closing(opened(deep, halves(*nodes))) as dispatch:
         told = Told(deep, dispatch)
-        assert told.read(NUM_TOKENS) == right
+        assert told.read(NUM_TOKENS) == right[:NUM_TOKENS]
         in_runs = [len(end.rows) for end in told.ends]
         assert max(in_runs) == 16 and sum(in_runs) > NUM_LAYERS * NUM_TOKENS // 2
         assert dispatch.stats.summary().num_fanouts == NUM_LAYERS * NUM_TOKENS
@@ -132,7 +137,7 @@ def test_a_node_that_is_lost_in_a_run_is_replaced(deep: Path, right: list[bytes]
             count = told.until_ahead(right)
             (kill if how == "kill" else freeze)(a)
             try:
-                assert told.read(NUM_TOKENS - count) == right[count:]
+                assert told.read(NUM_TOKENS) == right[count : count + NUM_TOKENS]
             finally:
                 if how == "freeze":
                     thaw(a)
@@ -192,7 +197,7 @@ def test_fan_outs_of_other_threads_end_a_run_and_nothing_is_mixed_up(
         thread = threading.Thread(target=disturb)
         thread.start()
         try:
-            assert told.read(NUM_TOKENS - count) == right[count:]
+            assert told.read(NUM_TOKENS) == right[count : count + NUM_TOKENS]
         finally:
             is_over.set()
             thread.join()
@@ -248,7 +253,7 @@ def test_a_signal_in_a_run_loses_nothing(deep: Path, nodes: list[str], right: li
                     signal.setitimer(signal.ITIMER_REAL, 0)
         finally:
             signal.signal(signal.SIGALRM, before)
-        assert told.read(NUM_TOKENS - count) == right[count:]
+        assert told.read(NUM_TOKENS) == right[count : count + NUM_TOKENS]
         assert not told.client._is_led
         for lane in told.client._lanes.values():
             lane._connection.check_integrity()
