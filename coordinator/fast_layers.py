@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from coordinator.call_maker import CallMaker
+from coordinator.dispatch_events import Lane
 from coordinator.fast_rows import FastRows
 from coordinator.route import Route
 from coordinator.row_fanout import LayersEnd, RowFanout, Standing
@@ -34,62 +35,72 @@ class FastLayers(FastRows):
         """
         layers = range(first, first + min(len(run.layers), MAX_UNTOLD))
         num_ids = max(run.layers[i].experts_per_row for i in range(len(layers)))
-        begun = self._begin(first, num_ids, run.hidden.shape[1], route, maker)
-        if begun is None:
-            return None
-        standing, began_s = begun
-        first_id = self.next_call_id(num_ids * len(layers))
-        ahead = _Ahead(standing, route, maker, first, first_id, num_ids, began_s)
-        self._runner = ahead
+        dim = run.hidden.shape[1]
+        ahead, last = _Ahead(route, maker, first, num_ids), None
         reports: list[tuple[float, RowReport]] = []
+        last_reports: list[RowReport] = []
         try:
-            how = maker.run_of(standing.wires, first_id, num_ids, standing.patience_s, MAX_RUN_S)
+            begun = self._begin(ahead, first, num_ids, dim, route, maker)
+            if begun is None:
+                return None
+            standing, ahead.began_s = begun
+            ahead.standing = standing
+            ahead.first_id = self.next_call_id(num_ids * len(layers))
+            patience_s = standing.patience_s
+            how = maker.run_of(standing.wires, ahead.first_id, num_ids, patience_s, MAX_RUN_S)
             experts = [maker.experts(layer, route) for layer in layers]
             end = run.on_nodes(experts, how, reports)
             rows = [ahead.row(run, i, sent_after_s) for i, (sent_after_s, _) in enumerate(reports)]
             if end.left is not None:
-                rows[-1].asked.rows, rows[-1].plan = end.left.rows, end.left.plan
-                rows[-1].sums = end.ran.sums.values
-        except BaseException:  # a signal: nobody waits for what is not over
+                last = rows.pop()
+                last.asked.rows, last.plan = end.left.rows, end.left.plan
+                last.sums = end.ran.sums.values
+                last_reports.append(reports[-1][1])
             with self._lock:
-                self._take_layers_back(ahead, run, reports)
+                self._take_layers(rows, [report for _, report in reports], last)
+            if last is None or end.left is None:
+                return LayersEnd(end.ran, rows)
+            try:
+                row = self._see_through(last, last_reports)
+            except errors.ShoalError as error:
+                return LayersEnd(end.ran, rows, end.left, None, error)
+            return LayersEnd(end.ran, rows, end.left, row)
+        except BaseException:  # a signal, anywhere: nobody waits for what is not over
+            with self._lock:
+                if self._runner is ahead:
+                    self._take_layers_back(ahead, run, reports)
+                elif last is not None:
+                    self._take_back(last, last_reports)
             raise
-        with self._lock:
-            self._take_layers(rows, [report for _, report in reports], end.left is not None)
-        if end.left is None:
-            return LayersEnd(end.ran, rows)
-        last = rows.pop()
-        try:
-            row = self._see_through(last, [reports[-1][1]])
-        except errors.ShoalError as error:
-            return LayersEnd(end.ran, rows, end.left, None, error)
-        return LayersEnd(end.ran, rows, end.left, row)
 
     # Under the lock.
 
     def _take_layers(
-        self, rows: list[RowFanout], reports: list[RowReport], is_last_open: bool
+        self, over: list[RowFanout], reports: list[RowReport], last: RowFanout | None
     ) -> None:
-        """Take what went well; an open one is still lent its lanes, until it is seen through."""
-        over = rows[:-1] if is_last_open else rows
+        """Take what went well; to an open last one the lanes stay lent, until it is seen through.
+
+        A signal finds all of the former or all of the latter state: no call is made between.
+        """
         for row, report in zip(over, reports, strict=False):
             is_done = row.is_done_by(report)
             assert is_done, "a run goes on after what went well alone"
-        self._untold += over
-        if is_last_open:
-            self._runner = rows[-1]
+        if last is not None:
+            self._untold += over
+            self._runner = last
             return
-        self._lent = None
         if self._unburied:
             self._bury()
-        self._let_go()
-        self._tell_in_time()
+        self._untold += over
+        self._runner = self._lent = self._row = None
+        self._is_adoption_due = self._is_led = False
+        self._let_others_lead()
+        if over:
+            self._tell_in_time()
 
     def _take_layers_back(
         self, ahead: "_Ahead", run: ops.LayerRun, reports: list[tuple[float, RowReport]]
     ) -> None:
-        if self._runner is not ahead:
-            return
         self._lent = None
         self._bury()
         self._catch_up()
@@ -106,24 +117,29 @@ class FastLayers(FastRows):
                 for index, data in report[5]:
                     self._take_unread(row, index, data, now_s)
                 self._in_flight.ran_ahead(row.answered)
+                for lane, *_ in row.sent:
+                    node = row.standing.followers[lane].node
+                    if row.standing.lanes[lane].has_unwritten:
+                        self._dirty.add((node, Lane.INTERACTIVE))
         self._let_go()
         self._catch_up()
 
 
 @dataclass(slots=True)
 class _Ahead:
-    """A run of layers on its way. first, first_id: of its first layer."""
+    """A run of layers on its way. first, first_id: of its first layer; num_ids: of each."""
 
-    standing: Standing
     route: Route
     maker: CallMaker
     first: int
-    first_id: int
     num_ids: int
-    began_s: float
+    first_id: int = 0
+    began_s: float = 0.0
+    standing: Standing | None = None
 
     def row(self, run: ops.LayerRun, index: int, sent_after_s: float) -> RowFanout:
         """Return the fan-out of a layer, with a blank row."""
+        assert self.standing is not None
         blank = run.layers[index].blank_row(run.hidden.shape[1])
         asked = self.maker.asked(self.first + index, blank)
         first_id = self.first_id + index * self.num_ids

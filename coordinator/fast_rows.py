@@ -52,39 +52,36 @@ class FastRows(FastWires):
         Raises what `wait` does.
         """
         num_ids = plan.experts.shape[1]  # at most a call for each expert
-        begun = self._begin(asked.layer, num_ids, asked.rows.dim, route, maker)
-        if begun is None:
-            return None
-        standing, now_s = begun
-        first_id = self.next_call_id(num_ids)
-        sums = np.zeros((1, asked.rows.dim), np.int64)
-        row = RowFanout(asked, plan, route, maker, standing, first_id, sums, now_s)
-        self._runner = row
+        ticket, row = object(), None
         reports: list[RowReport] = []
         try:
+            begun = self._begin(ticket, asked.layer, num_ids, asked.rows.dim, route, maker)
+            if begun is None:
+                return None
+            standing, now_s = begun
+            first_id = self.next_call_id(num_ids)
+            sums = np.zeros((1, asked.rows.dim), np.int64)
+            row = RowFanout(asked, plan, route, maker, standing, first_id, sums, now_s)
+            self._runner = row
             row.run(reports)
-        except BaseException:
+            return self._see_through(row, reports)
+        except BaseException:  # a signal, perhaps: anywhere
             with self._lock:
-                self._take_report(row, reports)
-                self._take_back(row)
+                if self._runner is ticket:
+                    self._let_go()
+                elif row is not None:
+                    self._take_back(row, reports)
             raise
-        return self._see_through(row, reports)
 
     def _see_through(self, row: RowFanout, reports: list[RowReport]) -> RowFanout | None:
         """Go on with a row that native code came back from, until it has ended.
 
-        None: it was not sent. Raises what `wait` does.
+        None: it was not sent. Raises what `wait` does; then it is to be taken back.
         """
-        try:
-            while self._took(row, reports):
-                row.collect(time.monotonic(), reports)
-            if row.adopted is not None:
-                self.wait(row.adopted)
-        except BaseException:  # nobody waits for it any more
-            with self._lock:
-                self._take_report(row, reports)
-                self._take_back(row)
-            raise
+        while self._took(row, reports):
+            row.collect(time.monotonic(), reports)
+        if row.adopted is not None:
+            self.wait(row.adopted)
         if row.fault is not None:
             raise row.fault
         return row if row.sent else None
@@ -96,7 +93,13 @@ class FastRows(FastWires):
             return super().health(node)
 
     def _begin(
-        self, layer: int, num_experts: int, dim: int, route: Route, maker: CallMaker
+        self,
+        runner: object,
+        layer: int,
+        num_experts: int,
+        dim: int,
+        route: Route,
+        maker: CallMaker,
     ) -> tuple[Standing, float] | None:
         """Lead from now on, with what may be sent to, if rows may run ahead. Returns the time."""
         with self._lock:
@@ -108,7 +111,7 @@ class FastRows(FastWires):
                 standing = self._stand(layer, num_experts, dim, route, maker, now_s)
                 if standing is None:
                     return None
-            self._lent, self._is_led = standing, True
+            self._lent, self._runner, self._is_led = standing, runner, True
         return standing, now_s
 
     def _took(self, row: RowFanout, reports: list[RowReport]) -> bool:
@@ -117,7 +120,9 @@ class FastRows(FastWires):
 
     # Under the lock.
 
-    def _take_back(self, row: RowFanout) -> None:
+    def _take_back(self, row: RowFanout, reports: list[RowReport]) -> None:
+        """Nobody waits for it any more. Also of a row that has ended."""
+        self._take_report(row, reports)
         if self._runner is row:
             self._catch_up()
             self._lent, self._row = None, row
@@ -295,6 +300,9 @@ class FastRows(FastWires):
         """Run nothing ahead any more, and leave the lead to others."""
         self._runner = self._lent = self._row = None
         self._is_adoption_due = self._is_led = False
+        self._let_others_lead()
+
+    def _let_others_lead(self) -> None:
         if self._num_following:
             self._led.notify_all()
         if self._dirty:  # what had to wait for the row

@@ -187,6 +187,7 @@ class RowFanout:
         Args: exchanged: of each lane, added to: what it is still to be told.
         """
         calls, standing = self.calls, self.standing
+        self.is_counted = True
         answered = []
         for call_id, index, after_s, queue_us, compute_us, load_us, num_bytes in self.untold:
             now_s = self.began_s + after_s

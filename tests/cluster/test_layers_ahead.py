@@ -80,7 +80,7 @@ class Told(Reader):
         self.client = client
         self.ends: list[LayersEnd] = []
         self._run_layers: Callable[..., LayersEnd | None] = client.run_layers
-        client.run_layers = self._noting  # type: ignore[method-assign]
+        client.run_layers = self._noting  # type: ignore[assignment]
 
     def _noting(self, *arguments: object) -> LayersEnd | None:
         end = self._run_layers(*arguments)
