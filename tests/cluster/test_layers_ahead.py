@@ -254,6 +254,6 @@ def test_a_signal_in_a_run_loses_nothing(deep: Path, nodes: list[str], right: li
         finally:
             signal.signal(signal.SIGALRM, before)
         assert told.read(NUM_TOKENS) == right[count : count + NUM_TOKENS]
-        assert not told.client._is_led
+        assert told.client._runner is None
         for lane in told.client._lanes.values():
             lane._connection.check_integrity()
