@@ -217,9 +217,7 @@ CollectEnd RowWires::collect(std::vector<uint64_t>& wanted, const RowSums& into,
       watched[i].revents = 0;
     }
     const double left_s = patience_s - elapsed_s();
-    const int ready =
-        left_s <= 0 ? 0
-                    : poll_soon(watched, int(std::ceil(left_s * 1e3)));
+    const int ready = left_s <= 0 ? 0 : poll_soon(watched, int(std::ceil(left_s * 1e3)));
     if (ready <= 0) end.stop = Collecting::kTime;  // a signal: Python looks after it
     for (size_t i = 0; ready > 0 && i < watched.size() && end.stop == Collecting::kDone; ++i) {
       if (watched[i].revents == 0) continue;
