@@ -165,8 +165,8 @@ class FastRows(FastWires):
 
     def _may_bypass(self, node: int, num_bytes: int) -> bool:
         lane = self._lanes.get((node, Lane.INTERACTIVE))
-        # Also of what is in flight, and of what follows until they are told.
-        return lane is not None and lane.may_bypass(num_bytes, MAX_UNTOLD + 2)
+        # A run of layers may begin while as many fan-outs as that are untold, all but one.
+        return lane is not None and lane.may_bypass(num_bytes, 2 * MAX_UNTOLD)
 
     def _take_report(self, row: RowFanout, reports: list[RowReport]) -> bool:
         """Go on from what came of the row that runs ahead; True: collect on, it still does."""

@@ -13,13 +13,30 @@ from numpy.typing import NDArray
 
 from shoal import _kernels
 from shoal.errors import NumericError
-from shoal.ops.combine import Sums
+from shoal.ops.combine import I64, Sums
 from shoal.ops.fanout import RowReport, RowWires
 from shoal.ops.floats import F32, I32, KvArray
 from shoal.ops.layers import Branch, Places, RoutedLayer, numeric_error, split_branch
 from shoal.quant import round_up
 from shoal.router import RoutingPlan
 from shoal.rows import Rows
+
+# Numbers of experts, grids; hidden, branch as floats, or as sums and their grid; places, caches;
+# then what is written: residual, sums, experts visited, seconds.
+_Shared = tuple[
+    list[int],
+    list[int],
+    F32,
+    F32 | None,
+    I64 | None,
+    int,
+    _kernels.Places,
+    Sequence[tuple[KvArray, KvArray]],
+    F32,
+    I64,
+    I32,
+    NDArray[np.float64],
+]
 
 
 class ResidentExperts(NamedTuple):
@@ -111,25 +128,14 @@ class LayerRun:
 
     def in_memory(self, experts: Sequence[ResidentExperts]) -> RanLayers | None:
         """Run the first layers, with these experts; None: not one, and nothing is written."""
-        made = _Made(self, len(experts))
+        made = _Made(self, [each.grid for each in experts])
         num_done, stopped = _kernels.run_layers(
-            [layer.native for layer in made.layers],
-            [each.table for each in experts],
-            [layer.num_experts for layer in made.layers],
-            [each.grid for each in experts],
-            self.hidden,
-            *split_branch(self.branch),
-            self.places.native,
-            made.caches,
-            made.residual,
-            made.sums,
-            made.chosen,
-            made.seconds,
+            made.natives, [each.table for each in experts], *made.arguments()
         )
         error = None if stopped is None else numeric_error(*stopped, self.caches[num_done])
         if num_done == 0 and error is None:
             return None
-        return made.ran(num_done, [each.grid for each in experts], error)
+        return made.ran(num_done, error)
 
     def on_nodes(
         self,
@@ -141,23 +147,14 @@ class LayerRun:
 
         Args: reports: appended to before any signal can be seen; the result has them, too.
         """
-        made = _Made(self, len(experts))
+        made = _Made(self, [each.grid for each in experts])
         dim = self.hidden.shape[1]
         values = np.empty(max(4 * dim, round_up(dim, 256)), np.uint8)
         scales = np.empty(-(-dim // 32), np.float32)
         weights = np.empty(max(made.sizes), np.float32)
         num_done, stopped = _kernels.run_layers_on_nodes(
-            [layer.native for layer in made.layers],
-            [layer.num_experts for layer in made.layers],
-            [each.grid for each in experts],
-            self.hidden,
-            *split_branch(self.branch),
-            self.places.native,
-            made.caches,
-            made.residual,
-            made.sums,
-            made.chosen,
-            made.seconds,
+            made.natives,
+            *made.arguments(),
             how.wires,
             [each.number for each in experts],
             [each.owners for each in experts],
@@ -181,25 +178,44 @@ class LayerRun:
             chosen = made.chosen[first : first + layer.experts_per_row]
             plan = RoutingPlan(chosen[None], weights[None, : chosen.size])
             left = OpenLayer(layer.rows_of(dim, values, scales), plan)
-        ran = made.ran(num_done, [each.grid for each in experts], error)
+        ran = made.ran(num_done, error)
         return WiredEnd(ran, reports, left)
 
 
 class _Made:
-    """The arrays that a run of the first layers writes to."""
+    """The first layers of a run, one for each grid, and the arrays that they write to."""
 
-    def __init__(self, run: LayerRun, num_layers: int) -> None:
-        self.layers, self.caches = run.layers[:num_layers], run.caches[:num_layers]
+    def __init__(self, run: LayerRun, grids: list[int]) -> None:
+        num_layers = len(grids)
+        self._run, self._grids = run, grids
+        self.layers = run.layers[:num_layers]
+        self.natives = [layer.native for layer in self.layers]
         self.sizes = [layer.experts_per_row for layer in self.layers]
         self.residual = np.empty_like(run.hidden)
-        self.sums: NDArray[np.int64] = np.empty(run.hidden.shape, np.int64)
+        self.sums: I64 = np.empty(run.hidden.shape, np.int64)
         self.seconds = np.empty(num_layers, np.float64)
         self._num_rows = run.places.num_rows
         self.chosen = np.empty(self._num_rows * sum(self.sizes), np.int32)
 
-    def ran(self, num_done: int, grids: Sequence[int], error: NumericError | None) -> RanLayers:
+    def arguments(self) -> _Shared:
+        """Return what both native calls take, from the numbers of experts to the times."""
+        run = self._run
+        return (
+            [layer.num_experts for layer in self.layers],
+            self._grids,
+            run.hidden,
+            *split_branch(run.branch),
+            run.places.native,
+            run.caches[: len(self.layers)],
+            self.residual,
+            self.sums,
+            self.chosen,
+            self.seconds,
+        )
+
+    def ran(self, num_done: int, error: NumericError | None) -> RanLayers:
         visited = _by_layer(self.chosen, self.sizes[:num_done], self._num_rows)
-        sums = Sums(self.sums, grids[max(0, num_done - 1)])
+        sums = Sums(self.sums, self._grids[max(0, num_done - 1)])
         return RanLayers(self.residual, sums, visited, self.seconds[:num_done].tolist(), error)
 
 
