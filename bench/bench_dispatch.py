@@ -20,6 +20,7 @@ import numpy as np
 from bench.local_nodes import start_nodes
 from bench.make_synthetic import Geometry, make
 from bench.measure import ROOT, Row, save, show
+from bench.steady import warm_up
 from client.node_process import stop_all
 from coordinator.remote_dispatch import RemoteDispatch, open_remote_dispatch
 from shoal import ops
@@ -43,12 +44,15 @@ def measure(dispatch: RemoteDispatch, scheme: Any, num_rows: int) -> Row:
     rng = np.random.default_rng(num_rows)
     rows = ops.quantise_rows(scheme, rng.standard_normal((num_rows, NARROW.dim), np.float32))
     plans = [plan_of(num_rows, rng) for _ in range(16)]
-    for i in range(WARM_UP):
-        dispatch.sums(0, rows, plans[i % len(plans)])
+
+    def fan_out(times: int) -> None:
+        for i in range(times):
+            dispatch.sums(0, rows, plans[i % len(plans)])
+
+    warm_up(lambda: fan_out(WARM_UP))
     dispatch.stats.reset()
     count = max(20, FANOUTS // max(1, num_rows // 8))
-    for i in range(count):
-        dispatch.sums(0, rows, plans[i % len(plans)])
+    fan_out(count)
     summary = dispatch.stats.summary()
     return {
         "rows": num_rows,

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.steady import warm_up
 from client.examine import cpu_name
 from shoal import __version__, ops
 from shoal.grpc_settings import prepare_grpc
@@ -66,6 +68,20 @@ class BandwidthProbe:
         """Return the best of a few readings of each way, 1e9 bytes a second."""
         taken = [self.read(threads, streams) for _ in range(repeats) for streams in self.WAYS]
         return PROBE_BYTES / min(taken) / 1e9
+
+    def steady_gb_per_s(self, threads: int) -> float:
+        """Return what is read while as many cores are steady, in 1e9 bytes a second.
+
+        That is the better way's median over STEADY_S.
+        """
+        taken: dict[int, list[float]] = {streams: [] for streams in self.WAYS}
+
+        def read() -> None:
+            for streams, each in taken.items():
+                each.append(self.read(threads, streams))
+
+        warm_up(read)
+        return PROBE_BYTES / min(statistics.median(each) for each in taken.values()) / 1e9
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -5,7 +5,7 @@ python -m bench.peer MODEL [--threads 2 1] [--rounds 5] [--contexts 0 2048 8192 
 MODEL.shoal and MODEL.gguf: the same weights (bench/make_synthetic.py makes both). Three processes
 stay: shoal, llama.cpp, llama.cpp with its weights rearranged ("repacked"). In every round each of
 them does every phase in turn, the others waiting; medians over rounds of the median step. The
-better of the two llama.cpp counts. The read-bandwidth probe runs in every round.
+better of the two llama.cpp counts. The read-bandwidth probe runs just before shoal.
 """
 
 import argparse
@@ -59,8 +59,9 @@ def measure(chosen: argparse.Namespace, engines: Sequence[Engine]) -> list[Row]:
     probes: dict[Phase, list[float]] = {}
     for number in range(chosen.rounds):
         for phase in plan:
-            probes.setdefault(phase, []).append(probe.gb_per_s(phase.threads, repeats=1))
             for engine in engines if number % 2 == 0 else reversed(engines):
+                if engine.name == SHOAL:
+                    probes.setdefault(phase, []).append(probe.steady_gb_per_s(phase.threads))
                 seconds = statistics.median(engine.run(phase))
                 taken.setdefault((phase, engine.name), []).append(phase.rows / seconds)
         print(f"round {number + 1} of {chosen.rounds}", flush=True)
@@ -76,6 +77,7 @@ def summary(phase: Phase, rates: dict[str, list[float]], probes: list[float], we
     peers = {name: statistics.median(rate) for name, rate in rates.items() if name != SHOAL}
     best = max(peers, key=lambda name: peers[name], default=None)
     ratios = [a / b for a, b in zip(rates[SHOAL], rates[best], strict=True)] if best else []
+    shares = [rate * weights / (p * 1e9) for rate, p in zip(rates[SHOAL], probes, strict=True)]
     return {
         "phase": phase.name,
         "rows": phase.rows,
@@ -87,7 +89,7 @@ def summary(phase: Phase, rates: dict[str, list[float]], probes: list[float], we
         "ratio": spread(ratios) if ratios else None,
         "probe_gb_per_s": spread(probes),
         # Weights alone: what is read of the KV cache comes on top.
-        "weight_bound_tokens_per_s": max(probes) * 1e9 / weights if phase.rows == 1 else None,
+        "share_of_weight_bound": spread(shares) if phase.rows == 1 else None,
     }
 
 
@@ -118,9 +120,7 @@ def main() -> None:
             **{engine.name: cell(engine.name) for engine in engines},
             "ratio": lambda r: f"{r['ratio']['median']:.2f}" if r["ratio"] else "",
             "of bound": lambda r: (
-                f"{r['tokens_per_s'][SHOAL]['median'] / r['weight_bound_tokens_per_s']:.0%}"
-                if r["rows"] == 1
-                else ""
+                f"{r['share_of_weight_bound']['median']:.0%}" if r["rows"] == 1 else ""
             ),
             "probe GB/s": lambda r: f"{r['probe_gb_per_s']['median']:.1f}",
         },

@@ -17,9 +17,9 @@ ROWS_FILE = "rows.npy"  # float32 [rows, DIM]
 class Turn:
     """Calls of one layer each: the first `rows` rows of the file through eight experts.
 
-    visits: the experts of each call. num_warm: as many calls are made before the clock starts:
-    threads slept while others had their turn. wants_result: answer what the last call made of the
-    last row.
+    visits: the experts of each call. num_warm: as many of the first warm up before the clock
+    starts: threads and cores slept while others had their turn. wants_result: answer what the last
+    call made of the last row.
     """
 
     rows: int

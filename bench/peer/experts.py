@@ -51,8 +51,9 @@ ASLEEP_S = 0.02
 # Rms, of the result's rms. Activations of eight bits make 1 to 4 % of these weights, one wrong
 # expert of eight 50 %, an empty buffer 100 %.
 MAX_ERROR = 0.08
-CALLS = {1: (2, 10), 8: (2, 4)}  # by rows: before the clock starts, and timed
-CALLS_OF_MANY_ROWS = (0, 1)  # that takes long enough
+# By rows: those that warm up (more bytes than a cache has), and those that are timed.
+CALLS = {1: (8, 20), 8: (8, 8)}
+CALLS_OF_MANY_ROWS = (1, 1)  # that takes long enough
 
 
 class Engine(LineProcess):
@@ -147,11 +148,12 @@ def measure(
     probes: dict[Cell, list[float]] = {}
     for number in range(rounds):
         for cell in cells:
-            probes.setdefault(cell, []).append(probe.gb_per_s(cell.threads, repeats=1))
+            probes.setdefault(cell, []).append(probe.steady_gb_per_s(cell.threads))
             num_warm, num_timed = CALLS.get(cell.rows, CALLS_OF_MANY_ROWS)
             calls = visits.take(num_warm + num_timed)
+            turn = Turn(cell.rows, cell.threads, calls, num_warm)
             for engine in engines if number % 2 == 0 else reversed(engines):
-                seconds = engine.turn(Turn(cell.rows, cell.threads, calls, num_warm))["seconds"]
+                seconds = engine.turn(turn)["seconds"]
                 us = seconds / (num_timed * EXPERTS_PER_TOKEN) * 1e6
                 taken.setdefault((cell, engine.name), []).append(us)
     return taken, probes

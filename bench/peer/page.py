@@ -78,9 +78,8 @@ def peer(report: Report, path: Path) -> str:
 
 
 def _of_bound(row: Row) -> str:
-    if row["weight_bound_tokens_per_s"] is None:
-        return ""
-    return f"{row['tokens_per_s'][SHOAL]['median'] / row['weight_bound_tokens_per_s']:.0%}"
+    share = row["share_of_weight_bound"]
+    return f"{share['median']:.0%} ({share['min']:.0%}-{share['max']:.0%})" if share else ""
 
 
 def draw_peer(report: Report, path: Path, fmt: str) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # the peer's Python runs isolated
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the peer's Python runs isolated
 
-from expert_turns import (  # type: ignore[import-not-found]
+from bench.peer.expert_turns import (
     DIM,
     EXPERTS_FILE,
     EXPERTS_PER_TOKEN,
@@ -30,6 +30,7 @@ from expert_turns import (  # type: ignore[import-not-found]
     Turn,
     serve,
 )
+from bench.steady import warm_up
 
 TYPES = {"q4_0": 2, "q8_0": 8, "q4_k": 12}  # enum ggml_type of ggml.h, as are the next two
 F32, I32 = 0, 26
@@ -205,7 +206,7 @@ class Engine:
         ggml.backend_cpu_set_n_threads(self._backend, turn.threads)
         warm, timed = turn.visits[: turn.num_warm], turn.visits[turn.num_warm :]
         if warm:
-            self._graph(turn.rows, len(warm)).run(self._backend, warm)
+            warm_up(lambda: self._graph(turn.rows, len(warm)).run(self._backend, warm))
         calls = self._graph(turn.rows, len(timed))
         seconds = calls.run(self._backend, timed)
         return Answer(seconds, calls.result() if turn.wants_result else None)

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # the peer's Python runs isolated
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the peer's Python runs isolated
 
-from phases import FILL_ROWS, Phase, serve  # type: ignore[import-not-found]
+from bench.peer.phases import FILL_ROWS, Phase, serve
+from bench.steady import warm_up
 
 lib: Any = importlib.import_module("llama_cpp")  # of the peer's venv: ours does not have it
 
@@ -56,12 +57,15 @@ class Engine:
         """Do one phase; its rows are removed after each pass."""
         lib.llama_set_n_threads(self._context, phase.threads, phase.threads)
         position = self._fill(phase.context)
-        self._decode(phase.rows, position, phase.num_logits)
-        self._forget(position)
-        mark()
-        for _ in range(phase.steps):
+
+        def step() -> None:
             self._decode(phase.rows, position, phase.num_logits)
             self._forget(position)
+
+        warm_up(step)
+        mark()
+        for _ in range(phase.steps):
+            step()
             mark()
 
     def _fill(self, context: int) -> int:

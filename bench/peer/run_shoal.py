@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.peer.phases import FILL_ROWS, Phase, serve
+from bench.steady import warm_up
 from coordinator.app import CoordinatorConfig, Feedback, open_dispatch
 from coordinator.batch import Batch
 from coordinator.cancellation import Cancellation
@@ -53,7 +54,7 @@ class Engine:
     def run(self, phase: Phase, mark: Callable[[], float]) -> None:
         """Do one phase. Passes overwrite what lies behind the context, with the same."""
         ops.set_threads(phase.threads)
-        self._forward(phase.rows, phase.context, phase.num_logits)
+        warm_up(lambda: self._forward(phase.rows, phase.context, phase.num_logits))
         mark()
         for _ in range(phase.steps):
             self._forward(phase.rows, phase.context, phase.num_logits)

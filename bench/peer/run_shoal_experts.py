@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bench.bench_kernels import U8, Arena
 from bench.peer.expert_turns import DIM, EXPERTS_FILE, FFN_DIM, ROWS_FILE, Answer, Turn, serve
 from bench.peer.expert_turns import EXPERTS_PER_TOKEN as K
+from bench.steady import warm_up
 from shoal import ops
 from shoal.quant import Format, parse_format
 
@@ -35,10 +36,12 @@ class Engine:
         x = self._x[: turn.rows]
         experts = [np.tile(np.array(v, np.int32), (turn.rows, 1)) for v in turn.visits]
         weights = np.full((turn.rows, K), 1 / K, np.float32)
-        began_s, sums = 0.0, np.empty((0, DIM), np.int64)
-        for i, chosen in enumerate(experts):
-            if i == turn.num_warm:
-                began_s = time.perf_counter()
+        sums = np.empty((0, DIM), np.int64)
+        warm, timed = experts[: turn.num_warm], experts[turn.num_warm :]
+        if warm:
+            warm_up(lambda: [self._call(x, chosen, weights) for chosen in warm])
+        began_s = time.perf_counter()
+        for chosen in timed:
             sums = self._call(x, chosen, weights)
         seconds = time.perf_counter() - began_s
         result = (sums[-1] * 2.0**-GRID).tolist() if turn.wants_result else None
