@@ -7,7 +7,8 @@ and NumPy's import are there to be subtracted.
 A first token of a --model stands beside two times that no loader can go below: reading its files
 once, by one thread, into memory in use; and touching as much fresh memory, by two. The latter comes
 just before the start and is not part of it: where a virtual machine's host takes free memory back,
-it is many times what it is elsewhere, and the start would show the host instead.
+it is many times what it is elsewhere, and the start would show the host instead. And beside what
+its bytes take at the speed of the drive (bench/disk_probe.py): a second more was set out for.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import psutil
 
+from bench.disk_probe import disk_speed
 from bench.measure import ROOT, Row, save, show, spread
 
 
@@ -37,6 +39,7 @@ class Command(NamedTuple):
 
 
 PIECE_BYTES = 1 << 20
+DISK_SECONDS = 1.0
 TOUCH = """
 import ctypes, mmap, sys, threading, time
 num_bytes, huge = int(sys.argv[1]), 2 << 20
@@ -134,6 +137,12 @@ def touch_s(num_bytes: int) -> float:
     return float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
+def disk_s(model: Path) -> float:
+    """Return the seconds that a model's tensors take at the speed of the drive."""
+    largest = max(model.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    return num_bytes(model) / disk_speed(largest, DISK_SECONDS).gb_per_s / 1e9
+
+
 def num_bytes(model: Path) -> int:
     """Return the bytes of a model's tensors."""
     return sum(path.stat().st_size for path in model.rglob("*.safetensors"))
@@ -144,9 +153,11 @@ def measure(commands: Sequence[Command], checkouts: Sequence[Path], rounds: int)
     taken: dict[tuple[Command, Path], list[Start]] = {}
     readings: dict[Command, list[float]] = {}
     touches: dict[Command, list[float]] = {}
+    drive: dict[Command, list[float]] = {}
     for _ in range(rounds + 1):
         for command in commands:
             if command.model is not None:
+                drive.setdefault(command, []).append(disk_s(command.model))
                 readings.setdefault(command, []).append(read_s(command.model))
             for checkout in checkouts:
                 if command.model is not None:
@@ -161,6 +172,7 @@ def measure(commands: Sequence[Command], checkouts: Sequence[Path], rounds: int)
             "bytes": 0 if command.model is None else num_bytes(command.model),
             "read_s": None if command.model is None else spread(readings[command][1:]),
             "touch_s": None if command.model is None else spread(touches[command]),
+            "disk_s": None if command.model is None else spread(drive[command]),
         }
         for (command, checkout), starts in taken.items()
     ]
@@ -200,6 +212,7 @@ def main() -> None:
             "MB": lambda r: f"{r['bytes'] / 1e6:.0f}" if r["bytes"] else "",
             "reading ms": lambda r: f"{r['read_s']['median'] * 1e3:.0f}" if r["read_s"] else "",
             "touching ms": touching,
+            "drive ms": lambda r: f"{r['disk_s']['median'] * 1e3:.0f}" if r["disk_s"] else "",
             "least CPU": lambda r: f"{r['cpu_s']['min'] * 1e3:.0f}",
         },
     )

@@ -106,8 +106,10 @@ def start(rows: list[Row]) -> str:
             f"{row['bytes'] / 1e6:.0f}" if row["bytes"] else "",
             seconds(row, "read_s"),
             seconds(row, "touch_s"),
+            spread(row["disk_s"]) if row["disk_s"] else "",
         ]
         for row in rows
     ]
     heads = ["", "first byte s", "CPU s", "MB read", "bare reading s", "bare touching s"]
+    heads.append("these bytes from the drive s")
     return table(heads, lines)
