@@ -24,9 +24,10 @@ def load_weights(artifact: Artifact) -> ModelWeights:
     """
     embed = artifact.matrix("embed")
     tied = artifact.spec.tie_embeddings
+    memory = ops.HugeArena()
     return ModelWeights(
         embed=embed,
-        layers=tuple(load_layer(artifact, index) for index in range(artifact.spec.num_layers)),
+        layers=tuple(load_layer(artifact, i, memory) for i in range(artifact.spec.num_layers)),
         norm=artifact.vector("norm"),
         lm_head=ops.Linear(embed) if tied else load_linear(artifact, "lm_head"),
         inv_freq=artifact.vector("rope.inv_freq"),

@@ -46,6 +46,7 @@ from shoal.ops.layers import (
 )
 from shoal.ops.matrices import (
     ExpertLayout,
+    HugeArena,
     Matrix,
     aligned_empty,
     available_isas,
@@ -77,6 +78,7 @@ __all__ = [
     "ExpertLayout",
     "ExpertTable",
     "GroupedQuery",
+    "HugeArena",
     "LayerRun",
     "Linear",
     "Matrix",

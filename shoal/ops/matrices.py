@@ -103,6 +103,29 @@ def aligned_empty(num_bytes: int, *, huge: bool = False) -> U8:
     return aligned
 
 
+class HugeArena:
+    """Memory for arrays that live as long as each other: side by side, so that huge pages hold all.
+
+    An array of its own keeps up to 2 MiB at its end in small pages. The memory is given back with
+    the last array of a chunk.
+    """
+
+    CHUNK_BYTES = 32 * _HUGE_PAGE
+
+    def __init__(self) -> None:
+        self._left = np.empty(0, np.uint8)
+
+    def take(self, num_bytes: int) -> U8:
+        """Return uninitialised bytes that begin at a 4096-byte boundary; num_bytes >= 1."""
+        size = round_up(num_bytes, _PAGE)
+        if size > self._left.size:
+            if size > self.CHUNK_BYTES // 2:
+                return aligned_empty(num_bytes, huge=True)
+            self._left = aligned_empty(self.CHUNK_BYTES, huge=True)
+        taken, self._left = self._left[:num_bytes], self._left[size:]
+        return taken
+
+
 def set_threads(n: int) -> None:
     """Use n threads in every kernel, 1 <= n <= 256. Initially: the CPUs this process may use.
 

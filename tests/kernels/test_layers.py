@@ -40,7 +40,7 @@ KINDS: dict[str, Callable[[], Parts]] = {
 def run(parts: Parts, world: World, going_on: Index | None, qkv: int) -> list[NDArray[np.generic]]:
     """Return all that the native layer makes, its cache included; qkv: matrices, 1 or 3."""
     world = world.with_own_cache()
-    together = stacked(*parts.qkv)
+    together = stacked(ops.HugeArena(), *parts.qkv)
     layer = parts.layer(together if qkv == 1 else None)
     assert qkv == 3 or len(together) == 1, "these do not stack"
     made = layer.run(world.hidden, world.branch, world.places(), world.cache, going_on)
@@ -78,7 +78,7 @@ def test_one_call_gives_the_bits_of_its_ops_on_every_machine(
         world = make_world(parts, num_rows, dtype, has_branch=has_branch, rotary=rotary)
         assert_same(run(parts, world, None, 3), expected(parts, world, None))
     same_bits_everywhere(lambda: run(parts, world, None, 3))
-    if len(stacked(*parts.qkv)) == 1:
+    if len(stacked(ops.HugeArena(), *parts.qkv)) == 1:
         same_bits_everywhere(lambda: run(parts, world, None, 1))
         assert_same(run(parts, world, None, 1), run(parts, world, None, 3))
     else:

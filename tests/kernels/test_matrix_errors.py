@@ -179,3 +179,17 @@ def test_aligned_memory_is_aligned_and_writable(huge: bool) -> None:
     assert memory.ctypes.data % (2 * 1024 * 1024 if huge else 4096) == 0
     memory[-1] = 7
     assert memory.size == 3 * 1024 * 1024 + 5 and memory[-1] == 7
+
+
+def test_arrays_of_an_arena_lie_apart_each_on_a_page() -> None:
+    arena = ops.HugeArena()
+    half = ops.HugeArena.CHUNK_BYTES // 2
+    sizes = [1, 4096, 4097, half, half - 8192, 5, half + 1, 64]
+    arrays = [arena.take(size) for size in sizes]
+    for number, array in enumerate(arrays):
+        array[:] = number
+    assert [array.size for array in arrays] == sizes
+    assert all(array.ctypes.data % 4096 == 0 for array in arrays)
+    assert all((array == number).all() for number, array in enumerate(arrays))
+    near = arrays[2].ctypes.data - arrays[1].ctypes.data
+    assert near == 4096, "side by side"
