@@ -27,6 +27,7 @@ from enum import StrEnum
 SPAN_C = 10.0  # from the first cut to the last: reference drives warn about that far above 70
 HYSTERESIS_C = 3.0  # a drive cools and warms by about two degrees with each burst
 HOT_SHARE = 0.25  # of the best bandwidth, once hot: an idle drive cools at any small share
+MIN_ELAPSED_S = 1e-6  # between samples: over less, bytes a second may be infinite
 SENSOR_HOLD_S = 10.0  # a reading that is missing for less is taken as the one before
 SLOW_FACTOR, CALM_FACTOR = 3.0, 2.0
 PATIENCE_S = 10.0
@@ -122,7 +123,7 @@ class Pacer:
         """Return the pace after a sample. Samples come in order of time."""
         elapsed_s = 0.0 if self._sampled_s is None else sample.now_s - self._sampled_s
         self._sampled_s = sample.now_s
-        if elapsed_s > 0:
+        if elapsed_s >= MIN_ELAPSED_S:
             bytes_per_s = sample.num_bytes / elapsed_s
             self._best_bytes_per_s = max(self._best_bytes_per_s, bytes_per_s)
             self._feel_latency(sample, bytes_per_s)

@@ -1,7 +1,7 @@
 """Pacing: what a drive's temperature and latency make of the queue, without a drive or a clock."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shoal.experts.pacing import (
@@ -175,6 +175,7 @@ def test_heat_and_slowness_together_take_the_smaller_depth() -> None:
         max_size=60,
     )
 )
+@example([(None, None, 0, 0.0, 0.0), (None, None, 16, 1.0, 1e-308), (None, None, 16, 1.0, 1.0)])
 def test_whatever_comes_a_read_can_always_be_made(
     seen: list[tuple[float | None, float | None, int, float, float]],
 ) -> None:
