@@ -45,7 +45,14 @@ def peak_bytes(pid: int) -> int:
 def run(model: Path, setup: Setup, chosen: argparse.Namespace, ids: Sequence[int]) -> int:
     """Complete one prompt in a process of its own; return its peak."""
     arguments = ["run", str(model), "--prompt-ids", ",".join(map(str, ids)), "--json"]
-    arguments += ["--max-tokens", str(chosen.decode), "--ignore-eos", "--speculate", "off"]
+    arguments += [
+        "--max-tokens",
+        str(chosen.decode),
+        "--ignore-eos",
+        "--speculate",
+        "off",
+        "--warmup",
+    ]
     if setup.shard_map is not None:
         arguments += ["--moe-shards", setup.shard_map]
     command = [sys.executable, "-P", "-m", "client.cli", *arguments]

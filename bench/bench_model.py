@@ -56,7 +56,14 @@ def run(
     """Run one prompt in a process of its own; return its JSON report with its peak memory."""
     arguments = ["run", str(model), "--prompt-ids", ",".join(map(str, ids)), "--json"]
     # Random weights repeat themselves: guesses would be right more often than of any real text.
-    arguments += ["--max-tokens", str(chosen.decode), "--ignore-eos", "--speculate", "off"]
+    arguments += [
+        "--max-tokens",
+        str(chosen.decode),
+        "--ignore-eos",
+        "--speculate",
+        "off",
+        "--warmup",
+    ]
     arguments += ["--threads", str(chosen.threads)]
     if setup.shard_map is not None and transport is not None:
         arguments += ["--moe-shards", setup.shard_map, "--transport", transport]

@@ -70,6 +70,7 @@ class CoordinatorConfig:
     threads: of the kernels; None: as many as the machine has cores.
     max_context: None: the model's own. store, prefetch: of the experts of this process.
     tls: what `grpcs://` nodes are met with.
+    warmup: whether experts are read before the first request, not beside it.
     record_routing: a file that gets the routing of each request's tokens; None: nowhere.
     """
 
@@ -85,6 +86,7 @@ class CoordinatorConfig:
     wire: Wire = Wire.EXACT
     store: StoreOptions = field(default_factory=StoreOptions)
     prefetch: Mode = Mode.AUTO
+    warmup: bool = False
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     moe_dispatch: MoeDispatchConfig = field(default_factory=MoeDispatchConfig)
     record_routing: Path | None = None
@@ -209,6 +211,14 @@ class Coordinator:
         artifact = self.model.artifact
         return ModelLabel(artifact.name, artifact.identity, numerics.NUMERICS, ops.isa())
 
+    def check(self) -> None:
+        """Raise CorruptArtifact if an expert is known to be damaged, also one that nobody wanted.
+
+        Experts are read while requests run: from then on every request fails so.
+        """
+        if isinstance(self._dispatch, LocalDispatch):
+            self._dispatch.check()
+
     def generate(self, transcript: Transcript, cancellation: Cancellation) -> Iterator[Event]:
         """Serve the transcript's request and write down what it brings.
 
@@ -233,12 +243,14 @@ class Coordinator:
 class Feedback:
     """Who hears how a start goes.
 
-    tell: a sentence; show_load: after each expert that was read; show_making: of a shadow.
+    tell: a sentence; show_load: after each expert that was read, from whatever thread; end_load:
+    show no more of that, as text follows; show_making: of a shadow.
     """
 
     tell: Callable[[str], None]
     show_load: Callable[[WarmUpProgress], None]
     show_making: ShowProgress
+    end_load: Callable[[], None] = lambda: None
 
 
 @contextmanager
@@ -248,7 +260,8 @@ def start_engine(model: OpenedModel, feedback: Feedback) -> Iterator[Coordinator
     Raises:
         NumericsMismatch: this build's kernels compute other bits than the golden digests.
         ShardMapError, NodeError: --moe-shards is wrong, or a node cannot do its part.
-        ArtifactError: a tensor is damaged or missing.
+        ArtifactError: a tensor is damaged or missing. Of an expert that may be known only later:
+            by a request, or by `Coordinator.check`.
     """
     config, artifact = model.config, model.artifact
     numerics.verify()
@@ -269,6 +282,7 @@ def start_engine(model: OpenedModel, feedback: Feedback) -> Iterator[Coordinator
         stack.callback(engine.close)
         if config.moe_shards is not None and config.moe_shards.startswith("@"):
             stack.enter_context(reload_on_hangup(_on_nodes(dispatch), feedback.tell))
+        stack.callback(feedback.end_load)
         yield Coordinator(model, engine, dispatch, moe_dispatch, recorder)
 
 
@@ -323,7 +337,10 @@ def _on_nodes(dispatch: ExpertDispatch) -> "RemoteDispatch":
 def open_dispatch(
     config: CoordinatorConfig, artifact: Artifact, feedback: Feedback
 ) -> ExpertDispatch:
-    """Meet the nodes that the configuration names, or read all experts. Raises as start_engine."""
+    """Meet the nodes that the configuration names, or begin to read all experts.
+
+    Raises as start_engine.
+    """
     if config.moe_shards is not None:
         prepare_grpc("ERROR")  # its "Got goaway" is no business of the user's
         from coordinator.remote_dispatch import open_remote_dispatch  # and gRPC: not without nodes
@@ -355,8 +372,12 @@ def open_dispatch(
     try:
         if local.how_read:
             feedback.tell(local.how_read)
-        local.warm_up(feedback.show_load)
+        warm_up = None
+        if config.warmup:
+            local.warm_up(feedback.show_load)
+        else:
+            warm_up = local.warm_up_beside(feedback.show_load)
     except BaseException:
         local.close()
         raise
-    return LocalDispatch(local.executor)
+    return LocalDispatch(local.executor, warm_up)

@@ -56,19 +56,22 @@ def run_chat(
     model = OpenedModel(config)
     template = model.chat_template()
     with start_engine(model, feedback) as coordinator:
+        feedback.end_load()  # what is typed stands on the same lines
         conversation = _Conversation(coordinator, template, chat)
         is_terminal = sys.stdin.isatty()
         if is_terminal:
             sys.stderr.write(f"{coordinator.label.name}: {HELP}\n")
         for line in _lines(is_terminal):
             if line.strip() == "/exit":
-                return
+                break
             try:
                 conversation.on_line(line)
             except ShoalError as error:
                 if not is_terminal:
                     raise
+                coordinator.check()
                 sys.stderr.write(f"error: {error}\n")
+        coordinator.check()
 
 
 class _Conversation:

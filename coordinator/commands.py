@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so that `--help` is quick.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -108,6 +109,14 @@ class EngineOptions:
     prefetch: Annotated[
         Mode, typer.Option(help="with --cache: read ahead what is guessed; auto: where that wins")
     ] = Mode.AUTO
+    warmup: Annotated[
+        bool,
+        typer.Option(
+            "--warmup",
+            help="read all experts that fit before the prompt, not beside it: the first token "
+            "comes later, and nothing slows down the others",
+        ),
+    ] = False
     prefill_chunk: Annotated[
         int, typer.Option(help="prompt tokens per pass; changes speed only")
     ] = limits.PREFILL_CHUNK
@@ -194,6 +203,7 @@ class EngineOptions:
                 data_dirs=tuple(map(user_folder, self.data_dir or ())),
             ),
             prefetch=self.prefetch,
+            warmup=self.warmup,
             speculation=speculation.config(),
             moe_dispatch=moe.config(),
             record_routing=recording.path,
@@ -333,21 +343,53 @@ def feedback() -> "Feedback":
     """Return who hears how a start goes: standard error."""
     from coordinator.app import Feedback
 
-    return Feedback(
-        tell=lambda text: typer.echo(text, err=True),
-        show_load=_show_load,
-        show_making=_show_making,
-    )
+    load = _LoadLine()
+
+    def tell(text: str) -> None:
+        load.leave()
+        typer.echo(text, err=True)
+
+    return Feedback(tell=tell, show_load=load.show, show_making=_show_making, end_load=load.end)
 
 
-def _show_load(progress: "WarmUpProgress") -> None:
-    # Only where reading takes long enough for somebody to wonder.
-    is_last = progress.num_experts == progress.total_experts
-    if not sys.stderr.isatty() or progress.elapsed_s < LOAD_SILENCE_S:
-        return
-    done, total = progress.num_bytes / 1e9, progress.total_bytes / 1e9
-    sys.stderr.write(f"\rreading experts: {done:.2f} of {total:.2f} GB" + "\n" * is_last)
-    sys.stderr.flush()
+class _LoadLine:
+    """How far reading is, on one line of a terminal that is written anew, until text follows.
+
+    Only where reading takes long enough for somebody to wonder.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # experts may be read on another thread
+        self._is_open = False  # something stands on the line, and the cursor behind it
+        self._is_over = False
+
+    def show(self, progress: "WarmUpProgress") -> None:
+        with self._lock:
+            if self._is_over or progress.elapsed_s < LOAD_SILENCE_S or not sys.stderr.isatty():
+                return
+            done, total = progress.num_bytes / 1e9, progress.total_bytes / 1e9
+            self._is_open = progress.num_experts < progress.total_experts
+            end = "" if self._is_open else "\n"
+            sys.stderr.write(f"\rreading experts: {done:.2f} of {total:.2f} GB{end}")
+            sys.stderr.flush()
+
+    def leave(self) -> None:
+        """Have what comes next begin on a line of its own."""
+        with self._lock:
+            self._leave()
+
+    def end(self) -> None:
+        """Show no more."""
+        if not self._is_over:
+            with self._lock:
+                self._is_over = True
+                self._leave()
+
+    def _leave(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            sys.stderr.write("\n")
+            sys.stderr.flush()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ class DispatchSummary:
     A fan-out is one layer of one forward pass. `latency`: from handing its rows over to having
     their sums. `beyond_compute`: what is left of that after its slowest compute.
     bytes_up, bytes_down: of messages to and from nodes. wire: the form of the replies.
+    load_s: waited for experts to be read, all fan-outs together, where no node has any.
     """
 
     num_fanouts: int
@@ -25,6 +26,7 @@ class DispatchSummary:
     beyond_compute_p99_s: float
     bytes_up: int
     bytes_down: int
+    load_s: float = 0.0
     wire: Wire = Wire.EXACT
 
 
@@ -39,14 +41,23 @@ class DispatchStats:
         self._latency_s: deque[float] = deque(maxlen=MAX_SAMPLES)
         self._beyond_compute_s: deque[float] = deque(maxlen=MAX_SAMPLES)
         self._num_fanouts = self._bytes_up = self._bytes_down = 0
+        self._load_s = 0.0
 
-    def record(self, latency_s: float, compute_s: float, bytes_up: int, bytes_down: int) -> None:
+    def record(
+        self,
+        latency_s: float,
+        compute_s: float,
+        bytes_up: int,
+        bytes_down: int,
+        load_s: float = 0.0,
+    ) -> None:
         """Count one fan-out. compute_s: of the slowest of its owners."""
         self._latency_s.append(latency_s)
         self._beyond_compute_s.append(max(0.0, latency_s - compute_s))
         self._num_fanouts += 1
         self._bytes_up += bytes_up
         self._bytes_down += bytes_down
+        self._load_s += load_s
 
     def summary(self) -> DispatchSummary:
         return DispatchSummary(
@@ -57,6 +68,7 @@ class DispatchStats:
             beyond_compute_p99_s=percentile(self._beyond_compute_s, 99),
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
+            load_s=self._load_s,
             wire=self._wire,
         )
 

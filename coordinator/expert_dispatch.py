@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from coordinator.dispatch_stats import DispatchStats
 from shoal import ops
+from shoal.experts.background import BackgroundWarmUp
 from shoal.experts.call import ExpertCall
 from shoal.experts.executor import ExpertExecutor
 from shoal.router import RoutingPlan
@@ -75,11 +76,20 @@ class AnswersAtOnce(Protocol):
 class LocalDispatch:
     """All experts in this process, without a network."""
 
-    def __init__(self, executor: ExpertExecutor) -> None:
+    def __init__(self, executor: ExpertExecutor, warm_up: BackgroundWarmUp | None = None) -> None:
+        """Args: warm_up: of the executor's store; it may still be under way."""
         self._executor = executor
+        self._warm_up = warm_up
         self.stats = DispatchStats()
 
+    def check(self) -> None:
+        """Raise CorruptArtifact if the warm-up has met an expert that is damaged."""
+        if self._warm_up is not None:
+            self._warm_up.check()
+
     def start(self, layer: int, rows: Rows, plan: RoutingPlan) -> PendingSums:
+        """See ExpertDispatch. Raises: as `check`: no layer begins once damage is known."""
+        self.check()
         return _LocalSums(self._executor, self.stats, layer, rows, plan)
 
     def sums(self, layer: int, rows: Rows, plan: RoutingPlan) -> NDArray[np.int64]:
@@ -87,7 +97,11 @@ class LocalDispatch:
         return self.start(layer, rows, plan).wait()
 
     def run_layers(self, first: int, run: ops.LayerRun) -> ops.RanLayers | None:
-        """See AnswersAtOnce: while all experts of these layers are in memory."""
+        """See AnswersAtOnce: while all experts of these layers are in memory.
+
+        Raises: as `start`, too.
+        """
+        self.check()
         experts = self._executor.resident(range(first, first + len(run.layers)))
         if not experts:
             return None
@@ -98,6 +112,8 @@ class LocalDispatch:
 
     def close(self) -> None:
         self._executor.close()
+        if self._warm_up is not None:
+            self._warm_up.join()
 
 
 class _LocalSums:
@@ -117,11 +133,12 @@ class _LocalSums:
 
     def wait(self) -> NDArray[np.int64]:
         started_s = time.perf_counter()
-        sums = self._executor.compute_plan(*self._asked)
+        sums, load_s = self._executor.compute_plan(*self._asked), 0.0
         if sums is None:
-            sums = self._executor.compute(call_of_plan(*self._asked))
+            computed = self._executor.open(call_of_plan(*self._asked)).compute()
+            sums, load_s = computed.sums, computed.load_s
         elapsed_s = time.perf_counter() - started_s
-        self._stats.record(elapsed_s, elapsed_s, 0, 0)
+        self._stats.record(elapsed_s, elapsed_s - load_s, 0, 0, load_s)
         return sums
 
     def abandon(self) -> None:

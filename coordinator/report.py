@@ -10,6 +10,8 @@ from coordinator.dispatch_stats import DispatchSummary
 from coordinator.request import Finished, GenerationRequest, Timings, TokenGenerated, TokenLogprob
 from shoal.transport import Wire
 
+SHOWN_LOAD_S = 0.005
+
 
 @dataclass(slots=True)
 class Transcript:
@@ -59,6 +61,9 @@ def figures_line(transcript: Transcript) -> str:
     if summary is not None and summary.num_fanouts:
         p50_us, p99_us = summary.latency_p50_s * 1e6, summary.latency_p99_s * 1e6
         parts.append(f"dispatch per layer p50 {p50_us:.0f} us, p99 {p99_us:.0f} us")
+    load_s = sum(s.load_s for s in (transcript.prefill, transcript.decode) if s is not None)
+    if load_s >= SHOWN_LOAD_S:
+        parts.append(f"waited {load_s:.2f} s for experts to be read")
     if transcript.moe_dispatch is not None and not transcript.moe_dispatch.is_exact:
         parts.insert(0, transcript.moe_dispatch.words())
     if speculation := _speculation_words(transcript):
@@ -229,5 +234,6 @@ def _summary(summary: DispatchSummary | None) -> dict[str, Any] | None:
         "beyond_compute_p99_us": summary.beyond_compute_p99_s * 1e6,
         "bytes_up": summary.bytes_up,
         "bytes_down": summary.bytes_down,
+        "load_s": summary.load_s,
         "wire": summary.wire,
     }

@@ -61,6 +61,7 @@ def run_once(
     is_json = asked.num_top_logprobs is not None
     with start_engine(model, feedback) as coordinator, cancel_on_interrupt() as cancellation:
         for event in coordinator.generate(transcript, cancellation):
+            feedback.end_load()
             if not is_json and isinstance(event, TokenGenerated | Finished):
                 sys.stdout.write(event.text)
                 sys.stdout.flush()
@@ -71,6 +72,7 @@ def run_once(
         assert finished is not None, "a request ends in a terminal event"
         if finished.error is not None:
             raise finished.error
+        coordinator.check()
         if coordinator.recorder is not None:
             said = [token.token_id for token in transcript.tokens]
             feedback.tell(coordinator.recorder.write([*request.prompt_ids, *said]))

@@ -39,7 +39,8 @@ class Engine:
     ) -> None:
         artifact = Artifact.open(model)
         quiet = Feedback(lambda _: None, lambda _: None, lambda *_: nullcontext(lambda _: None))
-        dispatch = open_dispatch(CoordinatorConfig(str(model), moe_shards), artifact, quiet)
+        config = CoordinatorConfig(str(model), moe_shards, warmup=True)
+        dispatch = open_dispatch(config, artifact, quiet)
         self._spec = visiting(artifact.spec, experts_per_token)
         experts = DispatchedExperts(artifact, dispatch)
         self._transformer = Transformer(self._spec, load_weights(artifact), experts)

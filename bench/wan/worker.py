@@ -78,6 +78,7 @@ def main() -> None:
         setup.model,
         moe_shards=setup.moe_shards,
         max_context=MAX_CONTEXT,
+        warmup=True,
         speculation=speculation,
     )
     feedback = Feedback(

@@ -143,7 +143,8 @@ def measure_fidelity(request: FidelityRequest) -> FidelityReport:
     from shoal.artifact.shadow import expert_bytes, find_or_make
 
     told = feedback()
-    model = OpenedModel(CoordinatorConfig(request.model, request.moe_shards, request.threads))
+    config = CoordinatorConfig(request.model, request.moe_shards, request.threads, warmup=True)
+    model = OpenedModel(config)
     artifact = model.artifact
     ids = model.tokenizer.encode(PASSAGE if request.text is None else request.text)
     num_ids = request.num_prompt + request.num_tokens

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from shoal.artifact import Artifact
+from shoal.experts.background import BackgroundWarmUp
 from shoal.experts.executor import ExpertExecutor
 from shoal.experts.open_store import open_store
 from shoal.experts.options import Mode
@@ -10,6 +11,11 @@ from shoal.experts.ownership import Ownership
 from shoal.experts.prefetch.interface import Prefetcher, PrefetchStore
 from shoal.experts.prefetch.open_prefetcher import open_prefetcher
 from shoal.experts.store import StoreOptions, WarmUpProgress
+from shoal.limits import MIB
+
+# Read in less than 50 ms of a warm page cache: a small model that is damaged is refused at the
+# start, and nothing runs beside its calls.
+MAX_BYTES_AT_ONCE = 64 * MIB
 
 
 class LocalExperts:
@@ -41,6 +47,17 @@ class LocalExperts:
         """
         if self._fits:
             self.store.warm_up(report)
+
+    def warm_up_beside(self, report: Callable[[WarmUpProgress], None]) -> BackgroundWarmUp | None:
+        """Begin to do what `warm_up` does, on another thread, behind what calls want meanwhile.
+
+        What takes no time worth mentioning is read at once, and what does not fit is not: None.
+        Raises as `warm_up`, and so does what is returned.
+        """
+        if not self._fits or self.store.num_bytes <= MAX_BYTES_AT_ONCE:
+            self.warm_up(report)
+            return None
+        return BackgroundWarmUp(lambda: self.store.warm_up(report, is_background=True))
 
     @property
     def how_read(self) -> str:

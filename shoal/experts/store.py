@@ -222,7 +222,11 @@ class ExpertStore(ExpertLender, Protocol):
         ...
 
     def warm_up(
-        self, report: Callable[[WarmUpProgress], None], order: Sequence[Key] | None = None
+        self,
+        report: Callable[[WarmUpProgress], None],
+        order: Sequence[Key] | None = None,
+        *,
+        is_background: bool = False,
     ) -> None:
         """Read owned experts into memory until it is full; call `report` after each.
 
@@ -230,9 +234,11 @@ class ExpertStore(ExpertLender, Protocol):
 
         Args:
             order: which, the first first; None: all that is owned, layer by layer.
+            is_background: calls go first: it reads what they leave room for (see warm_up.py).
 
         Raises:
             CorruptArtifact: naming the first expert whose bytes are not what was written.
+            CallCancelled: the store was closed.
         """
         ...
 

@@ -12,7 +12,6 @@ import itertools
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from shoal.errors import CallCancelled, ExpertUnavailable, ShoalError, UsageErro
 from shoal.experts.acquisition import Held, WavedAcquisition, WholeAcquisition
 from shoal.experts.cache.arena import Arena
 from shoal.experts.cache.entries import Demand, Entry
-from shoal.experts.cache.expert_cache import MAX_LOADING_BYTES, ExpertCache
+from shoal.experts.cache.expert_cache import ExpertCache
 from shoal.experts.cache.policy import CachePolicy
 from shoal.experts.catalogue import Catalogue, Listing
 from shoal.experts.checks import Checker, read_failure
@@ -32,6 +31,7 @@ from shoal.experts.readers import Done, Read, Reader
 from shoal.experts.resident_layers import ResidentLayers
 from shoal.experts.store import Acquisition, ExpertFiles, Key, StoreFigures, WarmUpProgress
 from shoal.experts.throughput import Throughput
+from shoal.experts.warm_up import WarmUp
 from shoal.experts.workers import Workers
 from shoal.limits import READER_CLOSE_S
 from shoal.log import get_logger
@@ -85,7 +85,7 @@ class StreamingStore:
         self._unavailable: dict[Key, str] = {}
         self._allows_prefetch = True
         self._has_closed_part = False
-        self._warming: Demand | None = None
+        self._warm_up = WarmUp(self._lock, self._cache, self._start, self.withdraw)
         self._is_closed = False
         self.leaves_reads = False  # `close` went without reads that did not end
         self._set_budget()
@@ -208,55 +208,20 @@ class StreamingStore:
         return self._throughput.bytes_per_s
 
     def warm_up(
-        self, report: Callable[[WarmUpProgress], None], order: Sequence[Key] | None = None
+        self,
+        report: Callable[[WarmUpProgress], None],
+        order: Sequence[Key] | None = None,
+        *,
+        is_background: bool = False,
     ) -> None:
         """See `ExpertStore.warm_up`."""
-        began_s = time.perf_counter()
         sizes = self._catalogue.sizes
         wanted = [key for key in (sizes if order is None else order) if key in sizes]
-        ends = itertools.accumulate(sizes[key] for key in wanted)
-        total = [end for end in ends if end <= self._cache.budget_bytes]
-        waiting = deque(wanted[: len(total)])
-        demand = self._warming = Demand()
-        try:
-            for position, done_bytes in enumerate(total, start=1):
-                self._await_warm(waiting, demand, len(total) - position)
-                elapsed_s = time.perf_counter() - began_s
-                report(WarmUpProgress(position, len(total), done_bytes, total[-1], elapsed_s))
-        except BaseException:
-            self.withdraw(demand)
-            raise
-        finally:
-            self._warming = None
+        self._warm_up.run(wanted, sizes, report, is_background=is_background)
 
     def abandon_warm_up(self, error: BaseException) -> None:
         """See `ExpertStore.abandon_warm_up`."""
-        with self._lock:
-            if self._warming is not None:
-                self._warming.payload = self._warming.payload or threading.Condition(self._lock)
-                self._warming.error = error
-                self._tell((self._warming,))
-
-    def _await_warm(self, waiting: deque[Key], demand: Demand, may_be_left: int) -> None:
-        # Keep reads under way until no more than `may_be_left` experts are still to come. One that
-        # cannot be read is left out (`_end` remembers it): calls that want it will be told.
-        with self._lock:
-            while True:
-                self._cache.release([entry for _, entry in self._cache.take(demand)])
-                if isinstance(demand.error, ExpertUnavailable):
-                    demand.error = None
-                if demand.error is not None:
-                    raise demand.error
-                started: list[Entry] = []
-                while waiting and self._cache.loading_bytes < MAX_LOADING_BYTES:
-                    entry = self._cache.warm(waiting.popleft(), demand)
-                    started += [entry] if entry is not None else []
-                self._start(started)
-                if len(waiting) + len(demand.waiting) <= may_be_left:
-                    return
-                if demand.payload is None:
-                    demand.payload = threading.Condition(self._lock)
-                demand.payload.wait()
+        self._warm_up.abandon(error)
 
     # Configuration ---------------------------------------------------------------------------
 
@@ -357,7 +322,7 @@ class StreamingStore:
             self._is_closed = True
             self._resident.withdraw()
             populating = self._populator.stop()
-        self.abandon_warm_up(CallCancelled("the store is closed"))
+        self._warm_up.close(CallCancelled("the store is closed"))
         self._reader.wake()
         self._loader.join()
         self._checkers.close()

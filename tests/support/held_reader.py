@@ -76,6 +76,8 @@ class HeldReader:
         return self._reader.figures()
 
     def close(self, timeout_s: float = READER_CLOSE_S) -> bool:
+        with self._changed:
+            self._held = []
         return self._reader.close(timeout_s)
 
     # The test's side.
@@ -90,6 +92,11 @@ class HeldReader:
         with self._changed:
             return len(self._held)
 
+    @property
+    def held(self) -> list[Read]:
+        with self._changed:
+            return list(self._held)
+
     def let_go(self, count: int = 1) -> None:
         """Let the reader have the first of the held reads."""
         with self._changed:
@@ -101,7 +108,8 @@ class HeldReader:
         with self._changed:
             self.is_free = True
             going, self._held = self._held, []
-        self._reader.submit(going)
+        if going:
+            self._reader.submit(going)
 
     def fail(self, code: int) -> None:
         """End the first held read with that error."""

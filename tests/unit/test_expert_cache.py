@@ -47,6 +47,22 @@ def test_one_read_serves_everybody_who_waits() -> None:
     cache.check_integrity()
 
 
+def test_what_is_read_for_nobody_becomes_a_demand_when_a_call_comes_for_it() -> None:
+    cache = make_cache(equal_sizes(1, 8), 8 * PAGE)
+    background = Demand()
+    entry = cache.warm((0, 3), background, is_demand=False)
+    assert entry is not None and (cache.num_pending, cache.loading_bytes) == (0, 0)
+    _, demand, promoted = cache.want(0, [3])
+    assert promoted == [entry] and cache.next_loads() == []
+    assert (cache.num_pending, cache.loading_bytes) == (1, PAGE)
+    assert cache.want(0, [3])[2] == [], "once is enough"
+    assert cache.loaded(entry)[:2] == [background, demand]
+    assert (cache.num_pending, cache.loading_bytes) == (0, 0)
+    assert (cache.counters.misses, cache.counters.joined) == (2, 2)
+    assert cache.counters.prefetch_issued == cache.counters.prefetch_used == 0
+    cache.check_integrity()
+
+
 def test_what_is_in_memory_is_held_at_once_and_the_rest_is_read() -> None:
     cache = make_cache(equal_sizes(1, 8), 4 * PAGE)
     load(cache, 0, 1, 2)

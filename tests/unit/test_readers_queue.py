@@ -74,6 +74,17 @@ def test_a_prefetch_begins_when_the_last_demand_has_left_the_device() -> None:
     assert tags(queue.next_chunks(0.0)) == [1] * (7 // PREFETCH_SHARE)
 
 
+def test_with_a_depth_of_their_own_prefetches_start_beside_demands_but_after_them() -> None:
+    queue = ReadQueue(chunk_bytes=PAGE, queue_depth=7, prefetch_depth=2)
+    queue.add([read(1, pages=9, prefetch=True), read(2, pages=4)], 0.0)
+    chunks = queue.next_chunks(0.0)
+    assert tags(chunks) == [2, 2, 2, 2, 1, 1]
+    finish_all(queue, chunks[:4])
+    assert queue.next_chunks(0.0) == [] and queue.delay_s(0.0) is None
+    queue.add([read(3, pages=9)], 0.0)
+    assert tags(queue.next_chunks(0.0)) == [3] * 5
+
+
 def test_prefetches_hold_only_a_part_of_the_device() -> None:
     queue = queue_of(read(1, pages=30, prefetch=True), depth=2 * PREFETCH_SHARE)
     chunks = queue.next_chunks(0.0)

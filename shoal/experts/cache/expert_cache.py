@@ -114,28 +114,28 @@ class ExpertCache:
 
         Returns:
             (position, entry) of what is held now; the demand for the rest, to be taken from or
-            withdrawn; prefetches under way that have become demands.
+            withdrawn; reads under way that went behind demands, and are such themselves now.
         """
         held: list[tuple[int, Entry]] = []
         promoted: list[Entry] = []
         demand = Demand()
-        counters = self.counters
         for position, index in enumerate(experts):
             key = (layer, index)
             entry = self._entries.get(key)
             if entry is not None and entry.is_ready:
-                counters.hits += 1
+                self.counters.hits += 1
                 self._use(entry)
                 held.append((position, entry))
                 continue
-            counters.misses += 1
+            self.counters.misses += 1
             if entry is None:
                 entry = self._new_entry(key)
             elif entry.is_loading:
-                counters.joined += 1
-                if entry.is_prefetch:
+                self.counters.joined += 1
+                if not entry.is_demanded:
                     promoted.append(entry)
-                    self._note_used(entry)
+                    if entry.is_prefetch:
+                        self._note_used(entry)
                     self._count_loading(entry)
             if not entry.is_loading:
                 demand.queued.append(entry)
@@ -260,10 +260,10 @@ class ExpertCache:
             started.append(entry)
         return started
 
-    def warm(self, key: Key, demand: Demand) -> Entry | None:
-        """Start to read an owned expert if it is absent and there is free room: evicts nothing.
+    def warm(self, key: Key, demand: Demand, *, is_demand: bool = True) -> Entry | None:
+        """Start to read an owned expert, for `demand`, if it is absent and there is free room.
 
-        It is granted to `demand`. None: it is there or under way, or nothing is free.
+        Evicts nothing. is_demand: its read goes with those of calls. None: nothing was started.
         """
         if key in self._entries:
             return None
@@ -273,7 +273,8 @@ class ExpertCache:
         self._entries[key] = entry
         entry.waiters.append(demand)
         demand.waiting[entry] = 0
-        self._count_loading(entry)
+        if is_demand:
+            self._count_loading(entry)
         return entry
 
     def unwanted_prefetches(self, layer: int | None = None) -> list[Entry]:

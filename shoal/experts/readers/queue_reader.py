@@ -30,6 +30,7 @@ class Tuning:
     chunk_bytes: a multiple of 4096.
     queue_depth: to begin with, of all drives together, however many reads there are; None:
         DEFAULT_QUEUE_DEPTH a drive, and STEADY_DEPTH where few experts are asked for.
+    prefetch_depth: see `ReadQueue`.
     keeps_page_cache: whether buffered reads leave their bytes there: for what is read once by a
         process that somebody starts again soon.
     bounce_limit_bytes: of buffers for chunks at misaligned places.
@@ -38,6 +39,7 @@ class Tuning:
 
     chunk_bytes: int = CHUNK_BYTES
     queue_depth: int | None = None
+    prefetch_depth: int | None = None
     bounce_limit_bytes: int = MAX_BOUNCE_BYTES
     alignment_of: AlignmentOf = direct_alignment
     keeps_page_cache: bool = False
@@ -74,6 +76,7 @@ class QueueReader(ABC):
             chunk_bytes=tuning.chunk_bytes,
             queue_depth=tuning.queue_depth or DEFAULT_QUEUE_DEPTH * num_drives,
             steady_depth=tuning.queue_depth or STEADY_DEPTH * num_drives,
+            prefetch_depth=tuning.prefetch_depth,
         )
         self._lock = threading.Lock()
         self._alignment_of = None if backend is Backend.BUFFERED else tuning.alignment_of

@@ -3,7 +3,8 @@
 Demand is first come, first served, chunk by chunk, so that the expert asked for first is whole
 first. A prefetch chunk starts only when no demand waits or is at the device, which does side by
 side what it is given; and prefetches never hold more than a part of the device's queue: what is
-already there cannot be called back, and would delay a demand.
+already there cannot be called back, and would delay a demand. (With a `prefetch_depth` they start
+beside demands at the device: where all will be read, what a demand leaves unused is lost time.)
 
 A chunk that fails for a reason that may pass is tried again after a pause; when its attempts are
 used up, or the reason stays, it is tried on the next copy of the file, and then its read fails.
@@ -107,6 +108,7 @@ class ReadQueue:
         chunk_bytes: int = CHUNK_BYTES,
         queue_depth: int = DEFAULT_QUEUE_DEPTH,
         steady_depth: int = MAX_READ_QUEUE_DEPTH,
+        prefetch_depth: int | None = None,
     ) -> None:
         """Make an empty queue.
 
@@ -114,6 +116,8 @@ class ReadQueue:
             chunk_bytes: a positive multiple of 4096.
             queue_depth: chunks at the device at most; `steady_depth`, if that is less, while no
                 more than MANY_READS are queued.
+            prefetch_depth: prefetch chunks at the device at most, beside demands, too; None: a part
+                of the steady depth, and none beside demands.
         """
         assert chunk_bytes > 0 and chunk_bytes % READ_ALIGNMENT == 0, chunk_bytes
         self.chunk_bytes = chunk_bytes
@@ -123,6 +127,7 @@ class ReadQueue:
         full = _legal_depth(queue_depth)
         self._full_depths = (full, min(steady_depth, full))
         self._depth, self._steady_depth = self._full_depths
+        self._prefetch_depth = prefetch_depth
         self._prefetch_in_flight = 0
         self._active: dict[int, ActiveRead] = {}
         # Reads with bytes not yet cut into chunks, by tag, in the order of their turn.
@@ -293,6 +298,8 @@ class ReadQueue:
 
     @property
     def _may_prefetch(self) -> bool:
+        if self._prefetch_depth is not None:
+            return self._prefetch_in_flight < self._prefetch_depth
         has_demand = self.in_flight > self._prefetch_in_flight
         limit = max(1, self._steady_depth // PREFETCH_SHARE)
         return not has_demand and self._prefetch_in_flight < limit
