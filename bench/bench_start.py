@@ -4,11 +4,12 @@ Each command is a new process on a warm page cache. Commands take turns, and so 
 with --against, whose processes import from there (its kernels must be built). The bare interpreter
 and NumPy's import are there to be subtracted.
 
-A first token of a --model stands beside two times that no loader can go below: reading its files
-once, by one thread, into memory in use; and touching as much fresh memory, by two. The latter comes
-just before the start and is not part of it: where a virtual machine's host takes free memory back,
-it is many times what it is elsewhere, and the start would show the host instead. And beside what
-its bytes take at the speed of the drive (bench/disk_probe.py): a second more was set out for.
+A --model's first token, and the last of 64, stand beside two times that nobody who loads all of it
+can go below (the first token needs a part): reading its files once, by one thread, into memory in
+use; and touching as much fresh memory, by two. The latter comes just before the start and is not
+part of it: where a virtual machine's host takes free memory back, it is many times what it is
+elsewhere, and the start would show the host instead. And beside what its bytes take at the speed of
+the drive (bench/disk_probe.py): a second more was set out for.
 """
 
 import argparse
@@ -29,15 +30,17 @@ from bench.measure import ROOT, Row, save, show, spread
 class Command(NamedTuple):
     """What is typed after `python`, and whether it goes on until it is stopped.
 
-    model: whose bytes it reads all of, if it does.
+    model: whose bytes it reads, if it does. is_whole: its last byte counts, not its first.
     """
 
     name: str
     arguments: tuple[str, ...]
     serves: bool = False
     model: Path | None = None
+    is_whole: bool = False
 
 
+NUM_TOKENS = 64
 PIECE_BYTES = 1 << 20
 DISK_SECONDS = 1.0
 TOUCH = """
@@ -75,7 +78,7 @@ COMMANDS = (
 
 
 class Start(NamedTuple):
-    """One start. wall_s: to the first byte. cpu_s: of the process, then or at its end."""
+    """One start. wall_s: to the byte that counts. cpu_s: of the process, then or at its end."""
 
     wall_s: float
     cpu_s: float
@@ -100,7 +103,8 @@ def start(command: Command, checkout: Path) -> Start:
             cpu_s = _cpu_s(process.pid)
             process.terminate()
         while os.read(stdout.fileno(), 65536):
-            pass
+            if command.is_whole:
+                wall_s = time.perf_counter() - began
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0 or not first:
@@ -113,11 +117,12 @@ def _cpu_s(pid: int) -> float:
     return float(times.user + times.system)
 
 
-def first_token(model: Path) -> Command:
-    """Return the command that loads all of a model and prints one token."""
-    prompt = ("--prompt-ids", "1,2,3,4", "--max-tokens", "1", "--ignore-eos")
-    name = f"shoal run {model.stem}, first token"
-    return Command(name, (*SHOAL, "run", str(model.resolve()), *prompt), model=model)
+def tokens(model: Path, num_tokens: int, what: str) -> Command:
+    """Return the command that prints so many tokens of a model, the last of which counts."""
+    prompt = ("--prompt-ids", "1,2,3,4", "--max-tokens", str(num_tokens), "--ignore-eos")
+    arguments = (*SHOAL, "run", str(model.resolve()), *prompt)
+    name = f"shoal run {model.stem}, {what}"
+    return Command(name, arguments, model=model, is_whole=num_tokens > 1)
 
 
 def read_s(model: Path) -> float:
@@ -196,7 +201,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--model", type=Path, action="append", default=[], help="any artifact")
     chosen = parser.parse_args()
-    commands = [*COMMANDS, *map(first_token, chosen.model)]
+    commands = [*COMMANDS]
+    for model in chosen.model:
+        commands += [tokens(model, 1, "first token")]
+        commands += [tokens(model, NUM_TOKENS, f"{NUM_TOKENS} tokens")]
     checkouts = [ROOT] if chosen.against is None else [chosen.against.resolve(), ROOT]
     rows = measure(commands, checkouts, chosen.rounds)
     load = os.getloadavg()[0]

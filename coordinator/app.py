@@ -268,6 +268,7 @@ def start_engine(model: OpenedModel, feedback: Feedback) -> Iterator[Coordinator
     if config.threads is not None:
         ops.set_threads(config.threads)
     with ExitStack() as stack:
+        stack.callback(feedback.end_load)  # an error, too, begins on a line of its own
         guessing = config.speculation
         if not config.moe_dispatch.is_exact:
             guessing = replace(guessing, mode=Speculate.OFF)
@@ -282,7 +283,6 @@ def start_engine(model: OpenedModel, feedback: Feedback) -> Iterator[Coordinator
         stack.callback(engine.close)
         if config.moe_shards is not None and config.moe_shards.startswith("@"):
             stack.enter_context(reload_on_hangup(_on_nodes(dispatch), feedback.tell))
-        stack.callback(feedback.end_load)
         yield Coordinator(model, engine, dispatch, moe_dispatch, recorder)
 
 

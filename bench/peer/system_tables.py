@@ -90,7 +90,7 @@ def memory(rows: list[Row]) -> str:
 
 
 def start(rows: list[Row]) -> str:
-    """Return the time to a command's first byte."""
+    """Return the time to a command's first byte, or to the end of what its name says."""
 
     def seconds(row: Row, key: str) -> str:
         return "" if row[key] is None else f"{row[key]['median']:.2f}"
@@ -110,6 +110,6 @@ def start(rows: list[Row]) -> str:
         ]
         for row in rows
     ]
-    heads = ["", "first byte s", "CPU s", "MB read", "bare reading s", "bare touching s"]
+    heads = ["", "wall s", "CPU s", "MB read", "bare reading s", "bare touching s"]
     heads.append("these bytes from the drive s")
     return table(heads, lines)

@@ -16,11 +16,6 @@ class BackgroundWarmUp:
         self._thread = threading.Thread(target=self._run, name="shoal-warm-up", daemon=True)
         self._thread.start()
 
-    @property
-    def is_over(self) -> bool:
-        """Whether it has ended, well or badly."""
-        return not self._thread.is_alive()
-
     def check(self) -> None:
         """Raise what the warm-up ended with, if it was an error; each caller gets one of its own.
 

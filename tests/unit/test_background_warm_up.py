@@ -117,7 +117,6 @@ def test_the_first_call_of_a_layer_after_the_end_makes_its_table(
     warm_up = experts.warm_up_beside(lambda _: None)
     assert warm_up is not None
     warm_up.join()
-    assert warm_up.is_over
     for layer in artifact.owned_experts:
         experts.executor.compute(call_of(artifact, layer, [3]))
     assert set(experts.store.tables) == set(artifact.owned_experts)
