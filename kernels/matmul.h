@@ -145,18 +145,15 @@ struct TileBuffer {
 
   static int64_t bytes(Format f, int max_rows, int cols);
 
-  Tile tile(int first_row) const {
-    const int64_t row = first_row;
-    return {tiles.values + row * cols, tiles.quants + row * padded, tiles.scales + row * spans,
-            tiles.start + row * blocks, tiles.sums + row * blocks};
-  }
+  // Made in advance: a kernel that reads pointers just written, a pair of them by one instruction,
+  // waits until all stores before have left, and its results' may take as long as memory does.
+  const Tile& tile(int first_row) const { return tiles[first_row]; }
 
   int max_rows = 0, cols = 0;
   Format format{};  // of the weights that will meet them
 
  private:
-  Tile tiles{};  // of row 0
-  int64_t padded = 0, spans = 0, blocks = 0;
+  Tile* tiles = nullptr;  // [max_rows]: one that begins at that row
 };
 
 // Row group kernels, one set an instruction set.

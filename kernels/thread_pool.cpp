@@ -10,9 +10,11 @@
 // mistake a new job's descriptor for the old one's.
 //
 // Each thread begins with a run of chunks of its own, and helps where chunks are left when it is
-// done.  Weights lie in the order of the chunks: were they dealt out one by one, every thread would
-// fetch ahead, by hardware and by the kernels' hints, what another one reads (a 330 MB product on
-// two threads of a Zen 4: 23 GB/s dealt, 32 in runs, the probe 34 to 37).
+// done.  It claims a quarter of what its run has left, one chunk at last: a claim is a fence, which
+// waits for all loads before it, and nothing streams meanwhile.  Weights lie in the order of the
+// chunks: were they dealt out one by one, every thread would fetch ahead, by hardware and by the
+// kernels' hints, what another one reads (a 330 MB product on two threads of a Zen 4: 23 GB/s
+// dealt, 32 in runs, the probe 34 to 37).
 #include "thread_pool.h"
 
 #include <algorithm>
@@ -40,12 +42,31 @@ constexpr uint64_t kInside = 0xFFFF, kOpen = 1 << 16, kGeneration = 1 << 17;
 // and the sleeper 30 to 45 (a virtual Zen 4): prepare_threads does it beside other work.
 constexpr int kPauses = 600, kYields = 200;
 
+// Of what is left of a run, claimed at once: one part in so many.  A thread that loses its core
+// with it holds back no more than that.
+constexpr int64_t kClaimedPart = 4;
+
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   __asm__ volatile("yield");
 #endif
+}
+
+struct Job {
+  int64_t items, chunk;
+  bool whole;  // one call of body for all chunks that were claimed at once
+  void (*body)(void*, int64_t, int64_t, int);
+  void* context;
+};
+
+// Chunks [first, end).
+void compute(const Job& job, int64_t first, int64_t end, int thread) {
+  const int64_t step = job.whole ? end - first : 1;
+  for (; first < end; first += step)
+    job.body(job.context, first * job.chunk, std::min((first + step) * job.chunk, job.items),
+             thread);
 }
 
 class Pool {
@@ -68,16 +89,14 @@ class Pool {
     busy_.store(false, std::memory_order_release);
   }
 
-  void run(int64_t items, int64_t chunk, void (*body)(void*, int64_t, int64_t, int),
-           void* context) {
-    if (items <= chunk || threads() == 1 || busy_.exchange(true, std::memory_order_acquire)) {
-      for (int64_t begin = 0; begin < items; begin += chunk)
-        body(context, begin, begin + chunk < items ? begin + chunk : items, 0);
+  void run(const Job& job) {
+    const int64_t chunks = (job.items + job.chunk - 1) / job.chunk;
+    if (chunks <= 1 || threads() == 1 || busy_.exchange(true, std::memory_order_acquire)) {
+      compute(job, 0, chunks, 0);
       return;
     }
-    const int64_t chunks = (items + chunk - 1) / chunk;
     const int runs = int(std::min<int64_t>(threads(), chunks));
-    job_ = {items, chunk, runs, body, context};
+    job_ = job, runs_of_job_ = runs;
     for (int i = 0; i < runs; ++i) {
       runs_[i].next.store(chunks * i / runs, std::memory_order_relaxed);
       runs_[i].end = chunks * (i + 1) / runs;
@@ -108,13 +127,6 @@ class Pool {
     std::atomic<int64_t> next{0};  // chunk
     int64_t end = 0;
   };
-  struct Job {
-    int64_t items, chunk;
-    int runs;
-    void (*body)(void*, int64_t, int64_t, int);
-    void* context;
-  };
-
   void start(int threads) {
     threads_.store(threads, std::memory_order_relaxed);
     const uint64_t seen = state_.load(std::memory_order_relaxed) / kGeneration;
@@ -132,15 +144,20 @@ class Pool {
   // The thread's own run first, then what is left of the others'.
   void work(int thread) {
     const Job job = job_;
-    for (int i = 0; i < job.runs; ++i) {
-      Run& run = runs_[(thread + i) % job.runs];
-      for (;;) {
-        const int64_t chunk = run.next.fetch_add(1, std::memory_order_relaxed);
-        if (chunk >= run.end) break;
-        const int64_t begin = chunk * job.chunk;
-        job.body(job.context, begin, std::min(begin + job.chunk, job.items), thread);
-      }
+    const int runs = runs_of_job_;
+    for (int i = 0; i < runs; ++i) {
+      Run& run = runs_[(thread + i) % runs];
+      for (int64_t first, end; claim(run, &first, &end);) compute(job, first, end, thread);
     }
+  }
+
+  static bool claim(Run& run, int64_t* first, int64_t* end) {
+    *first = run.next.load(std::memory_order_relaxed);
+    do {
+      if (*first >= run.end) return false;
+      *end = *first + std::max<int64_t>(1, (run.end - *first) / kClaimedPart);
+    } while (!run.next.compare_exchange_weak(*first, *end, std::memory_order_relaxed));
+    return true;
   }
 
   // True when the worker is inside the job of the returned generation.
@@ -189,6 +206,7 @@ class Pool {
   }
 
   Job job_{};
+  int runs_of_job_ = 0;
   alignas(64) std::atomic<uint64_t> state_{0};
   Run runs_[kMaxPoolThreads];
   alignas(64) std::atomic<int> sleepers_{0};
@@ -224,10 +242,11 @@ void set_pool_threads(int threads) {
   if (threads != pool().threads()) pool().resize(threads);
 }
 
-void run_parallel(int64_t items, int64_t chunk, void (*body)(void*, int64_t, int64_t, int),
-                  void* context) {
+void run_parallel(int64_t items, int64_t chunk, bool whole,
+                  void (*body)(void*, int64_t, int64_t, int), void* context) {
+  if (items <= 0) return;
   FloatEnvironment pinned;
-  pool().run(items, chunk < 1 ? 1 : chunk, body, context);
+  pool().run({items, std::max<int64_t>(1, chunk), whole, body, context});
 }
 
 void prepare_threads() { pool().prepare(); }

@@ -12,19 +12,24 @@ namespace shoal {
 namespace {
 
 struct Offsets {  // of the arrays of a TileBuffer
-  int64_t quants, scales, start, sums, end;
+  int64_t quants, scales, start, sums, tiles, end;
 };
 
-// f32: values alone, at 0.
+// f32: values at 0, no other activations.
 Offsets offsets_of(Format format, int64_t rows, int cols) {
-  if (scheme_of(format) == Scheme::f32) return {0, 0, 0, 0, round_up(rows * cols * 4, 64)};
+  const int64_t tiles = round_up(rows * int64_t(sizeof(Tile)), 64);
+  if (scheme_of(format) == Scheme::f32) {
+    const int64_t values = round_up(rows * cols * 4, 64);
+    return {0, 0, 0, 0, values, values + tiles};
+  }
   const int span = span_of(scheme_of(format));
   const int64_t padded = round_up(cols, span), blocks = padded / kBlock;
   Offsets at{};
   at.scales = round_up(rows * padded, 64);
   at.start = at.scales + round_up(rows * (padded / span) * 4, 64);
   at.sums = at.start + (span == kBlock ? round_up(rows * blocks * 4, 64) : 0);
-  at.end = at.sums + (span == kSuperBlock ? round_up(rows * blocks * 2, 64) : 0);
+  at.tiles = at.sums + (span == kSuperBlock ? round_up(rows * blocks * 2, 64) : 0);
+  at.end = at.tiles + tiles;
   return at;
 }
 
@@ -65,14 +70,14 @@ TileBuffer::TileBuffer(uint8_t* memory, int max_rows, int cols, Format format)
     : max_rows(max_rows), cols(cols), format(format) {
   const Offsets at = offsets_of(format, max_rows, cols);
   const int span = span_of(scheme_of(format));
-  padded = round_up(cols, span);
-  spans = padded / span;
-  blocks = padded / kBlock;
-  tiles.values = reinterpret_cast<float*>(memory);
-  tiles.quants = reinterpret_cast<int8_t*>(memory + at.quants);
-  tiles.scales = reinterpret_cast<float*>(memory + at.scales);
-  tiles.start = reinterpret_cast<int32_t*>(memory + at.start);
-  tiles.sums = reinterpret_cast<int16_t*>(memory + at.sums);
+  const int64_t padded = round_up(cols, span), spans = padded / span, blocks = padded / kBlock;
+  tiles = reinterpret_cast<Tile*>(memory + at.tiles);
+  for (int64_t row = 0; row < max_rows; ++row)
+    tiles[row] = {reinterpret_cast<float*>(memory) + row * cols,
+                  reinterpret_cast<int8_t*>(memory + at.quants) + row * padded,
+                  reinterpret_cast<float*>(memory + at.scales) + row * spans,
+                  reinterpret_cast<int32_t*>(memory + at.start) + row * blocks,
+                  reinterpret_cast<int16_t*>(memory + at.sums) + row * blocks};
 }
 
 void fill_tiles(Isa isa, const RowsView& rows, const int32_t* index, const TileBuffer& buffer,
