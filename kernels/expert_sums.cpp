@@ -74,20 +74,19 @@ class Wave {
     });
   }
 
-  // Calls body(piece, group, first row of the tile, its rows, its h) for every tile of every piece
-  // and column group; one thread makes all calls of a group.
+  // Calls body(piece, group, count of groups, first row of the tile, its rows, its h) until every
+  // tile of every piece has met every column group; one thread makes all calls of a group.
   template <class F>
   void for_each_down_tile(F&& body) {
-    const int groups = num_groups(shape_.dim), largest = max_tile(shape_.down);
+    const int groups = num_groups(shape_.dim);
     // Long runs of one expert's bytes stream best; 8 chunks a thread balance.
     const int chunk = std::clamp(groups / (8 * pool_threads()), 1, 8);
-    parallel_for(groups, chunk, [&](int64_t begin, int64_t end, int) {
+    parallel_for(groups, chunk, [&](int64_t group, int64_t end, int) {
       for (const Piece& piece : pieces_)
-        for (int group = int(begin); group < end; ++group)
-          for (int t = 0, n; t < piece.count; t += n) {
-            n = tile_rows(piece.count - t, largest);
-            body(piece, group, t, n, piece.h_tiles.tile(t));
-          }
+        for_each_tile(piece, shape_.down, int(group), int(end),
+                      [&](int g, int count, int t, int n) {
+                        body(piece, g, count, t, n, piece.h_tiles.tile(t));
+                      });
     });
   }
 
@@ -95,16 +94,10 @@ class Wave {
   // calls come from several threads.
   template <class F>
   void for_each_down_tile_in_order(F&& body) {
-    const int groups = num_groups(shape_.dim), largest = max_tile(shape_.down);
-    const int64_t items = int64_t(groups) * int64_t(pieces_.size());
-    parallel_for(items, chunk_of(items), [&](int64_t item, int64_t end, int thread) {
-      for (; item < end; ++item) {
-        const Piece& piece = pieces_[size_t(item / groups)];
-        for (int t = 0, n; t < piece.count; t += n) {
-          n = tile_rows(piece.count - t, largest);
-          body(thread, piece, int(item % groups), t, n, piece.h_tiles.tile(t));
-        }
-      }
+    for_each_run(num_groups(shape_.dim), [&](int thread, const Piece& piece, int group, int end) {
+      for_each_tile(piece, shape_.down, group, end, [&](int g, int count, int t, int n) {
+        body(thread, piece, g, count, t, n, piece.h_tiles.tile(t));
+      });
     });
   }
 
@@ -155,24 +148,42 @@ class Wave {
     });
   }
 
-  static int64_t chunk_of(int64_t items) {
-    return std::clamp<int64_t>(items / (16 * pool_threads()), 1, 8);
+  // Threads claim (piece, group) items in that order, one or two at last: body(thread, piece, first
+  // group, end).
+  template <class F>
+  void for_each_run(int groups, F&& body) {
+    const int64_t items = int64_t(groups) * int64_t(pieces_.size());
+    const int64_t chunk = std::clamp<int64_t>(items / (16 * pool_threads()), 1, 2);
+    parallel_for_ranges(items, chunk, [&](int64_t item, int64_t end, int thread) {
+      while (item < end) {
+        const Piece& piece = pieces_[size_t(item / groups)];
+        const int64_t first = item % groups, last = std::min<int64_t>(groups, first + end - item);
+        body(thread, piece, int(first), int(last));
+        item += last - first;
+      }
+    });
+  }
+
+  // body(group, count of groups, first row of the tile, its rows): a piece of one tile meets all
+  // groups at a stroke, one of several tiles takes each group through them while it is in a cache.
+  template <class F>
+  void for_each_tile(const Piece& piece, Format format, int group, int end, F&& body) {
+    const int largest = max_tile(format);
+    const bool is_one = piece.count == tile_rows(piece.count, largest);
+    for (int count = is_one ? end - group : 1; group < end; group += count)
+      for (int t = 0, n; t < piece.count; t += n) {
+        n = tile_rows(piece.count - t, largest);
+        body(group, count, t, n);
+      }
   }
 
   void gate_up() {
-    const int groups = num_groups(shape_.ffn_dim), largest = max_tile(shape_.gate_up);
-    const int64_t items = int64_t(groups) * int64_t(pieces_.size());
-    parallel_for(items, chunk_of(items), [&](int64_t item, int64_t end, int) {
-      for (; item < end; ++item) {
-        const Piece& piece = pieces_[size_t(item / groups)];
-        const int64_t group = item % groups;
-        for (int t = 0, n; t < piece.count; t += n) {
-          n = tile_rows(piece.count - t, largest);
-          kernels_.gate_up(shape_.gate_up, piece.expert + group * 2 * shape_.gate_bytes(),
-                           shape_.dim, piece.x.tile(t), n, piece.h + t * h_stride_ + group * kLanes,
-                           h_stride_);
-        }
-      }
+    const int64_t pair_bytes = 2 * shape_.gate_bytes();
+    for_each_run(num_groups(shape_.ffn_dim), [&](int, const Piece& piece, int group, int end) {
+      for_each_tile(piece, shape_.gate_up, group, end, [&](int g, int count, int t, int n) {
+        kernels_.gate_up(shape_.gate_up, piece.expert + g * pair_bytes, count, shape_.dim,
+                         piece.x.tile(t), n, piece.h + t * h_stride_ + g * kLanes, h_stride_);
+      });
     });
   }
 
@@ -200,16 +211,16 @@ class DownSums {
   DownSums(Wave& wave, const ExpertCall& call)
       : wave_(wave), call_(call), two_to_grid_(power_of_two(call.grid)) {}
 
-  void add(const Piece& piece, int group, int t, int n, const Tile& h, int64_t* sums) {
+  void add(const Piece& piece, int group, int count, int t, int n, const Tile& h, int64_t* sums) {
     const ExpertShape& shape = call_.shape;
     const int column = group * kLanes, first = piece.first_pair + t;
     int64_t* at[kMaxTile];
     for (int i = 0; i < n; ++i)
       at[i] = sums + int64_t(wave_.row_of(first + i)) * shape.dim + column;
     const uint32_t bad = wave_.kernels().down_sums(
-        shape.down, piece.expert + shape.down_offset() + group * shape.down_bytes(),
-        std::min(kLanes, shape.dim - column), shape.ffn_dim, h, n, call_.pair_weights + first,
-        two_to_grid_, at);
+        shape.down, piece.expert + shape.down_offset() + group * shape.down_bytes(), count,
+        std::min(count * kLanes, shape.dim - column), shape.ffn_dim, h, n,
+        call_.pair_weights + first, two_to_grid_, at);
     for (int i = 0; bad >> i; ++i)
       if (bad >> i & 1) wave_.mark_bad(first + i);
   }
@@ -226,9 +237,9 @@ void add_down_in_order(Wave& wave, const ExpertCall& call, int64_t num_sums, int
   const size_t threads = size_t(pool_threads());
   std::vector<int64_t> own((threads - 1) * size_t(num_sums));
   wave.for_each_down_tile_in_order(
-      [&](int thread, const Piece& piece, int group, int t, int n, const Tile& h) {
+      [&](int thread, const Piece& piece, int group, int count, int t, int n, const Tile& h) {
         int64_t* const to = thread == 0 ? sums : own.data() + (thread - 1) * num_sums;
-        down.add(piece, group, t, n, h, to);
+        down.add(piece, group, count, t, n, h, to);
       });
   for (const int64_t* from = own.data(); from < own.data() + own.size(); from += num_sums)
     for (int64_t i = 0; i < num_sums; ++i) sums[i] += from[i];
@@ -241,21 +252,22 @@ void add_down(Wave& wave, const ExpertCall& call, int num_rows, int64_t* sums) {
     return;
   }
   DownSums down(wave, call);
-  wave.for_each_down_tile([&](const Piece& piece, int group, int t, int n, const Tile& h) {
-    down.add(piece, group, t, n, h, sums);
-  });
+  wave.for_each_down_tile([&](const Piece& piece, int group, int count, int t, int n,
+                              const Tile& h) { down.add(piece, group, count, t, n, h, sums); });
 }
 
 void store_down(Wave& wave, const ExpertShape& shape, float* y) {
   const int64_t bytes = shape.down_bytes(), offset = shape.down_offset();
-  wave.for_each_down_tile([&](const Piece& piece, int group, int t, int n, const Tile& h) {
-    const int column = group * kLanes, lanes = std::min(kLanes, shape.dim - column);
-    float* to = y + int64_t(piece.first_pair + t) * shape.dim + column;
-    wave.kernels().matmul(shape.down, piece.expert + offset + group * bytes, 1, lanes,
-                          shape.ffn_dim, h, n, nullptr, to, shape.dim);
-    for (int i = 0; i < n; ++i)
-      if (!all_finite(to + int64_t(i) * shape.dim, lanes)) wave.mark_bad(piece.first_pair + t + i);
-  });
+  wave.for_each_down_tile(
+      [&](const Piece& piece, int group, int count, int t, int n, const Tile& h) {
+        const int column = group * kLanes, lanes = std::min(count * kLanes, shape.dim - column);
+        float* to = y + int64_t(piece.first_pair + t) * shape.dim + column;
+        wave.kernels().matmul(shape.down, piece.expert + offset + group * bytes, count, lanes,
+                              shape.ffn_dim, h, n, nullptr, to, shape.dim);
+        for (int i = 0; i < n; ++i)
+          if (!all_finite(to + int64_t(i) * shape.dim, lanes))
+            wave.mark_bad(piece.first_pair + t + i);
+      });
 }
 
 }  // namespace

@@ -166,15 +166,16 @@ struct MatrixKernels {
   void (*matmul)(Format, const uint8_t* groups, int count, int lanes, int cols, const Tile&, int n,
                  const float* bias, float* out, int64_t out_stride);
 
-  // h[t * h_stride + i] = silu(gate) * up, i < 16, of one (gate group, up group).
-  void (*gate_up)(Format, const uint8_t* groups, int cols, const Tile&, int n, float* h,
+  // h[t * h_stride + i] = silu(gate) * up, i < 16 * count, of `count` pairs of a gate group and an
+  // up group.
+  void (*gate_up)(Format, const uint8_t* groups, int count, int cols, const Tile&, int n, float* h,
                   int64_t h_stride);
 
-  // sums[t][i] += rne(weights[t] * y * 2^grid), i < lanes, of one group; sums[t] points at the
-  // first column of the group.  Returns a bit for every row with |q| >= 2^44 or a non-finite
+  // sums[t][i] += rne(weights[t] * y * 2^grid), i < lanes, of `count` groups; sums[t] points at the
+  // first column of the first group.  Returns a bit for every row with |q| >= 2^44 or a non-finite
   // value; its sums are then undefined.
-  uint32_t (*down_sums)(Format, const uint8_t* group, int lanes, int cols, const Tile&, int n,
-                        const float* weights, double two_to_grid, int64_t* const* sums);
+  uint32_t (*down_sums)(Format, const uint8_t* groups, int count, int lanes, int cols, const Tile&,
+                        int n, const float* weights, double two_to_grid, int64_t* const* sums);
 };
 
 extern const MatrixKernels kMatrixScalar;

@@ -133,16 +133,17 @@ void matmul_any(Format format, const uint8_t* groups, int count, int lanes, int 
   run(format, groups, count, lanes, cols, tile, n, bias, out, out_stride);
 }
 
-void gate_up_any(Format format, const uint8_t* groups, int cols, const Tile& tile, int n, float* h,
-                 int64_t h_stride) {
+void gate_up_any(Format format, const uint8_t* groups, int count, int cols, const Tile& tile, int n,
+                 float* h, int64_t h_stride) {
   const auto run = kernel_of(format, n) ? gate_up_tile : kMatrixAvx512.gate_up;
-  run(format, groups, cols, tile, n, h, h_stride);
+  run(format, groups, count, cols, tile, n, h, h_stride);
 }
 
-uint32_t down_sums_any(Format format, const uint8_t* group, int lanes, int cols, const Tile& tile,
-                       int n, const float* weights, double two_to_grid, int64_t* const* sums) {
+uint32_t down_sums_any(Format format, const uint8_t* groups, int count, int lanes, int cols,
+                       const Tile& tile, int n, const float* weights, double two_to_grid,
+                       int64_t* const* sums) {
   const auto run = kernel_of(format, n) ? down_sums_tile : kMatrixAvx512.down_sums;
-  return run(format, group, lanes, cols, tile, n, weights, two_to_grid, sums);
+  return run(format, groups, count, lanes, cols, tile, n, weights, two_to_grid, sums);
 }
 
 }  // namespace

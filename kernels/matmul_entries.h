@@ -48,29 +48,46 @@ SHOAL_INLINE Lanes swiglu(const Lanes& gate, const Lanes& up) {
   return mul(up, div(gate, add(set1(1.0f), exp(sub(zero(), gate)))));
 }
 
-void gate_up_tile(Format format, const uint8_t* groups, int cols, const Tile& tile, int n, float* h,
-                  int64_t h_stride) {
+void gate_up_tile(Format format, const uint8_t* groups, int count, int cols, const Tile& tile,
+                  int n, float* h, int64_t h_stride) {
+  const int64_t stride = group_bytes(format, cols);
+  const GroupKernel kernel = kernel_of(format, n);
   Lanes acc[2 * kMaxTile];
-  for (int i = 0; i < 2 * n; ++i) acc[i] = zero();
-  kernel_of(format, n)(groups, group_bytes(format, cols), 2, cols, tile, acc);
-  for (int t = 0; t < n; ++t) store(h + t * h_stride, swiglu(acc[t], acc[n + t]));
+  for (int pair = 0; pair < count; ++pair, groups += 2 * stride, h += kLanes) {
+    for (int i = 0; i < 2 * n; ++i) acc[i] = zero();
+    kernel(groups, stride, 2, cols, tile, acc);
+    for (int t = 0; t < n; ++t) store(h + t * h_stride, swiglu(acc[t], acc[n + t]));
+  }
 }
 
-uint32_t down_sums_tile(Format format, const uint8_t* group, int lanes, int cols, const Tile& tile,
-                        int n, const float* weights, double two_to_grid, int64_t* const* sums) {
-  Lanes acc[kMaxTile];
-  for (int t = 0; t < n; ++t) acc[t] = zero();
-  kernel_of(format, n)(group, group_bytes(format, cols), 1, cols, tile, acc);
+// sums[i] += one row's quanta of a group.  False as MatrixKernels::down_sums marks it.
+SHOAL_INLINE bool add_lanes(int64_t* sums, const Lanes& y, int lanes, float weight,
+                            double two_to_grid) {
+  if (lanes >= kLanes) return add_quanta(sums, y, weight, two_to_grid);
+  int64_t all[kLanes] = {0};
+  const bool good = add_quanta(all, y, weight, two_to_grid);
+  for (int i = 0; good && i < lanes; ++i) sums[i] += all[i];
+  return good;
+}
+
+uint32_t down_sums_tile(Format format, const uint8_t* groups, int count, int lanes, int cols,
+                        const Tile& tile, int n, const float* weights, double two_to_grid,
+                        int64_t* const* sums) {
+  const int64_t stride = group_bytes(format, cols);
+  const GroupKernel kernel = kernel_of(format, n);
+  Lanes acc[kGroupsAtOnce * kMaxTile];
   uint32_t bad = 0;
-  for (int t = 0; t < n; ++t) {
-    if (lanes == kLanes) {
-      bad |= uint32_t(!add_quanta(sums[t], acc[t], weights[t], two_to_grid)) << t;
-      continue;
+  for (int done = 0; done < count; done += kGroupsAtOnce) {
+    const int now = lesser(kGroupsAtOnce, count - done);
+    for (int i = 0; i < now * n; ++i) acc[i] = zero();
+    kernel(groups + done * stride, stride, now, cols, tile, acc);
+    for (int g = 0; g < now; ++g) {
+      const int first = (done + g) * kLanes;
+      for (int t = 0; t < n; ++t)
+        bad |= uint32_t(!add_lanes(sums[t] + first, acc[g * n + t], lanes - first, weights[t],
+                                   two_to_grid))
+               << t;
     }
-    int64_t all[kLanes] = {0};
-    const bool good = add_quanta(all, acc[t], weights[t], two_to_grid);
-    bad |= uint32_t(!good) << t;
-    for (int i = 0; good && i < lanes; ++i) sums[t][i] += all[i];
   }
   return bad;
 }
