@@ -116,8 +116,8 @@ class ReadQueue:
             chunk_bytes: a positive multiple of 4096.
             queue_depth: chunks at the device at most; `steady_depth`, if that is less, while no
                 more than MANY_READS are queued.
-            prefetch_depth: prefetch chunks at the device at most, on top of the depth and beside
-                demands, too; None: a part of the steady depth, and none beside demands.
+            prefetch_depth: prefetch chunks at the device at most, beside demands, too; None: a part
+                of the steady depth, and none beside demands.
         """
         assert chunk_bytes > 0 and chunk_bytes % READ_ALIGNMENT == 0, chunk_bytes
         self.chunk_bytes = chunk_bytes
@@ -207,7 +207,7 @@ class ReadQueue:
     def next_chunks(self, now_s: float, limit: int = MAX_READ_QUEUE_DEPTH) -> list[Chunk]:
         """Return the chunks to start now, in order; each must be given back to `finish`."""
         chunks: list[Chunk] = []
-        while len(chunks) < limit and self._has_place:
+        while len(chunks) < limit and self.in_flight < self.depth_now:
             if self.bucket.delay_s(now_s) > 0.0:
                 break
             chunk = self._pick(now_s)
@@ -223,7 +223,7 @@ class ReadQueue:
 
     def delay_s(self, now_s: float) -> float | None:
         """Return after how long `next_chunks` has something if nothing finishes; None: never."""
-        if not self._has_place:
+        if self.in_flight >= self.depth_now:
             return None
         if self._demand or (self._prefetch and self._may_prefetch):
             return self.bucket.delay_s(now_s)
@@ -295,12 +295,6 @@ class ReadQueue:
     def depth_now(self) -> int:
         """Chunks that may be at the device, by how many reads are queued now."""
         return self._steady_depth if len(self._demand) <= MANY_READS else self._depth
-
-    @property
-    def _has_place(self) -> bool:
-        # Prefetches with a depth of their own take no places from demands.
-        apart = 0 if self._prefetch_depth is None else self._prefetch_in_flight
-        return self.in_flight - apart < self.depth_now
 
     @property
     def _may_prefetch(self) -> bool:
