@@ -12,7 +12,7 @@ from client.cli import main
 from shoal.artifact import Artifact
 from shoal.errors import UsageError
 from shoal.experts.call import ExpertCall
-from shoal.experts.executor import ExpertExecutor
+from shoal.experts.executor import ExpertExecutor, OpenCall
 from shoal.experts.routing_trace import decode_trace
 from support.cluster import Cluster
 from support.forward_passes import ForwardPasses
@@ -28,9 +28,9 @@ class Watching(ExpertExecutor):
 
     calls: list[NDArray[np.uint16]]
 
-    def compute(self, call: ExpertCall) -> NDArray[np.int64]:
+    def open(self, call: ExpertCall, stream: int = 0) -> OpenCall:
         self.calls.append(np.sort(call.experts).astype(np.uint16))
-        return super().compute(call)
+        return super().open(call, stream)
 
 
 def run_json(
