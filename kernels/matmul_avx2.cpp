@@ -247,24 +247,40 @@ SHOAL_INLINE void add_block(Q3_T, const uint8_t* record, int b, const int8_t* x,
   add_table_block<N>(Q3_T{}, record, b, x, x_scale, x_start, acc);
 }
 
-// The dot product of a block of bytes with one row.  Signed weights as |w| * (x with w's sign): an
-// instruction less a byte than two nibbles each, but more of those on the two ports that multiply,
-// so not for more rows.  128 * 127 * 2 = 32512: one product deep in 16 bits.
-SHOAL_INLINE Ints dot_bytes(const uint8_t* cells, const int8_t* x) {
+// The dot products of a block of bytes with one row, of G groups.  Signed weights as |w| * (x with
+// w's sign): an instruction less a byte than two nibbles each, but more of those on the two ports
+// that multiply, so not for more rows.  128 * 127 * 2 = 32512: one product deep in 16 bits.
+template <int G>
+SHOAL_INLINE void dot_bytes(const uint8_t* const* cells, const int8_t* x, Ints* sums) {
   const __m256i offset = _mm256_set1_epi8(char(0x80)), ones = _mm256_set1_epi16(1);
   const auto products = [&](const uint8_t* at, __m256i v) {
     const __m256i w = _mm256_xor_si256(load_bytes(at), offset);
     return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(v, w)),
                              ones);
   };
-  Ints sum = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  for (int g = 0; g < G; ++g) sums[g] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
   for (int j = 0; j < 8; ++j) {
-    const uint8_t* const row = cells + j * kCellRow;
     const __m256i v = broadcast4(x + 4 * j);
-    sum = add32(sum, Ints{products(row, v), products(row + 32, v)});
-    settle(&sum);
+    for (int g = 0; g < G; ++g) {
+      const uint8_t* const row = cells[g] + j * kCellRow;
+      sums[g] = add32(sums[g], Ints{products(row, v), products(row + 32, v)});
+      settle(&sums[g]);
+    }
   }
-  return sum;
+}
+
+// acc[g] += one row's product with block b of G groups' records.
+template <int G>
+SHOAL_INLINE void add_bytes(const uint8_t* const* records, int b, const int8_t* x, float x_scale,
+                            Lanes* acc) {
+  const uint8_t* cells[G];
+  for (int g = 0; g < G; ++g) cells[g] = records[g] + Q8_0::quants + b * Q8_0::block_quants;
+  Ints dots[G];
+  dot_bytes<G>(cells, x, dots);
+  for (int g = 0; g < G; ++g) {
+    const Lanes d = load_scales(records[g] + Q8_0::scales + b * 32);
+    acc[g] = fma(to_floats(dots[g]), mul(d, set1(x_scale)), acc[g]);
+  }
 }
 
 template <int N>
@@ -273,8 +289,7 @@ SHOAL_INLINE void add_block(Q8_0, const uint8_t* record, int b, const int8_t* x,
   const uint8_t* cells = record + Q8_0::quants + b * Q8_0::block_quants;
   const uint8_t* cells2 = cells + 4 * kCellRow;
   if constexpr (N == 1) {
-    const Lanes d = load_scales(record + Q8_0::scales + b * 32);
-    acc[0] = fma(to_floats(dot_bytes(cells, x)), mul(d, set1(x_scale[0])), acc[0]);
+    add_bytes<1>(&record, b, x, x_scale[0], acc);
     return;
   }
   Ints low[N], high[N];
@@ -399,5 +414,44 @@ SHOAL_INLINE bool add_quanta(int64_t* sums, const Lanes& y, float weight, double
 #include "matmul_tiles.h"
 
 namespace shoal {
-const MatrixKernels kMatrixAvx2 = SHOAL_MATRIX_KERNELS;
+namespace {
+
+// Groups of a walk from which on it is worth being two: the hardware begins anew every 4 KiB, and
+// has another stream to go on with meanwhile.  Two groups side by side would each be left after
+// some KB: slower than one.
+constexpr int kTwoWalks = 16;
+
+void one_row_two_walks(const uint8_t* groups, int count, int lanes, int cols, const Tile& tile,
+                       const float* bias, float* out) {
+  const int64_t stride = group_bytes(Format::q8_0, cols);
+  const int half = count / 2, blocks = (cols + kBlock - 1) / kBlock;
+  for (int g = 0; g < half; ++g) {
+    const int first[2] = {g * kLanes, (half + g) * kLanes};
+    const uint8_t* records[2] = {groups + g * stride, groups + (half + g) * stride};
+    Lanes acc[2] = {start_of(bias, first[0], lanes), start_of(bias, first[1], lanes)};
+    for (int b = 0; b < blocks; ++b) {
+      add_bytes<2>(records, b % 2, tile.quants + b * kBlock, tile.scales[b], acc);
+      if (b % 2 == 1) records[0] += Q8_0::record, records[1] += Q8_0::record;
+    }
+    for (int i = 0; i < 2; ++i) store_lanes(out, acc[i], first[i], lanes);
+  }
+  if (count % 2 == 1) {
+    const int first = 2 * half * kLanes;
+    matmul_tile(Format::q8_0, groups + 2 * half * stride, 1, lanes - first, cols, tile, 1,
+                bias == nullptr ? nullptr : bias + first, out + first, 0);
+  }
 }
+
+void matmul_walks(Format format, const uint8_t* groups, int count, int lanes, int cols,
+                  const Tile& tile, int n, const float* bias, float* out, int64_t out_stride) {
+  if (format == Format::q8_0 && n == 1 && count >= kTwoWalks)
+    one_row_two_walks(groups, count, lanes, cols, tile, bias, out);
+  else
+    matmul_tile(format, groups, count, lanes, cols, tile, n, bias, out, out_stride);
+}
+
+}  // namespace
+
+const MatrixKernels kMatrixAvx2 = {SHOAL_MAX_TILES, matmul_walks, gate_up_tile, down_sums_tile};
+
+}  // namespace shoal

@@ -15,6 +15,20 @@ constexpr int kGroupsAtOnce = 4;
 
 SHOAL_INLINE int lesser(int a, int b) { return a < b ? a : b; }
 
+// Lanes [first, first + 16) of a bias, and of a row of `lanes` values.
+SHOAL_INLINE Lanes start_of(const float* bias, int first, int lanes) {
+  if (bias == nullptr) return zero();
+  const int valid = lesser(kLanes, lanes - first);
+  return valid == kLanes ? load(bias + first) : load_first(bias + first, valid);
+}
+SHOAL_INLINE void store_lanes(float* out, const Lanes& values, int first, int lanes) {
+  const int valid = lesser(kLanes, lanes - first);
+  if (valid == kLanes)
+    store(out + first, values);
+  else
+    store_first(out + first, values, valid);
+}
+
 void matmul_tile(Format format, const uint8_t* groups, int count, int lanes, int cols,
                  const Tile& tile, int n, const float* bias, float* out, int64_t out_stride) {
   const int64_t stride = group_bytes(format, cols);
@@ -23,23 +37,13 @@ void matmul_tile(Format format, const uint8_t* groups, int count, int lanes, int
   for (int done = 0; done < count; done += kGroupsAtOnce) {
     const int now = lesser(kGroupsAtOnce, count - done);
     for (int g = 0; g < now; ++g) {
-      const int first = (done + g) * kLanes, valid = lesser(kLanes, lanes - first);
-      const Lanes start = bias == nullptr   ? zero()
-                          : valid == kLanes ? load(bias + first)
-                                            : load_first(bias + first, valid);
+      const Lanes start = start_of(bias, (done + g) * kLanes, lanes);
       for (int t = 0; t < n; ++t) acc[g * n + t] = start;
     }
     kernel(groups + done * stride, stride, now, cols, tile, acc);
-    for (int g = 0; g < now; ++g) {
-      const int first = (done + g) * kLanes, valid = lesser(kLanes, lanes - first);
-      for (int t = 0; t < n; ++t) {
-        float* to = out + t * out_stride + first;
-        if (valid == kLanes)
-          store(to, acc[g * n + t]);
-        else
-          store_first(to, acc[g * n + t], valid);
-      }
-    }
+    for (int g = 0; g < now; ++g)
+      for (int t = 0; t < n; ++t)
+        store_lanes(out + t * out_stride, acc[g * n + t], (done + g) * kLanes, lanes);
   }
 }
 

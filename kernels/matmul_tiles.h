@@ -157,10 +157,8 @@ GroupKernel kernel_of(Format format, int n) {
 }  // namespace
 }  // namespace shoal
 
-#define SHOAL_MATRIX_KERNELS                                                       \
-  {{tile_limit(Format::f32), tile_limit(Format::f16), tile_limit(Format::bf16),    \
-    tile_limit(Format::q8_0), tile_limit(Format::q4_0), tile_limit(Format::q4_1),  \
-    tile_limit(Format::q4_k), tile_limit(Format::q4_t), tile_limit(Format::q3_t)}, \
-   matmul_tile,                                                                    \
-   gate_up_tile,                                                                   \
-   down_sums_tile}
+#define SHOAL_MAX_TILES                                                          \
+  {tile_limit(Format::f32),  tile_limit(Format::f16),  tile_limit(Format::bf16), \
+   tile_limit(Format::q8_0), tile_limit(Format::q4_0), tile_limit(Format::q4_1), \
+   tile_limit(Format::q4_k), tile_limit(Format::q4_t), tile_limit(Format::q3_t)}
+#define SHOAL_MATRIX_KERNELS {SHOAL_MAX_TILES, matmul_tile, gate_up_tile, down_sums_tile}

@@ -98,6 +98,33 @@ def test_a_product_is_close_to_float64(fmt: Format, num_rows: int, rows: int, co
             pytest.fail(f"the check does not see: {name}")
 
 
+@pytest.mark.parametrize("fmt", EveryFormat)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+@pytest.mark.parametrize("cols", [33, 288])
+def test_a_tall_matrix_gives_the_bits_of_each_of_its_row_groups(
+    fmt: Format, threads: int, num_rows: int, cols: int
+) -> None:
+    rows, lanes = 16 * 69 + 5, 16
+    matrix = make_matrix(fmt, rows, cols, seed=cols).matrix
+    x = ops.quantise_rows(matrix.scheme, random_rows(num_rows, cols, seed=num_rows))
+    bias = random_rows(1, rows, seed=7)[0]
+    group = matrix.data.size // -(-rows // lanes)
+
+    def alone(first: int) -> F32:
+        end = min(first + lanes, rows)
+        data = matrix.data[first // lanes * group :][:group]
+        return ops.matmul(ops.Matrix(fmt, end - first, cols, data), x, bias[first:end])
+
+    expected = np.concatenate([alone(first) for first in range(0, rows, lanes)], axis=1)
+    before = ops.num_threads()
+    ops.set_threads(threads)
+    try:
+        assert ops.matmul(matrix, x, bias).tobytes() == expected.tobytes()
+    finally:
+        ops.set_threads(before)
+
+
 @pytest.mark.parametrize("scheme", [Scheme.INT8_32, Scheme.INT8_256])
 @pytest.mark.parametrize("dim", [256, 33, 300])
 def test_rows_are_quantised_to_steps_of_a_127th_of_the_spans_largest(
