@@ -9,19 +9,15 @@ libraries, buffers and whatever is held twice. Peaks are Linux's VmHWM.
 """
 
 import argparse
-import json
 import random
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from bench.local_nodes import Setup, start_nodes
+from bench.local_nodes import Setup, run_watched, start_nodes
 from bench.measure import Row, save, show
 from client.node_process import stop_all
 from shoal import limits, ops
@@ -44,28 +40,8 @@ def peak_bytes(pid: int) -> int:
 
 def run(model: Path, setup: Setup, chosen: argparse.Namespace, ids: Sequence[int]) -> int:
     """Complete one prompt in a process of its own; return its peak."""
-    arguments = ["run", str(model), "--prompt-ids", ",".join(map(str, ids)), "--json"]
-    arguments += [
-        "--max-tokens",
-        str(chosen.decode),
-        "--ignore-eos",
-        "--speculate",
-        "off",
-        "--warmup",
-    ]
-    if setup.shard_map is not None:
-        arguments += ["--moe-shards", setup.shard_map]
-    command = [sys.executable, "-P", "-m", "client.cli", *arguments]
-    peak = 0
-    with tempfile.TemporaryFile() as out, subprocess.Popen(command, stdout=out) as running:
-        while running.poll() is None:
-            peak = max(peak, peak_bytes(running.pid))
-            time.sleep(POLL_S)
-        if running.returncode != 0:
-            sys.exit(running.returncode)
-        out.seek(0)
-        json.load(out)
-    return peak
+    nodes = [] if setup.shard_map is None else ["--moe-shards", setup.shard_map]
+    return run_watched(model, ids, chosen.decode, nodes, POLL_S, peak_bytes)[1]
 
 
 def kv_bytes(artifact: Artifact, num_tokens: int) -> int:

@@ -9,19 +9,16 @@ or any artifact. All ways must give the same tokens.
 """
 
 import argparse
-import json
 import random
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from bench.local_nodes import Setup, start_nodes
+from bench.local_nodes import Setup, run_watched, start_nodes
 from bench.measure import BandwidthProbe, Row, save, show, spread
 from client.node_process import stop_all
 from shoal import ops
@@ -54,39 +51,19 @@ def run(
     ids: Sequence[int],
 ) -> Row:
     """Run one prompt in a process of its own; return its JSON report with its peak memory."""
-    arguments = ["run", str(model), "--prompt-ids", ",".join(map(str, ids)), "--json"]
-    # Random weights repeat themselves: guesses would be right more often than of any real text.
-    arguments += [
-        "--max-tokens",
-        str(chosen.decode),
-        "--ignore-eos",
-        "--speculate",
-        "off",
-        "--warmup",
-    ]
-    arguments += ["--threads", str(chosen.threads)]
+    options = ["--threads", str(chosen.threads)]
     if setup.shard_map is not None and transport is not None:
-        arguments += ["--moe-shards", setup.shard_map, "--transport", transport]
-    command = [sys.executable, "-P", "-m", "client.cli", *arguments]
-    peak = 0
-    with tempfile.TemporaryFile() as out, subprocess.Popen(command, stdout=out) as running:
-        process = psutil.Process(running.pid)
-        while running.poll() is None:
-            peak = max(peak, resident(process))
-            time.sleep(POLL_S)
-        if running.returncode != 0:
-            sys.exit(running.returncode)
-        out.seek(0)
-        report: dict[str, Any] = json.load(out)
+        options += ["--moe-shards", setup.shard_map, "--transport", transport]
+    report, peak = run_watched(model, ids, chosen.decode, options, POLL_S, resident)
     report["peak_rss_bytes"] = peak
-    report["node_rss_bytes"] = [resident(psutil.Process(node.pid)) for node in setup.nodes]
+    report["node_rss_bytes"] = [resident(node.pid) for node in setup.nodes]
     return report
 
 
-def resident(process: psutil.Process) -> int:
+def resident(pid: int) -> int:
     """Return the process's resident bytes; 0 once it has ended."""
     try:
-        return int(process.memory_info().rss)
+        return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return 0
 

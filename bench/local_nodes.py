@@ -1,8 +1,14 @@
-"""Expert nodes on this machine, for benchmarks that need some."""
+"""Expert nodes on this machine and runs beside them, for benchmarks that need some."""
 
-from collections.abc import Sequence
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from client.node_process import NodeProcess, stop_all
 from client.shards import even_ranges, moe_shards
@@ -50,3 +56,32 @@ def start_nodes(
         raise
     shard_map = moe_shards(ranges, [node.endpoint for node in nodes])
     return Setup(f"{count} nodes", shard_map, tuple(nodes))
+
+
+def run_watched(
+    model: Path,
+    ids: Sequence[int],
+    num_tokens: int,
+    options: Sequence[str],
+    poll_s: float,
+    resident: Callable[[int], int],
+) -> tuple[dict[str, Any], int]:
+    """Complete a prompt by a `shoal run` of its own; return its JSON report and its peak, in bytes.
+
+    Experts are read before, and nothing is guessed: random weights repeat themselves, and guesses
+    would be right more often than of any real text. Exits as that run does, if it fails.
+
+    Args: resident: what a process holds, by its number, asked every poll_s seconds.
+    """
+    arguments = ["run", str(model), "--prompt-ids", ",".join(map(str, ids)), "--json"]
+    arguments += ["--max-tokens", str(num_tokens), "--ignore-eos", "--speculate", "off"]
+    command = [sys.executable, "-P", "-m", "client.cli", *arguments, "--warmup", *options]
+    peak = 0
+    with tempfile.TemporaryFile() as out, subprocess.Popen(command, stdout=out) as running:
+        while running.poll() is None:
+            peak = max(peak, resident(running.pid))
+            time.sleep(poll_s)
+        if running.returncode != 0:
+            sys.exit(running.returncode)
+        out.seek(0)
+        return json.load(out), peak

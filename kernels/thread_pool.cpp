@@ -127,6 +127,7 @@ class Pool {
     std::atomic<int64_t> next{0};  // chunk
     int64_t end = 0;
   };
+
   void start(int threads) {
     threads_.store(threads, std::memory_order_relaxed);
     const uint64_t seen = state_.load(std::memory_order_relaxed) / kGeneration;

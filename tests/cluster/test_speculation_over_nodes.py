@@ -1,6 +1,5 @@
 """Speculation as somebody types it, where it pays: experts on nodes that are milliseconds away."""
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from client.cli import main
 from support.chaos_proxy import ChaosProxy, Weather, steady
 from support.cluster import Cluster
+from support.command import run_json
 from support.fables import NUM_LAYERS, PROMPT, fables
 
 pytestmark = pytest.mark.processes
@@ -45,11 +45,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_json(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
-    command = ["run", "fables", PROMPT, "--json", "--max-tokens", "40", "--ignore-eos", *options]
-    assert main(command) == 0
-    report: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return report
+def run_fables(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    return run_json(capsys, "fables", PROMPT, "--max-tokens", "40", "--ignore-eos", *options)
 
 
 def kept(report: dict[str, Any]) -> dict[str, Any]:
@@ -61,12 +58,12 @@ def test_guesses_save_round_trips_and_change_no_bit(
     way: str, shards: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_nodes = ("--moe-shards", shards, *WAYS[way])
-    off = run_json(capsys, *on_nodes, "--speculate", "off")
+    off = run_fables(capsys, *on_nodes, "--speculate", "off")
     assert off["speculation"]["passes"] == 39
     assert off["speculation"]["round_trips_per_token"] == NUM_LAYERS
     assert off["speculation"]["per_drafter"] == {}
 
-    shadow = run_json(capsys, *on_nodes, "--shadow", "q4")
+    shadow = run_fables(capsys, *on_nodes, "--shadow", "q4")
     assert kept(shadow) == kept(off)
     speculation = shadow["speculation"]
     assert speculation["mode"] == "auto" and set(speculation["per_drafter"]) >= {"lookup", "shadow"}
@@ -76,7 +73,7 @@ def test_guesses_save_round_trips_and_change_no_bit(
     assert num_bytes == speculation["local_expert_bytes"] > 0
     assert speculation["tokens_per_pass"] == pytest.approx(39 / speculation["passes"])
 
-    draft = run_json(capsys, *on_nodes, "--speculate", "draft", "--draft-model", "fables")
+    draft = run_fables(capsys, *on_nodes, "--speculate", "draft", "--draft-model", "fables")
     assert kept(draft) == kept(off)
     [(name, figures)] = draft["speculation"]["per_drafter"].items()
     assert name == "draft" and figures["accepted"] == figures["drafted"] > 10
@@ -90,13 +87,13 @@ def test_the_corrected_pass_guesses_where_that_is_asked_for(
     home: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    off = run_json(capsys, *WAYS[way], "--speculate", "off")
+    off = run_fables(capsys, *WAYS[way], "--speculate", "off")
     forecasts = [proxy.forecast for proxy in proxies]
     try:
         for proxy in proxies:
             proxy.forecast = steady(Weather(delay_s=FAR_S))
         asked = ("--speculate", "batch", "--shadow", "q4")
-        batch = run_json(capsys, "--moe-shards", shards, *WAYS[way], *asked)
+        batch = run_fables(capsys, "--moe-shards", shards, *WAYS[way], *asked)
     finally:
         for proxy, forecast in zip(proxies, forecasts, strict=True):
             proxy.forecast = forecast
@@ -116,9 +113,9 @@ def test_what_was_once_said_is_looked_up_where_the_user_wants_it(
     shards: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_nodes = ("--moe-shards", shards, "--temperature", "0")
-    first = run_json(capsys, *on_nodes, "--history")
-    again = run_json(capsys, *on_nodes, "--history")
-    without = run_json(capsys, *on_nodes)
+    first = run_fables(capsys, *on_nodes, "--history")
+    again = run_fables(capsys, *on_nodes, "--history")
+    without = run_fables(capsys, *on_nodes)
     assert kept(first) == kept(again) == kept(without)
     assert again["speculation"]["per_drafter"]["lookup"]["accepted"] > 10
     assert again["speculation"]["passes"] < without["speculation"]["passes"]

@@ -1,11 +1,14 @@
 """The `shoal` command as somebody types it: a real process, its exit status, what it printed."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +58,15 @@ def shoal_here(capture: pytest.CaptureFixture[bytes], *arguments: object) -> End
     status = main([str(word) for word in arguments])
     shown = capture.readouterr()
     return _ended(status, shown.out, shown.err)
+
+
+def run_json(
+    capsys: pytest.CaptureFixture[str], model: Path | str, *options: str
+) -> dict[str, Any]:
+    """Return the report of `shoal run MODEL --json OPTIONS`, in this process."""
+    assert main(["run", str(model), "--json", *options]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
 
 
 @contextmanager

@@ -2,20 +2,16 @@
 
 import errno
 import io
-import json
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from client.cli import main
 from coordinator.commands import feedback
 from coordinator.expert_dispatch import LocalDispatch
 from shoal.artifact import Artifact
@@ -27,6 +23,7 @@ from shoal.experts.store import WarmUpProgress
 from shoal.experts.streaming import StreamingStore
 from shoal.experts.warm_up import MAX_BACKGROUND_BYTES
 from shoal.router import RoutingPlan
+from support.command import end_of, run_json, running_shoal, shoal
 from support.held_reader import until
 from support.stores import LAYER, expected, flip, held, size_of, take
 from support.streaming import call_of
@@ -182,12 +179,6 @@ def test_a_small_model_is_read_at_once(tmp_path: Path, opened: ExitStack) -> Non
     assert experts.store.figures().num_resident == 48
 
 
-def run_json(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> dict[str, Any]:
-    assert main(["run", str(path), "--json", *options]) == 0
-    report: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return report
-
-
 def test_the_bits_are_those_of_a_model_that_was_read_before(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,41 +191,33 @@ def test_the_bits_are_those_of_a_model_that_was_read_before(
         assert before["dispatch"]["prefill"]["load_s"] == 0.0
 
 
-def shoal(*arguments: str) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "client.cli", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
-
-
 @pytest.mark.processes
 def test_a_run_on_a_damaged_model_ends_with_its_name_and_the_cure(copy: Artifact) -> None:
     flip(copy, 2)
-    with shoal("run", str(copy.path), *ENDLESS) as process:
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 3
-    assert f"expert 2 of layer {LAYER}: its bytes are not those that were written" in err.decode()
-    assert b"layer-001.safetensors" in err and b"convert the model again" in err
-    assert b"Traceback" not in err
+    ended = shoal("run", copy.path, *ENDLESS)
+    assert ended.status == 3
+    assert f"expert 2 of layer {LAYER}: its bytes are not those that were written" in ended.err
+    assert "layer-001.safetensors" in ended.err and "convert the model again" in ended.err
+    assert "Traceback" not in ended.err
 
 
 @pytest.mark.processes
 def test_a_chat_on_a_damaged_model_ends_with_its_name(copy: Artifact) -> None:
     flip(copy, 2)
-    with shoal("chat", str(copy.path), "--max-tokens", "15000") as process:
-        _, err = process.communicate(b"hello\nand again\n", timeout=60)
-    assert process.returncode == 3
-    assert f"expert 2 of layer {LAYER}" in err.decode()
+    ended = shoal("chat", copy.path, "--max-tokens", "15000", stdin=b"hello\nand again\n")
+    assert ended.status == 3
+    assert f"expert 2 of layer {LAYER}" in ended.err
 
 
 @pytest.mark.processes
 def test_an_interrupt_while_experts_are_read_ends_a_run_at_once(path: Path) -> None:
-    with shoal("run", str(path), *ENDLESS) as process:
+    with running_shoal("run", path, *ENDLESS) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"Traceback" not in err
+        ended = end_of(process)
+    assert ended.status == 130
+    assert "Traceback" not in ended.err
 
 
 class Terminal(io.StringIO):

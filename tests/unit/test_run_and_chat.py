@@ -1,29 +1,22 @@
 """`shoal run` and `shoal chat` as somebody types them, on a tiny model, in this process."""
 
 import io
-import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from client.cli import main
 from shoal.artifact import Artifact
+from support.command import run_json
 from support.tiny_model import make_tiny_artifact
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_artifact(tmp_path_factory.mktemp("run"), "qwen3_moe", "q8_0", seed=3)
-
-
-def run_json(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> dict[str, Any]:
-    assert main(["run", str(path), "--json", *options]) == 0
-    report: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return report
 
 
 def test_json_tells_what_was_asked_what_came_and_who_answered(
