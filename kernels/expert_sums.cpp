@@ -25,6 +25,9 @@ constexpr int64_t kWaveBytes = 16 << 20;
 // Sums of all threads, where each has its own.
 constexpr int64_t kOwnSumsBytes = 128 << 10;
 
+// Down groups that pass through several tiles together: kernels of many rows take two at once.
+constexpr int kDownGroups = 2;
+
 struct Piece {
   const uint8_t* expert;
   int first_pair, count;
@@ -83,7 +86,7 @@ class Wave {
     const int chunk = std::clamp(groups / (8 * pool_threads()), 1, 8);
     parallel_for(groups, chunk, [&](int64_t group, int64_t end, int) {
       for (const Piece& piece : pieces_)
-        for_each_tile(piece, shape_.down, int(group), int(end),
+        for_each_tile(piece, shape_.down, int(group), int(end), kDownGroups,
                       [&](int g, int count, int t, int n) {
                         body(piece, g, count, t, n, piece.h_tiles.tile(t));
                       });
@@ -95,9 +98,10 @@ class Wave {
   template <class F>
   void for_each_down_tile_in_order(F&& body) {
     for_each_run(num_groups(shape_.dim), [&](int thread, const Piece& piece, int group, int end) {
-      for_each_tile(piece, shape_.down, group, end, [&](int g, int count, int t, int n) {
-        body(thread, piece, g, count, t, n, piece.h_tiles.tile(t));
-      });
+      for_each_tile(piece, shape_.down, group, end, kDownGroups,
+                    [&](int g, int count, int t, int n) {
+                      body(thread, piece, g, count, t, n, piece.h_tiles.tile(t));
+                    });
     });
   }
 
@@ -165,22 +169,25 @@ class Wave {
   }
 
   // body(group, count of groups, first row of the tile, its rows): a piece of one tile meets all
-  // groups at a stroke, one of several tiles takes each group through them while it is in a cache.
+  // groups at a stroke, one of several tiles takes a few at a time through them while these are in
+  // a cache.
   template <class F>
-  void for_each_tile(const Piece& piece, Format format, int group, int end, F&& body) {
+  void for_each_tile(const Piece& piece, Format format, int group, int end, int few, F&& body) {
     const int largest = max_tile(format);
     const bool is_one = piece.count == tile_rows(piece.count, largest);
-    for (int count = is_one ? end - group : 1; group < end; group += count)
+    for (int count; group < end; group += count) {
+      count = is_one ? end - group : std::min(few, end - group);
       for (int t = 0, n; t < piece.count; t += n) {
         n = tile_rows(piece.count - t, largest);
         body(group, count, t, n);
       }
+    }
   }
 
   void gate_up() {
     const int64_t pair_bytes = 2 * shape_.gate_bytes();
     for_each_run(num_groups(shape_.ffn_dim), [&](int, const Piece& piece, int group, int end) {
-      for_each_tile(piece, shape_.gate_up, group, end, [&](int g, int count, int t, int n) {
+      for_each_tile(piece, shape_.gate_up, group, end, 1, [&](int g, int count, int t, int n) {
         kernels_.gate_up(shape_.gate_up, piece.expert + g * pair_bytes, count, shape_.dim,
                          piece.x.tile(t), n, piece.h + t * h_stride_ + g * kLanes, h_stride_);
       });

@@ -58,7 +58,7 @@ void matmul(const MatrixView& m, const RowsView& rows, const float* bias, float*
   const int max_tile = kernels.max_tile[int(m.format)], num_rows = rows.num_rows;
   const int64_t stride = group_bytes(m.format, m.cols);
   const int groups = num_groups(m.rows);
-  const int group_chunk = int(std::clamp<int64_t>(kChunkBytes / stride, 1, 16));
+  const int chunk = int(std::clamp<int64_t>(kChunkBytes / stride, 1, 16));
 
   void* const memory = thread_scratch(TileBuffer::bytes(m.format, num_rows, m.cols));
   const TileBuffer buffer(static_cast<uint8_t*>(memory), num_rows, m.cols, m.format);
@@ -67,7 +67,7 @@ void matmul(const MatrixView& m, const RowsView& rows, const float* bias, float*
   if (num_rows == tile_rows(num_rows, max_tile)) {
     // One tile: nothing but a walk over the weights, as long as it can be.
     const Tile& tile = buffer.tile(0);
-    parallel_for_ranges(groups, group_chunk, [&](int64_t group, int64_t end, int) {
+    parallel_for_ranges(groups, chunk, [&](int64_t group, int64_t end, int) {
       const int first = int(group) * kLanes, lanes = std::min(int(end) * kLanes, m.rows) - first;
       kernels.matmul(m.format, m.data + group * stride, int(end - group), lanes, m.cols, tile,
                      num_rows, bias == nullptr ? nullptr : bias + first, out + first, m.rows);
@@ -78,6 +78,7 @@ void matmul(const MatrixView& m, const RowsView& rows, const float* bias, float*
   const bool few_groups = groups < 8 * pool_threads();
   const int rows_at_once = few_groups ? 4 * kMaxTile : num_rows;
   const int row_parts = (num_rows + rows_at_once - 1) / rows_at_once;
+  const int group_chunk = std::max(2, chunk);  // kernels of many rows take two at once
   const int group_parts = (groups + group_chunk - 1) / group_chunk;
   parallel_for(int64_t(group_parts) * row_parts, 1, [&](int64_t item, int64_t, int) {
     const int first_group = int(item / row_parts) * group_chunk;

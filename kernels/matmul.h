@@ -113,9 +113,22 @@ constexpr int sum_factor(Format f) {
   }
 }
 
-// Fetches weights 4 KiB ahead of p.
-SHOAL_INLINE void prefetch_weights(const uint8_t* p, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + 4096 + i);
+// The records of G row groups at the same columns, `stride` bytes apart.
+template <int G>
+struct Records {
+  const uint8_t* first;
+  int64_t stride;
+
+  const uint8_t* operator[](int g) const { return first + g * stride; }
+  operator const uint8_t*() const {
+    static_assert(G == 1);
+    return first;
+  }
+};
+
+// Fetches the weights that lie `ahead` bytes behind p[0, bytes).
+SHOAL_INLINE void prefetch_weights(const uint8_t* p, int bytes, int ahead) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + ahead + i);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace shoal {
 namespace {
 
 constexpr int kRows = 16;
+constexpr int kAhead = 4096;  // bytes of weights asked for in advance
 
 // GCC's tile loads and stores do not say that they touch memory.
 SHOAL_INLINE void settle_memory() { asm volatile("" ::: "memory"); }
@@ -70,7 +71,7 @@ template <class L>
 SHOAL_INLINE void add_group(L, const uint8_t* record, int cols, const Tile& tile, Lanes* acc) {
   for (int block = 0, blocks = (cols + kBlock - 1) / kBlock; block < blocks; ++block) {
     const int b = block % L::blocks;
-    if (b == 0) prefetch_weights(record, L::record);
+    if (b == 0) prefetch_weights(record, L::record, kAhead);
     add_block(L{}, record, b, tile.quants + int64_t(block) * kRows * kBlock,
               tile.scales + block * kRows, tile.start + block * kRows, acc);
     if (b == L::blocks - 1) record += L::record;
@@ -81,7 +82,7 @@ SHOAL_INLINE void add_group(Q4_K, const uint8_t* record, int cols, const Tile& t
   const int8_t* x = tile.quants;
   const int blocks = (cols + kSuperBlock - 1) / kSuperBlock;
   for (int block = 0; block < blocks; ++block, record += Q4_K::record) {
-    prefetch_weights(record, Q4_K::record);
+    prefetch_weights(record, Q4_K::record, kAhead);
     __m512i w[8], dots[kRows], all[kRows];
     for (int sub = 0; sub < 8; ++sub, x += kRows * kBlock) {
       unpack_sub_block(record, sub / 2, sub % 2, w);

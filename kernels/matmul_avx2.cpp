@@ -19,10 +19,12 @@ constexpr int kFloatAccumulators = 4;  // of two registers each, beside 2 of wei
 constexpr int kIntTile = 16, kQ4KTile = 16;
 constexpr int kRowsInRegisters = 2;
 
+constexpr int groups_at_once(int) { return 1; }
+
 // With few rows, lines are read as fast as they come, and hints in between cost: at one row 20 % of
 // the bandwidth on one thread of a Zen 4.  More rows, or weights of fewer bits, leave the hardware
 // too far behind.
-constexpr bool fetches_ahead(int rows, int bits) { return rows >= bits; }
+constexpr int fetched_ahead(int rows, int bits) { return rows >= bits ? 4096 : 0; }
 
 SHOAL_INLINE __m256i load_bytes(const uint8_t* p) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
@@ -367,12 +369,12 @@ template <int N>
 SHOAL_INLINE void add_super_block(const uint8_t* record, const int8_t* x, const float* x_scale,
                                   const int16_t* x_sums, Lanes* acc) {
   Ints dots[N];
-  constexpr bool ahead = fetches_ahead(N, 4);
-  if (ahead) prefetch_weights(record, Q4_K::quants);
+  constexpr int ahead = fetched_ahead(N, 4);
+  if (ahead) prefetch_weights(record, Q4_K::quants, ahead);
   // Read last: in their place of the stream they keep the hardware's prefetcher on it.
   for (int i = 0; !ahead && i < Q4_K::quants; i += 64) __builtin_prefetch(record + i);
   for (int c = 0; c < 4; ++c, x += 2 * N * kBlock) {
-    if (ahead) prefetch_weights(record + Q4_K::quants + c * Q4_K::chunk, Q4_K::chunk);
+    if (ahead) prefetch_weights(record + Q4_K::quants + c * Q4_K::chunk, Q4_K::chunk, ahead);
     if constexpr (N <= kRowsInRegisters) {
       q4_k_chunk_few<N>(record, c, x, dots);
     } else {

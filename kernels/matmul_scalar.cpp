@@ -11,7 +11,8 @@ namespace {
 constexpr int kFloatAccumulators = 1;
 constexpr int kIntTile = 8, kQ4KTile = 8;
 constexpr int kRowsInRegisters = 0;
-constexpr bool fetches_ahead(int, int) { return true; }
+constexpr int groups_at_once(int) { return 1; }
+constexpr int fetched_ahead(int, int) { return 4096; }
 
 struct Ints {
   int32_t v[kLanes];

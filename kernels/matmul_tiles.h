@@ -3,10 +3,14 @@
 // Such a file includes its lanes_*.h, defines
 //     kFloatAccumulators, kIntTile, kQ4KTile       how many Lanes its registers hold, tile sizes
 //     kRowsInRegisters       largest integer tile whose sums stay in registers
-//     bool fetches_ahead(int rows, int bits)       whether such a tile asks for weights in advance
-//     template <int N> void add_block(Q4_0, record, b, x, x_scale, x_start, Lanes* acc)
-//         for Q4_1, Q8_0, Q4_T and Q3_T as well: acc[t] += block b of a record times that block of
-//         row t, t < N
+//     int groups_at_once(int rows)                 how many row groups such a tile meets together,
+//                                                  Q4_K's apart
+//     int fetched_ahead(int rows, int bits)        how many bytes in advance such a tile asks for
+//                                                  weights of so many bits; 0: not at all
+//     template <int N> void add_block(Q4_0, records, b, x, x_scale, x_start, Lanes* acc)
+//         for Q4_1, Q8_0, Q4_T and Q3_T as well: acc[g * N + t] += block b of group g's record
+//         times that block of row t, t < N; records are Records<groups_at_once(N)> and Records<1>,
+//         which is a const uint8_t*
 //     template <int N> void add_super_block(record, x, x_scale, x_sums, Lanes* acc)    for Q4_K
 //     bool add_quanta(int64_t* sums, const Lanes& y, float weight, double two_to_grid)
 // in an anonymous namespace, then includes this file, which builds its MatrixKernels from them.
@@ -30,14 +34,14 @@ SHOAL_INLINE Lanes load_weights(const uint8_t* p) {
 template <Format F, int N, int G>
 SHOAL_INLINE void float_groups(const uint8_t* group, int64_t stride, int cols, const Tile& tile,
                                Lanes* acc) {
-  constexpr int step = F == Format::f32 ? 64 : 32;
+  constexpr int step = F == Format::f32 ? 64 : 32, ahead = fetched_ahead(N, step / 2);
   Lanes a[G * N];
   for (int i = 0; i < G * N; ++i) a[i] = acc[i];
   const float* x = tile.values;
   for (int k = 0; k < cols; ++k, x += N, group += step) {
     for (int g = 0; g < G; ++g) {
       const uint8_t* at = group + g * stride;
-      if (fetches_ahead(N, F == Format::f32 ? 32 : 16)) prefetch_weights(at, 1);
+      if (ahead) prefetch_weights(at, 1, ahead);
       const Lanes w = load_weights<F>(at);
       for (int t = 0; t < N; ++t) a[g * N + t] = fma(w, set1(x[t]), a[g * N + t]);
     }
@@ -61,22 +65,28 @@ SHOAL_INLINE void float_kernel(const uint8_t* groups, int64_t stride, int count,
 
 // --- Integer formats: exact dots, one float step a block ---------------------------------------
 
-// acc[t] += row group * row t.  Records hold L::blocks blocks, the last of two maybe one.
-template <class L, int N>
-SHOAL_INLINE void block_kernel(const uint8_t* record, int blocks, const Tile& tile, Lanes* sums) {
+// acc[g * N + t] += row group g * row t.  Records hold L::blocks blocks, the last of two maybe one.
+template <class L, int N, int G>
+SHOAL_INLINE void block_kernel(Records<G> at, int blocks, const Tile& tile, Lanes* sums) {
+  constexpr int ahead = fetched_ahead(N, L::block_quants * 8 / (kLanes * kBlock));
   const int8_t* x = tile.quants;
   const float* x_scale = tile.scales;
   const int32_t* x_start = tile.start;
-  Lanes kept[N], *const acc = N <= kRowsInRegisters ? kept : sums;
-  for (int t = 0; acc == kept && t < N; ++t) acc[t] = sums[t];
-  for (; blocks >= L::blocks; blocks -= L::blocks, record += L::record) {
-    if (fetches_ahead(N, L::block_quants * 8 / (kLanes * kBlock)))
-      prefetch_weights(record, L::record);
-    for (int b = 0; b < L::blocks; ++b, x += N * kBlock, x_scale += N, x_start += N)
-      add_block<N>(L{}, record, b, x, x_scale, x_start, acc);
+  Lanes kept[G * N], *const acc = G * N <= kRowsInRegisters ? kept : sums;
+  for (int i = 0; acc == kept && i < G * N; ++i) acc[i] = sums[i];
+  for (; blocks >= L::blocks; blocks -= L::blocks, at.first += L::record) {
+    // Behind the end of a group comes what is being read already, but for the last one.
+    const int64_t skip = blocks / L::blocks * L::record <= ahead ? (G - 1) * at.stride : 0;
+#pragma GCC unroll 2
+    for (int b = 0; b < L::blocks; ++b, x += N * kBlock, x_scale += N, x_start += N) {
+      // Never two groups' records at once: so many missing lines would wait for each other.
+      for (int g = b; ahead && g < G; g += L::blocks)
+        prefetch_weights(at[g] + skip, L::record, ahead);
+      add_block<N>(L{}, at, b, x, x_scale, x_start, acc);
+    }
   }
-  if (L::blocks == 2 && blocks == 1) add_block<N>(L{}, record, 0, x, x_scale, x_start, acc);
-  for (int t = 0; acc == kept && t < N; ++t) sums[t] = acc[t];
+  if (L::blocks == 2 && blocks == 1) add_block<N>(L{}, at, 0, x, x_scale, x_start, acc);
+  for (int i = 0; acc == kept && i < G * N; ++i) sums[i] = acc[i];
 }
 
 template <int N>
@@ -90,6 +100,16 @@ SHOAL_INLINE void super_block_kernel(const uint8_t* record, int blocks, const Ti
   for (int t = 0; acc == kept && t < N; ++t) sums[t] = acc[t];
 }
 
+template <Format F, int N, int G>
+SHOAL_INLINE void integer_kernel(Records<G> at, int blocks, const Tile& tile, Lanes* acc) {
+  if constexpr (F == Format::q8_0) block_kernel<Q8_0, N>(at, blocks, tile, acc);
+  if constexpr (F == Format::q4_0) block_kernel<Q4_0, N>(at, blocks, tile, acc);
+  if constexpr (F == Format::q4_1) block_kernel<Q4_1, N>(at, blocks, tile, acc);
+  if constexpr (F == Format::q4_t) block_kernel<Q4_T, N>(at, blocks, tile, acc);
+  if constexpr (F == Format::q3_t) block_kernel<Q3_T, N>(at, blocks, tile, acc);
+  if constexpr (F == Format::q4_k) super_block_kernel<N>(at.first, blocks, tile, acc);
+}
+
 // --- One entry a format and tile size ----------------------------------------------------------
 
 // acc[g * N + t] += group g * row t, g < count.
@@ -99,15 +119,12 @@ __attribute__((noinline)) void group_kernel(const uint8_t* groups, int64_t strid
   if constexpr (block_cols(F) == 1) {
     float_kernel<F, N>(groups, stride, count, cols, tile, acc);
   } else {
+    constexpr int G = F == Format::q4_k ? 1 : groups_at_once(N);
     const int blocks = (cols + block_cols(F) - 1) / block_cols(F);
-    for (; count > 0; --count, groups += stride, acc += N) {
-      if constexpr (F == Format::q8_0) block_kernel<Q8_0, N>(groups, blocks, tile, acc);
-      if constexpr (F == Format::q4_0) block_kernel<Q4_0, N>(groups, blocks, tile, acc);
-      if constexpr (F == Format::q4_1) block_kernel<Q4_1, N>(groups, blocks, tile, acc);
-      if constexpr (F == Format::q4_t) block_kernel<Q4_T, N>(groups, blocks, tile, acc);
-      if constexpr (F == Format::q3_t) block_kernel<Q3_T, N>(groups, blocks, tile, acc);
-      if constexpr (F == Format::q4_k) super_block_kernel<N>(groups, blocks, tile, acc);
-    }
+    for (; G > 1 && count >= G; count -= G, groups += G * stride, acc += G * N)
+      integer_kernel<F, N>(Records<G>{groups, stride}, blocks, tile, acc);
+    for (; count > 0; --count, groups += stride, acc += N)
+      integer_kernel<F, N>(Records<1>{groups, stride}, blocks, tile, acc);
   }
 }
 
