@@ -84,6 +84,9 @@ uint32_t down_sums_tile(Format format, const uint8_t* groups, int count, int lan
   for (int done = 0; done < count; done += kGroupsAtOnce) {
     const int now = lesser(kGroupsAtOnce, count - done);
     for (int i = 0; i < now * n; ++i) acc[i] = zero();
+    // Many rows' sums lie a power of two apart, and have left the caches that they share.
+    for (int t = 0; n > 1 && t < n; ++t)
+      for (int i = 0; i < now * kLanes; i += 8) __builtin_prefetch(sums[t] + done * kLanes + i, 1);
     kernel(groups + done * stride, stride, now, cols, tile, acc);
     for (int g = 0; g < now; ++g) {
       const int first = (done + g) * kLanes;
