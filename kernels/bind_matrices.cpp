@@ -208,7 +208,7 @@ Isa isa_from(const std::string& name) {
   for (int i = 0; i < kNumIsas; ++i)
     if (name == isa_name(Isa(i))) return Isa(i);
   throw std::invalid_argument("unknown instruction set '" + name +
-                              "': one of scalar, avx2, avx512");
+                              "': one of scalar, avx2, avxvnni, avx512, amx");
 }
 
 std::vector<std::string> bind_available_isas() {

@@ -43,6 +43,11 @@ bool cpuid_has_f16c() {
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
 }
 
+bool cpuid_has_avx_vnni() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+}
+
 bool cpuid_has_amx() {
   unsigned eax, ebx, ecx, edx;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
@@ -68,6 +73,8 @@ const char* isa_name(Isa isa) {
       return "scalar";
     case Isa::avx2:
       return "avx2";
+    case Isa::avxvnni:
+      return "avxvnni";
     case Isa::avx512:
       return "avx512";
     case Isa::amx:
@@ -84,6 +91,7 @@ bool isa_available(Isa isa) {
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpuid_has_f16c();
   if (isa == Isa::avx2) return avx2;
+  if (isa == Isa::avxvnni) return avx2 && cpuid_has_avx_vnni();
   if (isa == Isa::avx512)
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -97,8 +105,9 @@ bool isa_available(Isa isa) {
 }
 
 Isa best_isa() {
-  if (isa_available(Isa::avx512)) return Isa::avx512;
-  return isa_available(Isa::avx2) ? Isa::avx2 : Isa::scalar;
+  for (Isa isa : {Isa::avx512, Isa::avxvnni, Isa::avx2})
+    if (isa_available(isa)) return isa;
+  return Isa::scalar;
 }
 
 Isa current_isa() {

@@ -5,18 +5,20 @@
 
 namespace shoal {
 
-enum class Isa : int { scalar, avx2, avx512, amx };
-constexpr int kNumIsas = 4;
+enum class Isa : int { scalar, avx2, avxvnni, avx512, amx };
+constexpr int kNumIsas = 5;
 
-// "scalar", "avx2", "avx512", "amx": the values of SHOAL_ISA.
+// "scalar", "avx2", "avxvnni", "avx512", "amx": the values of SHOAL_ISA.
 const char* isa_name(Isa isa);
 
 // Whether this build has kernels for the set and this CPU and operating system can run them.
-// avx2 asks for FMA and F16C too; avx512 for F, BW, VL, DQ and VNNI; amx for avx512, AMX-TILE and
-// AMX-INT8, and on Linux for the kernel's leave to use them, which asking obtains.
+// avx2 asks for FMA and F16C too; avxvnni for avx2 and AVX-VNNI; avx512 for F, BW, VL, DQ and VNNI;
+// amx for avx512, AMX-TILE and AMX-INT8, and on Linux for the kernel's leave to use them, which
+// asking obtains.
 bool isa_available(Isa isa);
 
-// The widest available set but for amx, which shoal.numerics.verify turns on once its digests hold.
+// The fastest available set but for amx, which shoal.numerics.verify turns on once its digests
+// hold.
 Isa best_isa();
 
 // The set that kernels use: best_isa() until set_isa.

@@ -13,6 +13,7 @@ const MatrixKernels& matrix_kernels(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::amx) return kMatrixAmx;
   if (isa == Isa::avx512) return kMatrixAvx512;
+  if (isa == Isa::avxvnni) return kMatrixAvxVnni;
   if (isa == Isa::avx2) return kMatrixAvx2;
 #endif
   (void)isa;

@@ -194,6 +194,7 @@ struct MatrixKernels {
 extern const MatrixKernels kMatrixScalar;
 #if defined(__x86_64__)
 extern const MatrixKernels kMatrixAvx2;
+extern const MatrixKernels kMatrixAvxVnni;
 extern const MatrixKernels kMatrixAvx512;
 extern const MatrixKernels kMatrixAmx;
 #endif

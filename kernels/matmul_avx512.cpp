@@ -34,8 +34,7 @@ SHOAL_INLINE void dot_block(int32_t start, const __m512i (*w)[8], const int8_t* 
   for (int g = 0; g < G; ++g)
     dots[g] = _mm512_set1_epi32(start), second[g] = _mm512_setzero_si512();
   for (int j = 0; j < 4; ++j) {
-    __m512i v = broadcast4(x + 4 * j), v16 = broadcast4(x + 16 + 4 * j);
-    if (G > 1) asm("" : "+v"(v), "+v"(v16));  // or each product loads its own
+    const __m512i v = broadcast4(x + 4 * j), v16 = broadcast4(x + 16 + 4 * j);
     for (int g = 0; g < G; ++g) {
       dots[g] = _mm512_dpbusd_epi32(dots[g], w[g][j], v);
       second[g] = _mm512_dpbusd_epi32(second[g], w[g][4 + j], v16);

@@ -16,6 +16,7 @@ import shoal
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "dev"
 ELF = sys.platform == "linux"
+WIDE = ("_avx2.cpp", "_avxvnni.cpp", "_avx512.cpp", "_amx.cpp")
 
 
 def compile_commands() -> dict[str, list[str]]:
@@ -58,16 +59,14 @@ def test_no_kernel_file_may_fuse_or_reorder_float_operations() -> None:
 def test_a_file_gets_the_flags_of_its_instruction_set_alone() -> None:
     for name, command in compile_commands().items():
         wide = [flag for flag in command if re.match(r"-m(avx|fma|f16c|arch|cpu|tune)", flag)]
-        assert bool(wide) == name.endswith(("_avx2.cpp", "_avx512.cpp", "_amx.cpp")), (name, wide)
+        assert bool(wide) == name.endswith(WIDE), (name, wide)
 
 
 @pytest.mark.skipif(not ELF or shutil.which("nm") is None, reason="needs ELF objects and nm")
 def test_no_wide_instruction_can_leak_through_a_shared_symbol() -> None:
     # The linker keeps one copy of a weak symbol (an inline function, a template): were it the AVX
     # one, a CPU without AVX would run it.
-    wide = {
-        n: p for n, p in objects().items() if n.endswith(("_avx2.cpp", "_avx512.cpp", "_amx.cpp"))
-    }
+    wide = {n: p for n, p in objects().items() if n.endswith(WIDE)}
     for name, path in wide.items():
         ran = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True)
         weak = [line for line in ran.stdout.splitlines() if re.match(r"\S* +[WVu] ", line)]
@@ -76,11 +75,7 @@ def test_no_wide_instruction_can_leak_through_a_shared_symbol() -> None:
 
 @pytest.mark.skipif(not ELF or shutil.which("objdump") is None, reason="needs objdump")
 def test_baseline_files_hold_no_wide_instruction() -> None:
-    baseline = {
-        n: p
-        for n, p in objects().items()
-        if not n.endswith(("_avx2.cpp", "_avx512.cpp", "_amx.cpp"))
-    }
+    baseline = {n: p for n, p in objects().items() if not n.endswith(WIDE)}
     for name, path in baseline.items():
         ran = subprocess.run(["objdump", "-d", path], capture_output=True, text=True, check=True)
         assert re.search(r"%[yz]mm", ran.stdout) is None, name

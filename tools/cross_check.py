@@ -63,13 +63,13 @@ def sources(target: Target) -> list[Path]:
     return (
         files
         if target.x86
-        else [p for p in files if not p.stem.endswith(("_avx2", "_avx512", "_amx"))]
+        else [p for p in files if not p.stem.endswith(("_avx2", "_avxvnni", "_avx512", "_amx"))]
     )
 
 
 def isa_flags(source: Path) -> list[str]:
     """Return the instruction-set flags that CMakeLists.txt gives to that file."""
-    for isa in ("AMX", "AVX512", "AVX2"):
+    for isa in ("AMX", "AVX512", "AVXVNNI", "AVX2"):
         if source.stem.endswith(f"_{isa.lower()}"):
             text = (ROOT / "CMakeLists.txt").read_text()
             found = re.search(rf"set\(SHOAL_{isa}_FLAGS ([^)]*)\)", text)

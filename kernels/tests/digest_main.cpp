@@ -1,7 +1,7 @@
 // Prints `op format digest`, one line an op and format: golden_digests.txt as this build computes
 // it.  Needs no Python: any compiler and C++17 will do, for machines that only an emulator runs.
 // Build it from this file and every kernels/*.cpp but bind*.cpp, with the flags of CMakeLists.txt
-// (the _avx2, _avx512 and _amx files belong to x86 only).
+// (the _avx2, _avxvnni, _avx512 and _amx files belong to x86 only).
 #include <cinttypes>
 #include <cstdio>
 

@@ -1,5 +1,5 @@
-// In place of cpu_features.cpp in a test build whose AVX-512 and AMX are emulated: every set is
-// available.
+// In place of cpu_features.cpp in a test build whose AVX-VNNI, AVX-512 and AMX are emulated: every
+// set is available.
 #include <atomic>
 
 #include "../cpu_features.h"
@@ -9,7 +9,7 @@ namespace shoal {
 static std::atomic<int> chosen{0};
 
 const char* isa_name(Isa isa) {
-  const char* const names[] = {"scalar", "avx2", "avx512", "amx"};
+  const char* const names[] = {"scalar", "avx2", "avxvnni", "avx512", "amx"};
   return names[int(isa)];
 }
 bool isa_available(Isa) { return true; }

@@ -1,7 +1,7 @@
 """All arithmetic on the path from ids to tokens: typed fronts of the native kernels.
 
-The only package that imports shoal._kernels. SHOAL_ISA (scalar, avx2, avx512, amx) chooses the
-kernels at import; without it the fastest that this CPU has, but for amx, which
+The only package that imports shoal._kernels. SHOAL_ISA (scalar, avx2, avxvnni, avx512, amx) chooses
+the kernels at import; without it the fastest that this CPU has, but for amx, which
 shoal.numerics.verify tries. Results are the same bits with each.
 """
 

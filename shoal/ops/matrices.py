@@ -29,6 +29,8 @@ from shoal.quant import (
 )
 from shoal.rows import Rows
 
+KNOWN_ISAS = ("scalar", "avx2", "avxvnni", "avx512", "amx")  # slowest first
+
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -144,7 +146,7 @@ def num_threads() -> int:
 
 
 def isa() -> str:
-    """Return the instruction set in use: `scalar`, `avx2`, `avx512` or `amx`."""
+    """Return the instruction set in use: one of `KNOWN_ISAS`."""
     return _kernels.isa()
 
 
@@ -160,9 +162,7 @@ def set_isa(name: str) -> None:
         UsageError: unknown, or this CPU cannot run it; lists those it can.
     """
     if name not in available_isas():
-        known = (
-            "unknown" if name not in ("scalar", "avx2", "avx512", "amx") else "not possible here"
-        )
+        known = "not possible here" if name in KNOWN_ISAS else "unknown"
         raise UsageError(
             f"instruction set {name!r}: {known}; this CPU has {', '.join(available_isas())}"
         )

@@ -110,7 +110,7 @@ def test_emulated_avx512_and_amx_reproduce_the_golden_digests(tmp_path: Path) ->
     """
     tests = KERNELS / "tests"
     every = {path for path in KERNELS.glob("*.cpp") if not path.name.startswith("bind")}
-    wide = {path for path in every if path.stem.endswith(("_avx512", "_amx"))}
+    wide = {path for path in every if path.stem.endswith(("_avxvnni", "_avx512", "_amx"))}
     avx2 = {path for path in every if path.stem.endswith("_avx2")}
     plain = every - wide - avx2 - {KERNELS / "cpu_features.cpp"}
     plain |= {tests / "digest_main.cpp", tests / "emulated_features.cpp"}
@@ -126,6 +126,6 @@ def test_emulated_avx512_and_amx_reproduce_the_golden_digests(tmp_path: Path) ->
     run = subprocess.run([program], check=True, capture_output=True, text=True, timeout=120)
     sections = run.stdout.split("# ")[1:]
     names = [section.partition("\n")[0] for section in sections]
-    assert names == ["scalar", "avx2", "avx512", "amx"]
+    assert names == ["scalar", "avx2", "avxvnni", "avx512", "amx"]
     for name, section in zip(names, sections, strict=True):
         numerics.check(section.partition("\n")[2], GOLDEN, name)

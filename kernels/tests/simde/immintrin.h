@@ -1,6 +1,6 @@
-// AVX-512 and AMX for CPUs that lack them: put this folder before the compiler's own headers and every
-// _mm512 function of a kernel file becomes SIMDe's, computed with AVX2, every _tile function that of
-// amx_model.h.  For tests only.
+// AVX-VNNI, AVX-512 and AMX for CPUs that lack them: put this folder before the compiler's own
+// headers and every _mm512 function of a kernel file becomes SIMDe's, computed with AVX2, every
+// _tile function that of amx_model.h.  For tests only.
 #pragma once
 #include_next <immintrin.h>
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -102,5 +102,18 @@ SHOAL_EMULATED simde__m512d shoal_cvtps_pd(__m256 a) {
   out.doubles256[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1));
   return out.doubles;
 }
+
+// AVX-VNNI's vpdpbusd, product by product.
+SHOAL_EMULATED __m256i shoal_dpbusd(__m256i sums, __m256i w, __m256i x) {
+  alignas(32) int32_t lanes[8];
+  alignas(32) uint8_t bytes[32];
+  alignas(32) int8_t signed_bytes[32];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sums);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(bytes), w);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(signed_bytes), x);
+  for (int i = 0; i < 32; ++i) lanes[i / 4] += bytes[i] * signed_bytes[i];
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
+}
+#define _mm256_dpbusd_avx_epi32 shoal_dpbusd
 
 #include "amx_model.h"
