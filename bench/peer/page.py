@@ -13,7 +13,14 @@ from bench.page import commit, link, put, table
 from bench.peer.drawing import Line, Panel, draw_bars, draw_panels
 from bench.peer.engines import LLAMA, LLAMA_REPACKED, SHOAL
 from bench.peer.scaling import IN_PROCESS, Cost, Shape
-from bench.peer.system_tables import dispatch, experts, memory, nodes, start
+from bench.peer.system_tables import (
+    dispatch,
+    experts,
+    experts_in_brief,
+    memory,
+    nodes,
+    start,
+)
 from bench.peer.where import GAPS, rate
 
 DOCS = ROOT / "docs"
@@ -24,10 +31,13 @@ EXPERT_FORMATS = ("q4_0", "q4_k", "q8_0")
 Report = dict[str, Any]
 
 
-def newest(name: str) -> tuple[Report, Path] | None:
-    """Return the newest result of that name."""
-    paths = sorted(RESULTS.glob(f"????-??-??-{name}.json"))
-    return (json.loads(paths[-1].read_text()), paths[-1]) if paths else None
+def newest(name: str, isa: str | None = None) -> tuple[Report, Path] | None:
+    """Return the newest result of that name, of any or of one instruction set."""
+    for path in reversed(sorted(RESULTS.glob(f"????-??-??-{name}.json"))):
+        report: Report = json.loads(path.read_text())
+        if isa in (None, report["isa"]):
+            return report, path
+    return None
 
 
 def _made_by(report: Report) -> str:
@@ -80,6 +90,39 @@ def peer(report: Report, path: Path) -> str:
 def _of_bound(row: Row) -> str:
     share = row["share_of_weight_bound"]
     return f"{share['median']:.0%} ({share['min']:.0%}-{share['max']:.0%})" if share else ""
+
+
+def peers_in_brief(reports: Sequence[Report]) -> str:
+    """Return each phase's rate and ratio, a report a pair of columns."""
+    phases = [row["phase"] for row in reports[0]["rows"]]
+    by_phase = [{row["phase"]: row for row in report["rows"]} for report in reports]
+    lines = [
+        [phase]
+        + [
+            cell
+            for rows in by_phase
+            for cell in (
+                f"{rows[phase]['tokens_per_s'][SHOAL]['median']:.1f}",
+                f"**{rows[phase]['ratio']['median']:.2f}**",
+            )
+        ]
+        for phase in phases
+    ]
+    heads = [head for fmt in FORMATS for head in (f"{fmt.upper()} tok/s", "to the better one")]
+    return table(["", *heads], lines)
+
+
+def without_avx512() -> str | None:
+    """Return what AVX2 alone reached, from the newest results of a CPU that has no more."""
+    peers = [newest("peer-" + STEM.format(fmt), "avx2") for fmt in FORMATS]
+    layers = [newest(f"experts-{fmt}", "avx2") for fmt in EXPERT_FORMATS]
+    found = [each for each in (*peers, *layers) if each is not None]
+    if len(found) < len(peers) + len(layers):
+        return None
+    reports = [report for report, _ in found]
+    rows = [row for report in reports[len(peers) :] for row in report["rows"]]
+    tables = [peers_in_brief(reports[: len(peers)]), experts_in_brief(rows, "avx2")]
+    return "\n\n".join([*tables, sources(found)])
 
 
 def draw_peer(report: Report, path: Path, fmt: str) -> None:
@@ -190,7 +233,10 @@ def main() -> None:
     results = [newest(f"experts-{fmt}") for fmt in EXPERT_FORMATS]
     if measured := [each for each in results if each is not None]:
         rows = [row for report, _ in measured for row in report["rows"]]
-        text = put(text, "experts", f"{experts(rows)}\n\n{sources(measured)}")
+        isa = measured[0][0]["isa"]
+        text = put(text, "experts", f"{experts(rows, isa)}\n\n{sources(measured)}")
+    if (brief := without_avx512()) is not None:
+        text = put(text, "without-avx512", brief)
     model = "model-" + STEM.format("q4_k")
     for name, block, make in (
         ("dispatch", "dispatch", dispatch),

@@ -5,33 +5,42 @@ from bench.page import table
 from bench.peer.engines import SHOAL
 from bench.peer.experts import GGML, GGML_REPACKED
 
-# What the two ports that multiply allow a core with AVX2 at 2.7 GHz, 1e9 products of a weight and
-# an activation a second (kernels/README.md counts the cycles).
-PORTS_GMAC_PER_S = {"q4_0": 126.0, "q4_k": 140.0, "q8_0": 70.0}
+# What the two ports that multiply allow a core, 1e9 products of a weight and an activation a second
+# (kernels/README.md counts the cycles): with AVX2 at 2.7 GHz, with AVX-512 VNNI at 4.0.
+PORTS_GMAC_PER_S = {
+    "avx2": {"q4_0": 126.0, "q4_k": 140.0, "q8_0": 70.0},
+    "avx512": {"q4_0": 410.0, "q4_k": 414.0, "q8_0": 410.0},
+}
 
 
-def experts(rows: list[Row]) -> str:
+def _cell(row: Row) -> str:
+    return f"{row['format'].upper()}, {row['rows']} row" + ("s" if row["rows"] > 1 else "")
+
+
+def _bound_us(row: Row, isa: str) -> float:
+    """Return what an expert takes at least: memory as probed, or the ports that multiply."""
+    read_us: float = row["bytes_per_expert"] / row["probe_gb_per_s"]["median"] / 1e3
+    macs_per_us = PORTS_GMAC_PER_S[isa][row["format"]] * row["threads"] * 1e3
+    return max(read_us, float(row["macs_per_expert"] / macs_per_us))
+
+
+def experts(rows: list[Row], isa: str) -> str:
     """Return one layer's experts, beside ggml and beside what this CPU allows."""
 
     def time_us(row: Row, engine: str) -> str:
         us = row["us_per_expert"].get(engine)
         return f"{us['median']:.0f} ({us['min']:.0f}-{us['max']:.0f})" if us else "n/a"
 
-    def bound_us(row: Row) -> float:
-        read_us: float = row["bytes_per_expert"] / row["probe_gb_per_s"]["median"] / 1e3
-        macs_per_us = PORTS_GMAC_PER_S[row["format"]] * row["threads"] * 1e3
-        return max(read_us, float(row["macs_per_expert"] / macs_per_us))
-
     lines = [
         [
-            f"{row['format'].upper()}, {row['rows']} row" + ("s" if row["rows"] > 1 else ""),
+            _cell(row),
             str(row["threads"]),
             *(time_us(row, engine) for engine in (SHOAL, GGML, GGML_REPACKED)),
             f"**{row['ratio']['median']:.2f}** "
             f"({row['ratio']['min']:.2f}-{row['ratio']['max']:.2f})",
             f"{row['reach']:.2f}" if row["reach"] else "",
-            f"{row['us_per_expert'][row['best_peer']]['median'] / bound_us(row):.2f}",
-            f"{bound_us(row) / row['us_per_expert'][SHOAL]['median']:.0%}",
+            f"{row['us_per_expert'][row['best_peer']]['median'] / _bound_us(row, isa):.2f}",
+            f"{_bound_us(row, isa) / row['us_per_expert'][SHOAL]['median']:.0%}",
             f"{row['probe_gb_per_s']['median']:.1f}",
         ]
         for row in rows
@@ -39,6 +48,19 @@ def experts(rows: list[Row]) -> str:
     heads = ["", "threads", f"{SHOAL} us", f"{GGML} us", f"{GGML_REPACKED} us"]
     heads += ["to the better one", "reach", "the bound to it", "of the bound", "probe GB/s"]
     return table(heads, lines)
+
+
+def experts_in_brief(rows: list[Row], isa: str) -> str:
+    """Return the same, one line for both threads."""
+    lines = []
+    for one, two in zip(rows[::2], rows[1::2], strict=True):
+        us = [f"{row['us_per_expert'][SHOAL]['median']:.0f}" for row in (one, two)]
+        ratio = [f"**{row['ratio']['median']:.2f}**" for row in (one, two)]
+        best = [row["us_per_expert"][row["best_peer"]]["median"] for row in (one, two)]
+        bound = [_bound_us(row, isa) for row in (one, two)]
+        most = [f"{ggml_us / bound_us:.2f}" for ggml_us, bound_us in zip(best, bound, strict=True)]
+        lines.append([_cell(one), *(", ".join(pair) for pair in (us, ratio, most))])
+    return table(["1, 2 threads", "shoal us", "to the better ggml", "the bound to it"], lines)
 
 
 def dispatch(rows: list[Row]) -> str:

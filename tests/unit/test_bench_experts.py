@@ -52,7 +52,7 @@ def test_the_better_peer_of_a_cell_is_the_one_compared() -> None:
     assert row["best_peer"] == GGML_REPACKED
     assert (row["ratio"]["median"], row["ratio"]["max"]) == (1.5, 3.0)
     assert row["share_of_probe"]["median"] == pytest.approx(2654208 / 100e-6 / 40e9)
-    line = experts([row]).splitlines()[-1]
+    line = experts([row], "avx2").splitlines()[-1]
     assert line.startswith("| Q4_0, 1 row | 2 | 100 (50-100) | 300 (300-300) | 150 (150-150) |")
     assert line.endswith("| **1.50** (1.50-3.00) | 1.15 | 2.26 | 66% | 40.0 |")
 
@@ -60,4 +60,4 @@ def test_the_better_peer_of_a_cell_is_the_one_compared() -> None:
 def test_what_a_peer_lacks_is_not_compared() -> None:
     row = summary(Format.Q8_0, Cell(8, 1), {SHOAL: [500.0], GGML: [2000.0]}, [30.0])
     assert row["best_peer"] == GGML
-    assert "| 2000 (2000-2000) | n/a | **4.00**" in experts([row])
+    assert "| 2000 (2000-2000) | n/a | **4.00**" in experts([row], "avx2")
