@@ -194,6 +194,7 @@ def test_a_leaving_node_waits_until_its_last_answers_are_taken_in(
             peer.open(artifact)
             for call_id in range(1, 9):
                 peer.send(call_of(call_id, question))
+            peer.until_taken_in()
             node.send(signal.SIGTERM)
             peer.read_until(Kind.GOAWAY, widens=False)
             assert not peer.has_status and peer.num_data_bytes <= frames.DEFAULT_WINDOW
@@ -266,8 +267,13 @@ class SlowReader:
             piece = data[begin : begin + frames.DEFAULT_FRAME_BYTES]
             self._socket.sendall(frames.pack(Kind.DATA, 0, 1, piece))
 
-    def read_until(self, wanted: Kind, *, widens: bool) -> None:
-        """Read up to a frame of that kind that is no acknowledgement.
+    def until_taken_in(self) -> None:
+        """Return when the node has read all that was sent; windows stay as they are."""
+        self._socket.sendall(frames.pack(Kind.PING, 0, 0, bytes(8)))
+        self.read_until(Kind.PING, widens=False, acknowledges=True)
+
+    def read_until(self, wanted: Kind, *, widens: bool, acknowledges: bool = False) -> None:
+        """Read up to a frame of that kind that is an acknowledgement, or none.
 
         Args:
             widens: give a window for what is read.
@@ -281,7 +287,7 @@ class SlowReader:
                     self._socket.sendall(update)
             elif kind is Kind.HEADERS and flags & frames.END_STREAM:
                 self.has_status = True
-            if kind is wanted and not flags & frames.ACK:
+            if kind is wanted and bool(flags & frames.ACK) == acknowledges:
                 return
 
     def widen(self, num_bytes: int) -> None:
