@@ -126,7 +126,7 @@ struct Records {
   }
 };
 
-// Fetches the weights that lie `ahead` bytes behind p[0, bytes).
+// Fetches the weights that lie `ahead` bytes after p[0, bytes).
 SHOAL_INLINE void prefetch_weights(const uint8_t* p, int bytes, int ahead) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + ahead + i);
 }

@@ -79,7 +79,8 @@ SHOAL_INLINE void block_kernel(Records<G> at, int blocks, const Tile& tile, Lane
     const int64_t skip = blocks / L::blocks * L::record <= ahead ? (G - 1) * at.stride : 0;
 #pragma GCC unroll 2
     for (int b = 0; b < L::blocks; ++b, x += N * kBlock, x_scale += N, x_start += N) {
-      // Never two groups' records at once: so many missing lines would wait for each other.
+      // Of two groups one in each block: all their lines at a stroke are more than a core fetches
+      // at once (README.md).
       for (int g = b; ahead && g < G; g += L::blocks)
         prefetch_weights(at[g] + skip, L::record, ahead);
       add_block<N>(L{}, at, b, x, x_scale, x_start, acc);
