@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import prod
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.speculation.pass_time import PassTime
@@ -13,7 +13,8 @@ from coordinator.speculation.planner import CEILING, EARNED, FLOOR, MARGIN, Plan
 from shoal import limits
 from support.speculation_world import Outcome, World, run_auto, run_static
 
-CHANCES = st.lists(st.floats(0.01, 1.0), max_size=limits.MAX_DRAFT)
+CHANCE = st.floats(0.01, 1.0)
+CHANCES = st.lists(CHANCE, max_size=limits.MAX_DRAFT)
 
 
 def line(fixed: float, row: float) -> PassTime:
@@ -56,14 +57,19 @@ def test_the_length_has_the_highest_rate_or_is_nothing(
 
 
 @settings(max_examples=50)
-@given(chances=CHANCES, index=st.integers(0, 31), better=st.floats(0.0, 1.0), row=st.floats(0, 0.5))
+@given(
+    chances=st.lists(CHANCE, min_size=1, max_size=limits.MAX_DRAFT),
+    index=st.integers(0, limits.MAX_DRAFT - 1),
+    better=st.floats(0.0, 1.0),
+    row=st.floats(0, 0.5),
+)
 def test_a_better_chance_never_makes_a_draft_shorter(
     chances: list[float], index: int, better: float, row: float
 ) -> None:
-    assume(index < len(chances))
     pass_time = line(1.0, row)
     raised = list(chances)
-    raised[index] += (1.0 - raised[index]) * better
+    at = index % len(raised)
+    raised[at] += (1.0 - raised[at]) * better
     before, after = rich(pass_time), rich(pass_time)
     lengths = before.best_length(chances, 0.0), after.best_length(raised, 0.0)
     if not before.num_probes and not after.num_probes:
