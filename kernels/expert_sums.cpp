@@ -25,9 +25,6 @@ constexpr int64_t kWaveBytes = 16 << 20;
 // Sums of all threads, where each has its own.
 constexpr int64_t kOwnSumsBytes = 128 << 10;
 
-// Down groups that pass through several tiles together: kernels of many rows take two at once.
-constexpr int kDownGroups = 2;
-
 struct Piece {
   const uint8_t* expert;
   int first_pair, count;
@@ -86,7 +83,7 @@ class Wave {
     const int chunk = std::clamp(groups / (8 * pool_threads()), 1, 8);
     parallel_for(groups, chunk, [&](int64_t group, int64_t end, int) {
       for (const Piece& piece : pieces_)
-        for_each_tile(piece, shape_.down, int(group), int(end), kDownGroups,
+        for_each_tile(piece, shape_.down, int(group), int(end), kMaxGroups,
                       [&](int g, int count, int t, int n) {
                         body(piece, g, count, t, n, piece.h_tiles.tile(t));
                       });
@@ -98,7 +95,7 @@ class Wave {
   template <class F>
   void for_each_down_tile_in_order(F&& body) {
     for_each_run(num_groups(shape_.dim), [&](int thread, const Piece& piece, int group, int end) {
-      for_each_tile(piece, shape_.down, group, end, kDownGroups,
+      for_each_tile(piece, shape_.down, group, end, kMaxGroups,
                     [&](int g, int count, int t, int n) {
                       body(thread, piece, g, count, t, n, piece.h_tiles.tile(t));
                     });

@@ -79,7 +79,7 @@ void matmul(const MatrixView& m, const RowsView& rows, const float* bias, float*
   const bool few_groups = groups < 8 * pool_threads();
   const int rows_at_once = few_groups ? 4 * kMaxTile : num_rows;
   const int row_parts = (num_rows + rows_at_once - 1) / rows_at_once;
-  const int group_chunk = std::max(2, chunk);  // kernels of many rows take two at once
+  const int group_chunk = std::max(kMaxGroups, chunk);
   const int group_parts = (groups + group_chunk - 1) / group_chunk;
   parallel_for(int64_t(group_parts) * row_parts, 1, [&](int64_t item, int64_t, int) {
     const int first_group = int(item / row_parts) * group_chunk;

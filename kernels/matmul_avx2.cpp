@@ -149,7 +149,7 @@ SHOAL_INLINE void add_block(Q3_T, const uint8_t* record, int b, const int8_t* x,
 // w's sign): an instruction less a byte than two nibbles each, but more of those on the two ports
 // that multiply, so not for more rows.  128 * 127 * 2 = 32512: one product deep in 16 bits.
 template <int G>
-SHOAL_INLINE void dot_bytes(const uint8_t* const* cells, const int8_t* x, Ints* sums) {
+SHOAL_INLINE void dot_bytes(Records<G> cells, const int8_t* x, Ints* sums) {
   const __m256i offset = _mm256_set1_epi8(char(0x80)), ones = _mm256_set1_epi16(1);
   const auto products = [&](const uint8_t* at, __m256i v) {
     const __m256i w = _mm256_xor_si256(load_bytes(at), offset);
@@ -167,29 +167,29 @@ SHOAL_INLINE void dot_bytes(const uint8_t* const* cells, const int8_t* x, Ints* 
   }
 }
 
-// acc[g] += one row's product with block b of G groups' records.
+// acc[g] += one row's product with block b of group g's record.
 template <int G>
-SHOAL_INLINE void add_bytes(const uint8_t* const* records, int b, const int8_t* x, float x_scale,
-                            Lanes* acc) {
-  const uint8_t* cells[G];
-  for (int g = 0; g < G; ++g) cells[g] = records[g] + Q8_0::quants + b * Q8_0::block_quants;
+SHOAL_INLINE void add_bytes(Records<G> at, int b, const int8_t* x, float x_scale, Lanes* acc) {
   Ints dots[G];
-  dot_bytes<G>(cells, x, dots);
+  const uint8_t* const cells = at.first + Q8_0::quants + b * Q8_0::block_quants;
+  dot_bytes(Records<G>{cells, at.stride}, x, dots);
   for (int g = 0; g < G; ++g) {
-    const Lanes d = load_scales(records[g] + Q8_0::scales + b * 32);
+    const Lanes d = load_scales(at[g] + Q8_0::scales + b * 32);
     acc[g] = fma(to_floats(dots[g]), mul(d, set1(x_scale)), acc[g]);
   }
 }
 
-template <int N>
-SHOAL_INLINE void add_block(Q8_0, const uint8_t* record, int b, const int8_t* x,
-                            const float* x_scale, const int32_t* x_start, Lanes* acc) {
-  const uint8_t* cells = record + Q8_0::quants + b * Q8_0::block_quants;
-  const uint8_t* cells2 = cells + 4 * kCellRow;
+// One row may meet two groups: see matmul_walks.
+template <int N, int G>
+SHOAL_INLINE void add_block(Q8_0, Records<G> at, int b, const int8_t* x, const float* x_scale,
+                            const int32_t* x_start, Lanes* acc) {
   if constexpr (N == 1) {
-    add_bytes<1>(&record, b, x, x_scale[0], acc);
+    add_bytes(at, b, x, x_scale[0], acc);
     return;
   }
+  const uint8_t* const record = at.first;
+  const uint8_t* cells = record + Q8_0::quants + b * Q8_0::block_quants;
+  const uint8_t* cells2 = cells + 4 * kCellRow;
   Ints low[N], high[N];
   if constexpr (N <= kRowsInRegisters) {
     dot_few<N, 8>(cells, x, x, low, high);
@@ -204,13 +204,11 @@ SHOAL_INLINE void add_block(Q8_0, const uint8_t* record, int b, const int8_t* x,
   }
 }
 
-// Bytes of both halves of the lanes, each in both 16-bit parts of its cell.
-SHOAL_INLINE Ints load_sub_scales(const uint8_t* p) {
-  const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
-  const __m256i low = _mm256_cvtepu8_epi32(bytes);
-  const __m256i high = _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes));
-  return {_mm256_or_si256(low, _mm256_slli_epi32(low, 16)),
-          _mm256_or_si256(high, _mm256_slli_epi32(high, 16))};
+// A sub-block's scales, each in both 16-bit parts of its cell.
+SHOAL_INLINE Ints load_scale_pairs(const uint8_t* record, int sub_block) {
+  const Ints s = load_sub_scales(record, sub_block);
+  return {_mm256_or_si256(s.low, _mm256_slli_epi32(s.low, 16)),
+          _mm256_or_si256(s.high, _mm256_slli_epi32(s.high, 16))};
 }
 
 // dots[t] += the scaled dot of sub-block 2c (Shift 0) or 2c + 1 (Shift 4).  The 6-bit scale rides
@@ -218,7 +216,7 @@ SHOAL_INLINE Ints load_sub_scales(const uint8_t* p) {
 template <int N, int Shift>
 SHOAL_INLINE void q4_k_sub_block(const uint8_t* record, int c, const int8_t* x, Ints* dots) {
   const uint8_t* cells = record + Q4_K::quants + c * Q4_K::chunk;
-  const Ints scale = load_sub_scales(record + Q4_K::scales + (2 * c + Shift / 4) * kLanes);
+  const Ints scale = load_scale_pairs(record, 2 * c + Shift / 4);
   dot32<N>(cells, Shift, cells + 4 * kCellRow, Shift, x, [&](int t, const Ints& s) {
     Ints sum = sum_pairs(s, scale);
     if (c + Shift > 0) sum = add32(dots[t], sum);
@@ -231,8 +229,7 @@ template <int N>
 SHOAL_INLINE void q4_k_chunk_few(const uint8_t* record, int c, const int8_t* x, Ints* dots) {
   Ints low[N], high[N];
   dot_few<N, 8>(record + Q4_K::quants + c * Q4_K::chunk, x, x + N * kBlock, low, high);
-  const uint8_t* scales = record + Q4_K::scales + 2 * c * kLanes;
-  const Ints scale = load_sub_scales(scales), scale16 = load_sub_scales(scales + kLanes);
+  const Ints scale = load_scale_pairs(record, 2 * c), scale16 = load_scale_pairs(record, 2 * c + 1);
   for (int t = 0; t < N; ++t) {
     const Ints sum = add32(sum_pairs(low[t], scale), sum_pairs(high[t], scale16));
     dots[t] = c == 0 ? sum : add32(dots[t], sum);
@@ -275,12 +272,8 @@ void one_row_two_walks(const uint8_t* groups, int count, int lanes, int cols, co
   const int half = count / 2, blocks = (cols + kBlock - 1) / kBlock;
   for (int g = 0; g < half; ++g) {
     const int first[2] = {g * kLanes, (half + g) * kLanes};
-    const uint8_t* records[2] = {groups + g * stride, groups + (half + g) * stride};
     Lanes acc[2] = {start_of(bias, first[0], lanes), start_of(bias, first[1], lanes)};
-    for (int b = 0; b < blocks; ++b) {
-      add_bytes<2>(records, b % 2, tile.quants + b * kBlock, tile.scales[b], acc);
-      if (b % 2 == 1) records[0] += Q8_0::record, records[1] += Q8_0::record;
-    }
+    block_kernel<Q8_0, 1>(Records<2>{groups + g * stride, half * stride}, blocks, tile, acc);
     for (int i = 0; i < 2; ++i) store_lanes(out, acc[i], first[i], lanes);
   }
   if (count % 2 == 1) {

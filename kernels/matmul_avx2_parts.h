@@ -113,6 +113,12 @@ SHOAL_INLINE Quad load_levels(Q3_T, const uint8_t* cells, int half) {
   return q;
 }
 
+// The 6-bit scales of a sub-block.
+SHOAL_INLINE Ints load_sub_scales(const uint8_t* record, int sub_block) {
+  const __m128i bytes = load_halves(record + Q4_K::scales + sub_block * kLanes);
+  return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes))};
+}
+
 // The lines of a super-block's header and of chunk c, `ahead` bytes before they are needed.
 SHOAL_INLINE void fetch_header(const uint8_t* record, int ahead) {
   if (ahead > 0) prefetch_weights(record, Q4_K::quants, ahead);

@@ -11,15 +11,9 @@ constexpr int kRowsInRegisters = 8;
 
 // Two groups share each broadcast of activations, as loads are two a cycle like products; but their
 // weights leave no registers for sums, and that pays from 16 rows on.
-constexpr int groups_at_once(int rows) { return rows >= 16 ? 2 : 1; }
+constexpr int groups_at_once(int rows) { return rows >= 16 ? kMaxGroups : 1; }
 
-// One row of bytes is read as fast as it comes; the hardware alone falls behind with weights of
-// fewer bits, and the farther the more rows there are.  Floats, four groups at once, are best at
-// 4 KiB whatever the rows (README.md: a Zen 5).
-constexpr int fetched_ahead(int rows, int bits) {
-  if (bits > 8) return 4096;
-  return rows == 1 && bits == 8 ? 0 : rows < 4 ? 6144 : 8192;
-}
+constexpr int fetched_ahead(int rows, int bits) { return zen5_fetched_ahead(rows, bits); }
 
 // N, hidden where unrolling a loop over the rows would spill the weights of several groups.
 template <int N, int G>

@@ -8,11 +8,7 @@
 namespace shoal {
 namespace {
 
-// As AVX-512's: measured on the same CPU, a Zen 5.
-constexpr int fetched_ahead(int rows, int bits) {
-  if (bits > 8) return 4096;
-  return rows == 1 && bits == 8 ? 0 : rows < 4 ? 6144 : 8192;
-}
+constexpr int fetched_ahead(int rows, int bits) { return zen5_fetched_ahead(rows, bits); }
 
 // The bytes of 16 columns: of the first or the second half of a block.
 SHOAL_INLINE Quad load_half(Q4_0, const uint8_t* cells, int half) {
@@ -85,10 +81,7 @@ template <int N>
 SHOAL_INLINE void add_sub_block(const uint8_t* record, int c, int high, const int8_t* x,
                                 Ints* dots) {
   const uint8_t* const cells = record + Q4_K::quants + c * Q4_K::chunk;
-  const uint8_t* const scales = record + Q4_K::scales + (2 * c + high) * kLanes;
-  const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(scales));
-  const Ints scale = {_mm256_cvtepu8_epi32(bytes),
-                      _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes))};
+  const Ints scale = load_sub_scales(record, 2 * c + high);
   dot32<N>(
       x, [&](int half) { return load_quad(cells + 4 * half * kCellRow, 4 * high); },
       [](int) { return zero_ints(); },

@@ -26,6 +26,7 @@ MAIN = KERNELS / "tests" / "digest_main.cpp"
 GOLDEN = ROOT / "shoal" / "golden_digests.txt"
 BUILD = ROOT / "build" / "cross"
 ZIG = [sys.executable, "-m", "ziglang", "c++"]
+WIDE = ("avx2", "avxvnni", "avx512", "amx")  # what such a file's name ends in
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-O2", "-pthread"]
 
 
@@ -63,17 +64,17 @@ def sources(target: Target) -> list[Path]:
     return (
         files
         if target.x86
-        else [p for p in files if not p.stem.endswith(("_avx2", "_avxvnni", "_avx512", "_amx"))]
+        else [p for p in files if not p.stem.endswith(tuple(f"_{isa}" for isa in WIDE))]
     )
 
 
 def isa_flags(source: Path) -> list[str]:
     """Return the instruction-set flags that CMakeLists.txt gives to that file."""
-    for isa in ("AMX", "AVX512", "AVXVNNI", "AVX2"):
-        if source.stem.endswith(f"_{isa.lower()}"):
+    for isa in WIDE:
+        if source.stem.endswith(f"_{isa}"):
             text = (ROOT / "CMakeLists.txt").read_text()
-            found = re.search(rf"set\(SHOAL_{isa}_FLAGS ([^)]*)\)", text)
-            assert found, f"CMakeLists.txt sets no SHOAL_{isa}_FLAGS"
+            found = re.search(rf"set\(SHOAL_{isa.upper()}_FLAGS ([^)]*)\)", text)
+            assert found, f"CMakeLists.txt sets no SHOAL_{isa.upper()}_FLAGS"
             return found[1].split()
     return []
 

@@ -33,7 +33,7 @@ Report = dict[str, Any]
 
 def newest(name: str, isa: str | None = None) -> tuple[Report, Path] | None:
     """Return the newest result of that name, of any or of one instruction set."""
-    for path in reversed(sorted(RESULTS.glob(f"????-??-??-{name}.json"))):
+    for path in sorted(RESULTS.glob(f"????-??-??-{name}.json"), reverse=True):
         report: Report = json.loads(path.read_text())
         if isa in (None, report["isa"]):
             return report, path
